@@ -1,0 +1,162 @@
+"""
+Checkpoints that are whole or not there: written aside, flushed, renamed, and checked when read.
+
+    path = save("out/pt", step, state)          # out/pt/step00001234-<first 16 of its sha256>.pt
+    state, path = load("out/pt")                # the newest valid one, or load(FILE)
+
+The name carries the hash, so one rename commits data and checksum together: a crash at any moment
+leaves the old files or the new one. A file that does not match its name is passed over by name.
+Files are read with `weights_only=True`: data, never code.
+"""
+import hashlib
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+NAME = re.compile(r"step(\d{8,})-([0-9a-f]{16})\.pt")
+_known_good: dict[Path, tuple[int, int]] = {}  # (size, mtime) of files this process wrote or checked
+
+
+class _HashingFile:
+    """A file that hashes what is written, and remembers the first OSError: torch.save hides it."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "wb")
+        self.sha, self.error = hashlib.sha256(), None
+
+    def write(self, data) -> int:
+        try:
+            n = self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.sha.update(data)
+        return n
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save(out_dir: str, step: int, state: dict, keep: int = 2) -> Path:
+    """Write `state` (tensors, numbers, strings and containers of them; "model" and "optimizer" hold
+    the tensors) and delete all but the newest `keep` valid files. Raises ValueError for weights that
+    are not finite, OSError with the reason when the disk fails; older files stay as they are."""
+    for name, tensor in _tensors(state):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"checkpoint for step {step:,} was NOT written: {name} is not finite")
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".tmp-*"):
+        stale.unlink(missing_ok=True)
+    temporary = folder / f".tmp-{os.getpid()}"
+    f = None
+    try:
+        f = _HashingFile(temporary)
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.file.fileno())
+        f.file.close()
+        path = folder / f"step{step:08d}-{f.sha.hexdigest()[:16]}.pt"
+        os.replace(temporary, path)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:
+        cause = (f and f.error) or error
+        if f:
+            try:
+                f.file.close()
+            except OSError:
+                pass  # the buffer that could not be written, again
+        temporary.unlink(missing_ok=True)
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, f"checkpoint for step {step:,} was NOT written to {folder} "
+                      f"({cause.strerror}); earlier checkpoints are intact") from None
+    _known_good[path] = _stamp(path)
+    valid = 0
+    for old in list_checkpoints(out_dir):
+        if valid < keep and damage(old) is None:
+            valid += 1
+        elif valid >= keep:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def _tensors(value, name: str = "state"):
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _tensors(part, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, part in enumerate(value):
+            yield from _tensors(part, f"{name}.{i}")
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        fd = os.open(folder, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def list_checkpoints(out_dir: str) -> list[Path]:
+    """Newest first."""
+    found = [(int(m[1]), p.stat().st_mtime_ns, p) for p in Path(out_dir).glob("step*.pt")
+             if (m := NAME.fullmatch(p.name))]
+    return [p for *_, p in sorted(found, reverse=True)]
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, or None. The contents are compared with the hash in the
+    name, or with the checksums inside the file if it was renamed."""
+    try:
+        if _known_good.get(path) == _stamp(path):
+            return None
+        if match := NAME.fullmatch(path.name):
+            with open(path, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest()[:16] != match[2]:
+                    return "its contents do not match the hash in its name"
+        else:
+            with zipfile.ZipFile(path) as z:
+                if bad := z.testzip():
+                    return f"its part {bad} does not match its checksum"
+        _known_good[path] = _stamp(path)
+        return None
+    except (OSError, zipfile.BadZipFile, RuntimeError) as error:
+        return str(error)
+
+
+def load(where: str, device: str | torch.device = "cpu") -> tuple[dict, Path]:
+    """The state in a file, or in the newest valid file of a folder, and which file it is. On the
+    CPU tensors stay on disk until used. Raises ValueError when there is none."""
+    if os.path.isdir(where):
+        paths = list_checkpoints(where)
+        if not paths:
+            raise ValueError(f"{where}: no checkpoint in this folder")
+    elif os.path.exists(where):
+        paths = [Path(where)]
+    else:
+        raise ValueError(f"{where}: no such file or folder")
+    for path in paths:
+        wrong = damage(path)
+        if wrong is None:
+            try:
+                mmap = torch.device(device).type == "cpu"
+                state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+                if isinstance(state, dict) and state.get("format") == 1:
+                    return state, path
+                wrong = "not a checkpoint of this program"
+            except Exception as error:  # whatever a hostile file makes torch raise
+                wrong = f"cannot be read: {str(error).splitlines()[0]}"
+        if len(paths) > 1:
+            print(f"{path}: {wrong}; passed over")
+    raise ValueError(f"{where}: damaged or not a checkpoint: {wrong}" if len(paths) == 1
+                     else f"{where}: none of its {len(paths)} checkpoints is valid")

@@ -1,0 +1,235 @@
+"""
+Let a checkpoint write.
+
+    python generate.py --checkpoint=out/pt --prompt="从前有座山" --stream
+    python generate.py --checkpoint=out/pt --file=prompts.txt --batch --temperature=0
+    python generate.py --checkpoint=out/pt --interactive
+
+One generator of token ids, `generate`, serves a single prompt, a batch, a stream, the samples of
+the training scripts and whoever imports it. A checkpoint carries its tokenizer: one file is enough.
+"""
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import checkpoint
+from configurator import configure, fail
+from model import KVCache, ModelConfig, Transformer
+from tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: str = "out/pt"  # checkpoint file, or folder with checkpoints: the newest valid one
+    prompt: str = ""  # text to continue
+    file: str = ""  # read the prompt from this file; - is standard input
+    batch: bool = False  # with --file: every line that is not empty is a prompt, all run together
+    interactive: bool = False  # ask for one prompt after another
+    stream: bool = False  # print each character as soon as it is whole
+    max_tokens: int = 200  # tokens to write at most
+    temperature: float = 0.8  # 0: always the most likely token
+    top_k: int = 0  # sample from the k most likely tokens only; 0: all
+    top_p: float = 1.0  # sample from the fewest tokens that hold this much probability
+    min_p: float = 0.0  # drop tokens less likely than this share of the most likely one
+    repetition_penalty: float = 1.0  # above 1: make tokens that have occurred less likely
+    seed: int = 0  # the same seed gives the same text
+    stop: str = "<|endoftext|>,<|im_end|>"  # special tokens that end the text, comma-separated
+    cache: bool = True  # keep keys and values; --cache=False recomputes all of them for each token
+    timing: bool = False  # print tokens/s of reading the prompt and of writing
+    compile: bool = False  # compile the model first (needs a C++ compiler; slow start)
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on cuda
+
+
+def sample(logits: Tensor, seen: list[list[int]], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+           min_p: float = 0.0, repetition_penalty: float = 1.0, rng: torch.Generator | None = None) -> Tensor:
+    """One token per row, (B,), from logits (B, V). `seen` are the ids so far of each row, for the
+    penalty (Keskar et al. 2019, eq. 2). Filters apply in the order top-k, top-p, min-p."""
+    logits = logits.float()
+    if repetition_penalty != 1.0:
+        logits = logits.clone()
+        for row, ids in zip(logits, seen):
+            at = torch.tensor(sorted(set(ids)), device=row.device)
+            row[at] = torch.where(row[at] > 0, row[at] / repetition_penalty, row[at] * repetition_penalty)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.softmax(-1).sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # probability of all more likely tokens
+        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(drop, -torch.inf)
+    probs = logits.softmax(-1)
+    if min_p > 0:
+        probs = probs * (probs >= min_p * probs.amax(-1, keepdim=True))
+    return torch.multinomial(probs, 1, generator=rng)[:, 0]
+
+
+@torch.inference_mode()
+def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *, stop: tuple[int, ...] = (),
+             seed: int = 0, cache: bool = True, **sampling) -> Iterator[list[int | None]]:
+    """Continue token-id prompts of any lengths together. Each item holds the next id of every row,
+    None for a row that has stopped; a stop id is given out before its row stops. Ends when all rows
+    have, or after `max_tokens`. Sampling settings are those of `sample`. Raises ValueError if a
+    prompt is empty or the longest leaves no room for `max_tokens`."""
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) == 0:
+        raise ValueError("a prompt must have at least one token")
+    limit = model.config.max_seq_len
+    if longest + max_tokens > limit:
+        raise ValueError(f"a prompt of {longest} tokens and --max_tokens={max_tokens} are more than the "
+                         f"{limit} the model can read; " + ("shorten the prompt" if longest >= limit else
+                                                            f"--max_tokens={limit - longest} fits"))
+    weight = model.embed_tokens.weight
+    rng = torch.Generator(weight.device).manual_seed(seed)
+    rows = [list(p) for p in prompts]
+    running = [True] * len(rows)
+    if cache:
+        pad = [longest - len(r) for r in rows]
+        kv = KVCache(model.config, len(rows), longest + max_tokens, pad, weight.device, weight.dtype)
+        fresh = torch.tensor([[0] * n + r for n, r in zip(pad, rows)], device=weight.device)
+    for _ in range(max_tokens):
+        if cache:
+            logits = model.lm_head(model(fresh, kv, hidden=True)[:, -1])  # (B, T) -> (B, V)
+        else:
+            logits = torch.cat([model(torch.tensor([r], device=weight.device))[:, -1] for r in rows])
+        fresh = sample(logits, rows, rng=rng, **sampling)[:, None]
+        ids: list[int | None] = fresh[:, 0].tolist()
+        for i, token in enumerate(ids):
+            if not running[i]:
+                ids[i] = None
+                continue
+            rows[i].append(token)
+            running[i] = token not in stop
+        yield ids
+        if not any(running):
+            return
+
+
+def complete(model: Transformer, tok: Tokenizer, prompts: list[list[int]], max_tokens: int, **settings) -> list[str]:
+    """The text that follows each prompt, without the stop token."""
+    texts: list[list[int]] = [[] for _ in prompts]
+    stop = settings.get("stop", ())
+    for ids in generate(model, prompts, max_tokens, **settings):
+        for text, token in zip(texts, ids):
+            if token is not None and token not in stop:
+                text.append(token)
+    return [tok.decode(text) for text in texts]
+
+
+def load_model(where: str, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a checkpoint, ready to write. Raises ValueError naming the file."""
+    state, path = checkpoint.load(where, device)
+    try:
+        with torch.device("meta"):
+            model = Transformer(ModelConfig(**state["model_config"]))
+        model.load_state_dict(state["model"], assign=True)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: holds no language model of this program: {str(error)[:200]}") from None
+    return model.to(dtype).eval(), Tokenizer(state["tokenizer"], str(path))
+
+
+def read_prompts(cfg: Config) -> list[str]:
+    """The prompts of the command line. Raises ValueError if there are none, or two sources."""
+    if bool(cfg.prompt) + bool(cfg.file) + cfg.interactive != 1:
+        raise ValueError("give one of --prompt=TEXT, --file=FILE (- is standard input) and --interactive")
+    if cfg.prompt:
+        return [cfg.prompt]
+    try:
+        if cfg.file == "-":
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
+        else:
+            with open(cfg.file, encoding="utf-8-sig") as f:
+                text = f.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{cfg.file}: {error}") from None
+    prompts = [line for line in text.splitlines() if line.strip()] if cfg.batch else [text.removesuffix("\n")]
+    if not any(prompts):
+        raise ValueError(f"{cfg.file}: no prompt in it")
+    return prompts
+
+
+def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config, stop: tuple[int, ...]) -> None:
+    """Print what follows the prompts; with --stream as it is written, rows one after another."""
+    ids = [tok.encode_ordinary(p) for p in prompts]
+    settings = dict(stop=stop, seed=cfg.seed, cache=cfg.cache, temperature=cfg.temperature, top_k=cfg.top_k,
+                    top_p=cfg.top_p, min_p=cfg.min_p, repetition_penalty=cfg.repetition_penalty)
+    marks, n = [time.perf_counter()], 0
+    decoders = [StreamDecoder(tok) for _ in prompts]
+    texts = list(prompts)
+    streaming = cfg.stream and len(prompts) == 1
+    if streaming:
+        print(prompts[0], end="", flush=True)
+    for step in generate(model, ids, cfg.max_tokens, **settings):
+        marks = marks[:1] + [marks[1] if n else time.perf_counter(), time.perf_counter()]
+        for i, token in enumerate(step):
+            if token is None:
+                continue
+            n += 1
+            piece = "" if token in stop else decoders[i].push(token)
+            texts[i] += piece
+            if streaming:
+                print(piece, end="", flush=True)
+    for i, text in enumerate(texts):
+        end = decoders[i].flush()
+        print(end if streaming else text + end)
+    if cfg.timing and n:
+        begin, first, last = marks
+        n_read, n_more = sum(map(len, ids)), n - len(prompts)
+        print(f"read {n_read} tokens at {n_read / (first - begin):,.0f} tok/s, "
+              f"wrote {n} at {n_more / (last - first) if n_more else 0:,.1f} tok/s", file=sys.stderr)
+
+
+def check(cfg: Config) -> None:
+    """Raises ValueError for a setting out of its range."""
+    for name, low, high in (("temperature", 0, 100), ("top_k", 0, 1 << 30), ("top_p", 1e-9, 1), ("min_p", 0, 1),
+                            ("repetition_penalty", 1e-9, 100), ("max_tokens", 1, 1 << 30)):
+        if not low <= getattr(cfg, name) <= high:
+            raise ValueError(f"--{name}={getattr(cfg, name)} must lie between {low:g} and {high:g}")
+
+
+def main() -> None:
+    cfg = configure(Config)
+    try:
+        check(cfg)
+        prompts = [] if cfg.interactive else read_prompts(cfg)
+        device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else (
+            "mps" if torch.backends.mps.is_available() else "cpu")
+        dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+        model, tok = load_model(cfg.checkpoint, torch.device(device), getattr(torch, dtype))
+        names = [s for s in cfg.stop.split(",") if s]
+        for name in names:
+            if name not in tok.special_tokens_set:
+                raise ValueError(f"--stop: {name} is none of {', '.join(sorted(tok.special_tokens_set))}")
+        stop = tuple(tok.encode_single_token(name) for name in names)
+        if cfg.compile:
+            model.forward = torch.compile(model.forward, dynamic=True)
+        if prompts:
+            answer(model, tok, prompts, cfg, stop)
+    except (ValueError, RuntimeError) as error:
+        fail(f"{error}")
+    while cfg.interactive:
+        try:
+            line = input("\n> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line:
+            try:
+                answer(model, tok, [line], cfg, stop)
+            except ValueError as error:
+                print(error)
+            except KeyboardInterrupt:
+                print(" …")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""
+The language model: a Qwen3-compatible decoder, and the cache that makes it fast to write with.
+
+    x = E[idx];  x += Attention(RMSNorm(x));  x += SwiGLU(RMSNorm(x));  logits = RMSNorm(x) E^T
+
+RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), grouped-query attention
+(Ainslie et al. 2023) with normalised queries and keys (Henry et al. 2020), SwiGLU (Shazeer 2020),
+no biases, no dropout. Names of parameters are those of Qwen3 in `transformers`, so that weights
+move between the two by name; logits agree to 1e-5 (tests/test_model.py). Losses live in the
+training scripts; `python train_pt.py --help` lists the sizes.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a model. Raises ValueError for shapes that cannot be built."""
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    head_dim: int
+    n_hidden: int  # width of the SwiGLU
+    max_seq_len: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    tied: bool = True  # one matrix is both the embedding and the output head
+
+    def __post_init__(self):
+        sizes = (self.vocab_size, self.n_layer, self.n_head, self.n_kv_head, self.n_embd,
+                 self.head_dim, self.n_hidden, self.max_seq_len)
+        if min(sizes) < 1:
+            raise ValueError(f"every size of a model must be at least 1, got {self}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head "
+                             f"{self.n_kv_head}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: RoPE turns pairs")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position times frequency, (*positions.shape, head_dim) each, in fp32.
+    Frequencies are theta^(-2i/head_dim); the two halves of a head share them (rotate-half)."""
+    i = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    angle = positions.float()[..., None] * theta ** (-i / head_dim)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + D/2}) by its angle. x: (B, H, T, D); cos, sin: (..., T, D)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for `batch_size` rows that advance together.
+
+    The caller owns it and passes it to `Transformer.forward`, which writes the new tokens at
+    `length` and moves `length` on once. Rows of different lengths are padded on the LEFT: `pad`
+    counts each row's padding, which no token attends to and which shifts its positions.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, max_len: int | None = None,
+                 pad: list[int] | None = None, device=None, dtype=None):
+        self.max_len = max_len or config.max_seq_len
+        shape = (config.n_layer, 2, batch_size, config.n_kv_head, self.max_len, config.head_dim)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.pad = torch.tensor(pad or [0] * batch_size, device=device)
+        self.padded = any(pad or [])
+        self.length = 0
+
+    def check_room(self, B: int, T: int) -> None:
+        """Raises ValueError when T more tokens for B rows do not fit."""
+        if B != self.kv.size(2):
+            raise ValueError(f"the cache holds {self.kv.size(2)} rows, got a batch of {B}")
+        if self.length + T > self.max_len:
+            raise ValueError(f"the cache holds {self.max_len} tokens: {self.length} are in it, "
+                             f"{T} more do not fit")
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, H, T, D) keys and values behind `length`; all so far, (B, H, length + T, D)."""
+        end = self.length + k.size(2)
+        kv = self.kv[layer, :, :, :, :end]
+        kv[0, :, :, self.length:] = k
+        kv[1, :, :, self.length:] = v
+        return kv[0], kv[1]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        C, D = config.n_embd, config.head_dim
+        self.q_proj = nn.Linear(C, config.n_head * D, bias=False)
+        self.k_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
+        self.v_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
+        self.o_proj = nn.Linear(config.n_head * D, C, bias=False)
+        self.q_norm = RMSNorm(D, config.norm_eps)
+        self.k_norm = RMSNorm(D, config.norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
+                cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        heads = (B, T, -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        # is_causal aligns the mask to the top left, so it is right only when nothing came before
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True,
+                                           is_causal=mask is None and T > 1)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
+                cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model. Parameters are made in fp32 on the default device."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                # both branches of a block add to x: 2 n_layer terms keep the variance of one
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02
+                nn.init.normal_(p, std=std)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None, hidden: bool = False) -> Tensor:
+        """Logits (B, T, V) for token ids (B, T), or with `hidden` the normed last states (B, T, C),
+        for a head of another kind. With a cache, `idx` continues what is in it, in chunks of any
+        size. Raises ValueError past `max_seq_len` or the end of the cache."""
+        B, T = idx.shape
+        start = cache.length if cache is not None else 0
+        if start + T > self.config.max_seq_len:
+            raise ValueError(f"the model reads {self.config.max_seq_len} tokens at most, "
+                             f"got {start} + {T}")
+        positions = torch.arange(start, start + T, device=idx.device)
+        mask = None
+        if cache is not None:
+            cache.check_room(B, T)
+            positions, mask = self.place(positions, cache)
+        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        rope = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (T, D) -> (1, T, D); (B, T, D) -> (B, 1, T, D)
+        x = self.embed_tokens(idx)  # (B, T) -> (B, T, C)
+        for block in self.layers:
+            x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.length += T
+        x = self.norm(x)
+        return x if hidden else self.lm_head(x)
+
+    @staticmethod
+    def place(positions: Tensor, cache: KVCache) -> tuple[Tensor, Tensor | None]:
+        """Positions (T,) or (B, T) of new tokens, and which keys (…, T, length + T) each may see;
+        None stands for "plain causal from the start", which SDPA does without a mask."""
+        T, padded = len(positions), cache.padded
+        if not padded and (T == 1 or cache.length == 0):
+            return positions, None
+        key = torch.arange(cache.length + T, device=positions.device)
+        mask = key <= positions[:, None]  # (T, S)
+        if padded:
+            real = key >= cache.pad[:, None, None, None]  # (B, 1, 1, S)
+            mask = mask & (real | (key == positions[:, None]))  # padding sees itself: no empty row
+            positions = (positions - cache.pad[:, None]).clamp(min=0)  # (B, T)
+        return positions, mask
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of parameters, counted on the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Floating-point operations to train on one token, forward and backward: 6 for each weight
+    that multiplies, 12 n_layer n_head head_dim seq_len for attention (PaLM, appendix B: the
+    causal half is counted whole, as everybody's MFU does)."""
+    looked_up = 0 if config.tied else config.vocab_size * config.n_embd
+    attention = 12 * config.n_layer * config.n_head * config.head_dim * seq_len
+    return 6 * (count_parameters(config) - looked_up) + attention
+
+
+def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumulate: int = 1,
+                    width: int = 4) -> dict[str, int]:
+    """Bytes at the fullest moment of an AdamW step, by what takes them; `width` is bytes per
+    activation. The counts per token and layer are what autograd keeps of each line above."""
+    c, n, tokens = config, count_parameters(config), batch_size * seq_len
+    layer = 6 * c.n_embd + 4 * c.n_hidden + 4 * (c.n_head + c.n_kv_head) * c.head_dim
+    kept = tokens * width * (c.n_layer * layer + 4 * c.n_embd)
+    head = 4 * c.vocab_size * c.n_embd  # the loss makes the gradient of the head at once
+    grads = 4 * n
+    # gradients of earlier micro-steps stay; those of the last one grow while activations go
+    together = kept + head + (grads if accumulate > 1 else 0)
+    return {"parameters": 4 * n, "optimizer": 8 * n, "gradients": grads,
+            "activations": max(together - grads, 0)}

@@ -1,0 +1,221 @@
+"""
+What a training script needs around its loop: device, processes, signals, learning rate, log.
+
+    dist = setup()                                  # under torchrun or not
+    model = wrap(model, dist)
+    total, = all_sum(dist, loss)
+
+On CUDA the processes speak NCCL, on a CPU gloo. Everything here may be skipped on a first reading.
+"""
+import json
+import math
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# dense bf16 FLOP/s from the makers' data sheets
+GPU_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+
+
+@dataclass(frozen=True)
+class Dist:
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype  # of activations; parameters stay fp32
+
+    def autocast(self) -> AbstractContextManager:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def setup(device: str = "auto", dtype: str = "auto", timeout: float = 120) -> Dist:
+    """Join the other processes if torchrun started us. Seconds without word from one of them end
+    the run. Raises ValueError for a device or type that is not there."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() else "cpu")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device=cuda: no CUDA device here; try --device=cpu")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if world > 1:
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    return Dist(rank, world, torch.device(device), getattr(torch, dtype))
+
+
+def finish(dist: Dist) -> None:
+    """Leave together: a rank that goes early makes the others fail."""
+    if dist.world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def wrap(model: nn.Module, dist: Dist) -> nn.Module:
+    if dist.world == 1:
+        return model
+    ids = [dist.device.index] if dist.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids)
+
+
+def print0(*args) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, flush=True)
+
+
+def all_sum(dist: Dist, *values: float | torch.Tensor) -> list[float]:
+    """Each value summed over the ranks, in one exchange."""
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu").detach() for v in values])
+    if dist.world > 1:
+        total = total.to(dist.device)
+        torch.distributed.all_reduce(total)
+    return total.tolist()
+
+
+class StopSignals:
+    """SIGTERM and SIGINT ask the loop to stop at the next step; a second one ends it at once."""
+
+    def __init__(self):
+        self.name = ""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame) -> None:
+        if self.name:
+            os._exit(128 + number)
+        self.name = signal.Signals(number).name
+
+
+class GradientGuard:
+    """Counts steps whose gradient is not finite; they are skipped, three in a row end the run.
+    The norm is that of the averaged gradient, so every rank decides alike."""
+
+    def __init__(self, limit: int = 3):
+        self.limit, self.streak = limit, 0
+
+    def allows(self, norm: float, step: int, loss: float, samples: str) -> bool:
+        """Whether to take the step. Raises FloatingPointError at the limit."""
+        if math.isfinite(norm):
+            self.streak = 0
+            return True
+        self.streak += 1
+        print0(f"step {step:,}: gradient not finite (loss {loss:.4f}, norm {norm}), {samples}, "
+               f"skipped {self.streak}/{self.limit}")
+        if self.streak == self.limit:
+            raise FloatingPointError(f"{self.limit} steps in a row had no finite gradient")
+        return False
+
+
+def lr_factor(step: int, max_steps: int, warmup: int, schedule: str, final: float, decay: float) -> float:
+    """Factor on the learning rate: linear warm-up, then a cosine to `final`; or (wsd) level, and over
+    the last share `decay` of the steps linear to `final` (Hu et al. 2024)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "cosine":
+        t = (step - warmup) / max(1, max_steps - warmup)
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
+    t = (step - (1 - decay) * max_steps) / max(1.0, decay * max_steps)
+    return 1 - (1 - final) * min(1.0, max(0.0, t))
+
+
+class Log:
+    """Appends records to out_dir/log.jsonl, one JSON object a line, on rank 0. Records of steps
+    that a resumed run will do again are dropped first."""
+
+    def __init__(self, out_dir: str, dist: Dist, step: int):
+        self.file = None
+        if dist.rank == 0:
+            os.makedirs(out_dir, exist_ok=True)
+            path = Path(out_dir) / "log.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
+            kept = [line for line in whole if json.loads(line)["step"] < step + ("val" in line)]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, path)
+            self.file = open(path, "a", buffering=1)
+
+    def write(self, **record) -> None:
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+
+
+def eta(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f}s"
+    return f"{seconds / 60:.0f}m" if seconds < 6000 else f"{seconds / 3600:.1f}h"
+
+
+def peak_flops(dist: Dist) -> float | None:
+    """FLOP/s the device can do at best: from the data sheet for a known GPU, measured with a square
+    fp32 or bf16 product on a CPU, None for a device we do not know."""
+    if dist.device.type == "cuda":
+        name = torch.cuda.get_device_name(dist.device)
+        return next((peak for key, peak in GPU_PEAK.items() if key in name), None)
+    if dist.device.type != "cpu":
+        return None
+    a, best = torch.randn(1024, 1024).to(dist.dtype), math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024.0 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf  # not Linux: unknown
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most bytes in use so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resume_command() -> str:
+    """The command that started us, with --resume."""
+    words = [shlex.quote(a) for a in sys.argv if not a.startswith("--resume")]
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    start = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if world > 1 else "python"
+    return f"{start} {' '.join(words)} --resume"
+
+
+def describe_run(dist: Dist) -> str:
+    """Command, commit, versions and device: what one needs to run it again."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent)
+    name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else (
+        f"{dist.device} with {torch.get_num_threads()} threads")
+    return (f"{' '.join(sys.argv)}\ncommit {git.stdout.strip() or 'unknown'}, python "
+            f"{sys.version.split()[0]}, torch {torch.__version__}, {dist.world} x {name}, "
+            f"{str(dist.dtype).removeprefix('torch.')}")

@@ -1,0 +1,202 @@
+"""Settings: what is accepted, who wins, and that every mistake ends in one line which helps."""
+import ast
+import contextlib
+import importlib
+import io
+import os
+import re
+import subprocess
+import sys
+import tokenize
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from configurator import configure
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if "\nclass Config:" in path.read_text()]
+
+
+@dataclass(frozen=True)
+class Config:
+    n_layer: int = 4  # blocks
+    learning_rate: float = 1e-2  # of AdamW
+    dropout: float | None = None  # share of zeros; None: off
+    optimizer: Literal["adamw", "muon"] = "adamw"  # which one
+    compile: bool = False  # faster after a slow start
+    out_dir: str = "out"  # where the files go
+    init_from: str | None = None  # a checkpoint
+
+
+def resolve(*argv, cls=Config):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return configure(cls, [str(arg) for arg in argv])
+
+
+def refusal(*argv, cls=Config):
+    """The one line that `argv` is refused with."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stop:
+        resolve(*argv, cls=cls)
+    assert stop.value.code == 2
+    line = stderr.getvalue()
+    assert line.endswith("\n") and line.count("\n") == 1 and len(line) < 1000, line
+    return line[:-1]
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Write a config file into the current folder, return its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(source, name="c.py"):
+        Path(name).write_bytes(source if isinstance(source, bytes) else source.encode())
+        return name
+    return write
+
+
+@pytest.mark.parametrize("arg, value", [
+    ("--n_layer=-2", -2), ("--learning_rate=3e-4", 3e-4), ("--learning_rate=1", 1.0),
+    ("--dropout=0", 0.0), ("--dropout=None", None), ("--optimizer=muon", "muon"),
+    ("--compile", True), ("--compile=False", False), ("--out_dir=5", "5"), ("--out_dir=a=b", "a=b"),
+    ("--out_dir=", ""), ("--init_from=None", None), ("--init_from=x.pt", "x.pt")])
+def test_a_value_arrives_exactly_as_declared(arg, value, config):
+    key = arg[2:].partition("=")[0]
+    in_file = config(f"{key} = {int(value) if type(value) is float else value!r}")
+    for source in [arg] if value == 3e-4 else [arg, in_file]:
+        got = getattr(resolve(source), key)
+        assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("arg, message", [
+    ("--n_layer=True", "int, got True"), ("--n_layer=4.0", "int, got 4.0"),
+    ("--n_layer=None", "int, got None"), ("--n_layer=", "int, got ''"),
+    ("--n_layer={[]: 1}", "int, got '{[]: 1}'"), ("--n_layer=abs(1)", "int, got 'abs(1)'"),
+    ("--learning_rate=True", "float, got True"), ("--learning_rate=float", "float, got 'float'"),
+    ("--dropout=high", "float | None, got 'high'"), ("--out_dir=None", "str, got None"),
+    ("--compile=1", "bool, got 1"), ("--compile=true", "bool, got 'true'"),
+    ("--optimizer=sgd", "Literal['adamw', 'muon'], got 'sgd'")])
+def test_a_value_of_another_type_is_refused(arg, message):
+    assert refusal(arg) == f"{arg}: '{arg[2:].partition('=')[0]}' must be {message}"
+
+
+def test_what_python_cannot_print_or_convert_is_refused(config):
+    """repr(10**5000) and float(10**400) raise, so a check that formats or converts first dies."""
+    for source in "n_layer = 10**5000", "learning_rate = 10**400", "out_dir = 10**5000":
+        assert re.fullmatch(r"c.py:1: '\w+' does not fit in 64 bits", refusal(config(source)))
+    assert refusal(f"--learning_rate={10**400}").endswith("'learning_rate' does not fit in 64 bits")
+    line = refusal(config("import numpy\nlearning_rate = numpy.zeros((9, 9))"))  # nine lines long
+    assert line.startswith("c.py:2: 'learning_rate' must be float, got array(")
+    assert refusal(config("learning_rate = float")).startswith("c.py:1: 'learning_rate' must be")
+
+
+def test_the_last_argument_wins(config):
+    a, b = config("n_layer = 1\nout_dir = 'a'", "a.py"), config("n_layer = 2", "b.py")
+    assert resolve(a, b, "--n_layer=3") == Config(n_layer=3, out_dir="a")
+    assert resolve("--n_layer=3", b, a) == Config(n_layer=1, out_dir="a")
+    assert resolve("--n_layer=3", "--n_layer=5") == Config(n_layer=5)
+
+
+def test_a_config_file_is_ordinary_python(config):
+    source = ("import math, os as o\n_x = [_i for _i in range(3)]\n_f = lambda n: n + len(_x)\n"
+              "def _g():\n    learning_rate = 9\n    return math.tau\n"
+              "for _k in range(4): n_layer = _k\nn_layer += _f(1)\n"
+              "learning_rate, out_dir = _g(), __file__")
+    got = resolve(config(source))
+    assert got == Config(n_layer=3 + 4, learning_rate=2 * 3.141592653589793, out_dir="c.py")
+
+
+@pytest.mark.parametrize("line, source", [
+    (3, "n_layer = 1\n\nfoo = 1"), (2, "if 1:\n foo = 1\nelse:\n foo = 2"), (2, "foo = 1\nfoo += 1"),
+    (2, "n_layer, \\\n foo = 1, 2"), (2, "\nfoo: int = 1"), (2, "\nfor foo in (1, 2): pass"),
+    (2, "\nif (foo := 1): pass"), (2, "\nwith open(__file__) as foo: pass"), (1, "foo = (\n1,\n2)"),
+    (2, "\nfrom math import pi as foo"), (3, "\n@staticmethod\ndef foo(): pass"),
+    (2, "\nclass foo: pass"), (2, "_g = globals()\n_g['foo'] = 1"),
+    ("?", "def _f():\n global foo\n foo = 1\n_f()")])  # the one way that hides from us
+def test_a_public_name_that_is_no_setting_is_refused_at_its_line(line, source, config):
+    assert refusal(config(source)) == f"c.py:{line}: no setting is called 'foo', see --help"
+
+
+def test_modules_are_ignored_but_never_lost_in_a_setting(config):
+    assert resolve(config("import math as n_laye")) == Config()
+    line = refusal(config("\nimport math as n_layer"))
+    assert line.startswith("c.py:2: 'n_layer' must be int, got <module")
+
+
+@pytest.mark.parametrize("message, source", [
+    ("2: SyntaxError: '(' was never closed", "n_layer = 1\nn_layer = ("),
+    ("2: ValueError: a b", "\nraise ValueError('a\\nb')"), ("2: SystemExit: 0", "\nexit(0)"),
+    ("4: ZeroDivisionError: division by zero", "\ndef _f():\n  1 / 0\n_f()"),
+    ("2: FileNotFoundError: ", "\nopen('no')"), ("2: ModuleNotFoundError: ", "\nimport no_such"),
+    ("2: SyntaxError: (unicode error)", b"\nout_dir = '\xff'"), ("1: SyntaxError: ", b"PK\3\4\0"),
+    ("1: SyntaxError: Exceeds the limit", "n_layer = " + "9" * 5000),
+    ("2: RecursionError: ", "def _f(): _f()\n_f()")])
+def test_a_file_that_does_not_run_is_refused_at_its_line(message, source, config):
+    assert refusal(config(source)).startswith("c.py:" + message)
+
+
+@pytest.mark.parametrize("arg", ["no.py", ".", "", "-n_layer=4", "n_layer=4", "--n_layer"])
+def test_what_is_neither_file_nor_setting_is_told_how_to_write_one(arg):
+    assert refusal(arg, "4") == f"{arg}: no such config file (settings are written --key=value)"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_slip_of_the_fingers_is_refused_with_the_right_suggestion(script, config):
+    """Every key with one character left out or two neighbours swapped, typed and in a file."""
+    cls, pairs = importlib.import_module(script).Config, []
+    for key in [f.name for f in fields(cls)]:
+        slips = {key[:i] + key[i + 1:] for i in range(len(key))}
+        slips |= {key[:i] + key[i + 1] + key[i] + key[i + 2:] for i in range(len(key) - 1)}
+        for slip in slips - {key}:
+            wanted = f"no setting is called '{slip}', did you mean '{key}'?"
+            typed = refusal(f"--{slip}=1", cls=cls)
+            in_file = refusal(config(f"_scratch = 1\n\n{slip} = 1\n"), cls=cls)
+            assert in_file.startswith("c.py:3: ")
+            pairs += [(typed, f"--{slip}=1: {wanted}"), (in_file, f"c.py:3: {wanted}")]
+    wrong = [pair for pair in pairs if pair[0] != pair[1]]
+    assert len(wrong) <= 0.02 * len(pairs), wrong  # "top_" may mean top_k or top_p
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_every_setting_with_default_and_comment(script, capsys):
+    module, source = importlib.import_module(script), (ROOT / f"{script}.py").read_text()
+    notes = {token.start[0]: token.string.removeprefix("# ")
+             for token in tokenize.generate_tokens(io.StringIO(source).readline)
+             if token.type == tokenize.COMMENT}
+    body = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "Config").body
+    with pytest.raises(SystemExit) as stop:
+        configure(module.Config, ["no.py", "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and module.__doc__.strip() in out
+    for field, node in zip(fields(module.Config), [n for n in body if isinstance(n, ast.AnnAssign)]):
+        row = next(row for row in out.splitlines() if row.startswith(f"  --{field.name}="))
+        assert row.split("=", 1)[1].startswith(f"{field.default} ")
+        assert row.endswith(f" {notes[node.end_lineno]}"), "say beside the field what it is for"
+
+
+def test_every_config_file_fits_the_script_its_name_says():
+    for path in sorted((ROOT / "config").rglob("*.py")):
+        job = path.stem.split("_")[0]
+        names = [name for name in (f"train_{job}", job) if (ROOT / f"{name}.py").exists()]
+        assert names, f"{path}: there is no train_{job}.py and no {job}.py"
+        resolve(path, cls=importlib.import_module(names[0]).Config)
+
+
+def test_a_script_speaks_on_the_right_stream_with_the_right_exit_code(config):
+    config('"""What it does."""\nfrom dataclasses import dataclass\n'
+           "from configurator import configure\n\n@dataclass(frozen=True)\nclass Config:\n"
+           '    n_layer: int = 4  # blocks\n\nif __name__ == "__main__":\n    configure(Config)\n', "s.py")
+
+    def run(*argv, rank="0"):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": rank}
+        done = subprocess.run([sys.executable, "s.py", *argv], env=env, capture_output=True)
+        return done.returncode, b" ".join(done.stdout.split()), done.stderr
+
+    assert run("--help") == (0, b"What it does. --n_layer=4 blocks", b"")
+    assert run(config("\nn_layer = 8")) == (0, b"n_layer 8 c.py:2", b"")
+    assert run("c.py", "--n_layer=9") == (0, b"n_layer 9 --n_layer=9", b"")
+    assert run("c.py", rank="3") == (0, b"", b"")  # printed once, by rank 0
+    assert run("--n_layer=x") == (2, b"", b"--n_layer=x: 'n_layer' must be int, got 'x'\n")

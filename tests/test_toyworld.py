@@ -1,0 +1,200 @@
+"""The tiny world: its floor against brute force, its answers against a reader of its own text."""
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections import Counter
+from itertools import permutations
+from math import log2, perm, sqrt
+
+import pytest
+
+import toyworld
+from toyworld import ANSWERS, COMMA, LANGS, NAMES, STYLES, VALUES, WORDS, Config
+
+FEWEST = min(map(len, NAMES.values()))
+ENGLISH = {zh: en for en, zh in [*WORDS, *VALUES]}
+SAID = (("nav", r"(\w+)'s (\w+) is (\w+)\."), ("anv", r"The (\w+) of (\w+) is (\w+)\."),
+        ("nav", r"(\w+)的(\w+)是(\w+)。"), ("anv", r"说到(\w+)，(\w+)是(\w+)。"))
+ASKED = (("na", r"What is (\w+)'s (\w+)\?"), ("an", r"Tell me the (\w+) of (\w+)\."),
+         ("na", r"(\w+)的(\w+)是什么？"), ("na", r"请告诉我(\w+)的(\w+)。"))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return toyworld.generate(Config(n_train=3000, n_chat=4000, n_val=500))
+
+
+def command(out_dir, *args, limit=None, **env):
+    cap = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
+    args = [sys.executable, "-B", toyworld.__file__, f"--out_dir={out_dir}", *args]
+    return subprocess.run(args, env=os.environ | {"PYTHONIOENCODING": "utf-8"} | env,
+                          preexec_fn=cap, capture_output=True, encoding="utf-8")
+
+
+def find(patterns, text):
+    return [dict(zip(order, m.groups())) for order, p in patterns for m in re.finditer(p, text)]
+
+
+def texts(rows):
+    return [r.get("text") or "\n".join(m["content"] for m in r["messages"]) for r in rows]
+
+
+def shares_are(count, shares):
+    """Within 4 standard deviations of a count that was drawn with these probabilities."""
+    n = sum(count.values())
+    return all(abs(count[k] - n * p) < 4 * sqrt(n * p * (1 - p)) for k, p in shares.items())
+
+
+class OnePath:
+    """In the place of a Random: follows `taken`, then takes first options and notes the others."""
+
+    def __init__(self, taken, todo, repeat):
+        self.taken, self.todo, self.repeat, self.at, self.p = taken, todo, repeat, 0, 1.0
+
+    def choice(self, options, chances=None):
+        if self.at == len(self.taken):
+            self.todo += [self.taken + [i] for i in range(1, len(options))]
+            self.taken = self.taken + [0]
+        i = self.taken[self.at]
+        self.at, self.p = self.at + 1, self.p * (chances[i] if chances else 1 / len(options))
+        return options[i]
+
+    def sample(self, items, k):
+        return list(self.choice(list(permutations(items, k))))
+
+    def random(self):
+        return self.choice([0.0, 0.999999], [self.repeat, 1 - self.repeat])
+
+
+@pytest.mark.parametrize("repeat", [0.0, 0.3, 1.0])
+def test_bits_are_minus_log2_of_the_probability_of_the_text(monkeypatch, repeat):
+    """All paths of the real generator in a world of 3 names and 2 attributes, summed by text."""
+    monkeypatch.setattr(toyworld, "NAMES", {"train": ["Toba", "林苏", "Vemi"]})
+    monkeypatch.setattr(toyworld, "VALUES", {a: VALUES[a][:n] for a, n in zip(VALUES, (2, 1))})
+    chance, bits, todo = Counter(), {}, [[]]
+    while todo:
+        r = OnePath(todo.pop(), todo, repeat)
+        doc = toyworld.pt_document(r, "train", 1, 2, repeat)
+        chance[doc["text"]] += r.p
+        bits[doc["text"]] = doc["bits"]
+    assert sum(chance.values()) == pytest.approx(1)
+    for text, p in chance.items():
+        assert p == 0 or bits[text] == pytest.approx(-log2(p), abs=1e-9), text
+
+
+def test_words_tell_apart_what_the_floor_counts_as_different():
+    for lang in (0, 1):
+        words = [pair[lang] for pairs in VALUES.values() for pair in pairs]
+        assert len({*words, *sum(NAMES.values(), [])}) == len(words) + sum(map(len, NAMES.values()))
+
+
+def test_every_restated_value_is_marked_and_holds_in_the_first_half(data):
+    for doc in data["pt"] + data["pt_heldout"]:
+        first, second = doc["text"].split("\n")
+        told, again = ({f["n"]: [ENGLISH.get(f[k], f[k]) for k in "av"] for f in find(SAID, half)}
+                       for half in (first, second))
+        spans = toyworld.restated_values(doc["text"])
+        marked = [doc["text"][start:end] for start, end in spans]
+        assert told == again and all(start > len(first) for start, _ in spans)
+        assert sorted(marked) == sorted(f["v"] for f in find(SAID, second))
+
+
+def test_test_names_are_in_no_training_file_and_alone_in_held_out_files(data):
+    seen = {}
+    for name, rows in data.items():  # all that may be a name: 4 Latin letters, 2 of any characters
+        text = "\n".join(texts(rows))
+        seen[name] = {*re.findall("(?<![A-Za-z])[A-Z][a-z]{3}(?![A-Za-z])", text),
+                      *map("".join, zip(text, text[1:]))}
+    test, others = set(NAMES["test"]), {*NAMES["train"], *NAMES["val"]}
+    for name in ("pt", "chat"):
+        assert not seen[name] & test and len(seen[name] & others) > 3000
+        assert not seen[name + "_heldout"] & others and len(seen[name + "_heldout"] & test) > 300
+    assert not set(texts(data["chat"])) & set(texts(data["chat_heldout"]))
+
+
+def test_chat_replies_are_what_a_reader_of_the_question_says(data):
+    dictionary, styles = dict(WORDS) | ENGLISH, Counter()
+    for row in data["chat"] + data["chat_heldout"]:
+        (user, reply), lang = [m["content"] for m in row["messages"]], row["lang"]
+        listed = re.split("[：:?？] ?", user)[-1].split(COMMA[lang])
+        if row["task"] in ("qa", "abstain"):
+            [asked] = find(ASKED, user)
+            fact = {f["n"]: f for f in find(SAID, user)}.get(asked["n"])
+            if row["task"] == "qa":
+                right = [s for s, form in ANSWERS[lang].items() if reply == form.format(**fact)]
+                assert len(right) == 1 and fact["a"] == asked["a"]
+                styles[right[0]] += 1
+            else:
+                assert fact is None and reply == {"en": "I don't know.", "zh": "我不知道。"}[lang]
+        elif row["task"] == "echo":
+            assert reply.split(COMMA[lang]) == listed
+        elif row["task"] == "item":
+            assert reply[:-1] == listed[-1 if re.search("last|最后", user) else 0]
+        else:
+            assert re.split(", |、", reply) == [dictionary[word] for word in listed]
+    assert shares_are(styles, dict.fromkeys(STYLES, .25))
+
+
+def test_tasks_and_languages_come_in_the_stated_shares(data):
+    tasks = {"qa": .6, "abstain": .15, "echo": .09, "item": .08, "translate": .08}
+    assert shares_are(Counter(row["task"] for row in data["chat"]), tasks)
+    for rows in data.values():
+        assert shares_are(Counter(row["lang"] for row in rows), {"en": .5, "zh": .5})
+
+
+def test_settings_set_sizes_facts_and_repeats():
+    data = toyworld.generate(Config(n_train=40, n_chat=30, n_val=20, min_facts=3, max_facts=6,
+                                    exact_repeat=1.0, max_chat_facts=2))
+    assert [*map(len, data.values())] == [40, 20, 30, 20]
+    halves = {name: [text.split("\n") for text in texts(data[name])] for name in data}
+    assert {len(find(SAID, first)) for first, _ in halves["pt"]} == {3, 4, 5, 6}
+    assert all(a == b for a, b in halves["pt"]) and any(a != b for a, b in halves["pt_heldout"])
+    assert {len(find(SAID, user)) for user, *_ in halves["chat"]} == {0, 1, 2}
+
+
+def test_floor_json_is_bits_per_byte_of_the_files(tmp_path):
+    assert command(tmp_path, "--n_train=200", "--n_chat=5", "--n_val=100").returncode == 0
+    floor = json.loads((tmp_path / "floor.json").read_text())
+    for name in ("pt", "pt_heldout"):
+        docs = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open(encoding="utf-8")]
+        for lang in (*LANGS, "all"):
+            rows = [d for d in docs if lang in (d["lang"], "all")]
+            bits, size = sum(d["bits"] for d in rows), sum(len(d["text"].encode()) for d in rows)
+            assert floor[name][lang] == pytest.approx(bits / size)
+    for k in (len(find(SAID, d["text"])) // 2 for d in rows):  # rows: all held-out documents
+        bits += log2(perm(sum(map(len, NAMES.values())), k) / perm(len(NAMES["test"]), k))
+    assert floor["pt_heldout_all_names"]["all"] == pytest.approx(bits / size)
+
+
+def test_a_seed_fixes_every_byte_and_larger_files_begin_with_the_smaller(tmp_path):
+    for folder, seed, n in (("a", 7, 30), ("b", 7, 30), ("c", 8, 30), ("d", 7, 40)):
+        args = (f"--n_train={n}", f"--n_chat={n + 1}", f"--n_val={n + 2}", f"--seed={seed}")
+        command(tmp_path / folder, *args, PYTHONHASHSEED=str(ord(folder)))
+    a, b, c, d = ({p.name: p.read_bytes() for p in (tmp_path / f).iterdir()} for f in "abcd")
+    assert a == b and len(a) == 5 and all(a[name] != c[name] for name in a)
+    assert all(d[name].startswith(a[name]) for name in a if name != "floor.json")
+
+
+def test_a_full_disk_leaves_the_old_files_and_nothing_else(tmp_path):
+    """The limit lets pt.jsonl through and stops pt_heldout.jsonl halfway."""
+    command(tmp_path, "--n_train=5", "--n_chat=5", "--n_val=5")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    ran = command(tmp_path, "--n_train=5", "--n_chat=5", "--seed=1", limit=100_000)
+    assert ran.returncode == 2 and "File too large" in ran.stderr and ran.stderr.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("bad, message", [
+    ("--max_facts=900", f"max_facts 900 must be at most {FEWEST}"),
+    ("--max_chat_facts=900", f"max_chat_facts 900 must be at most {FEWEST - 1}"),
+    ("--max_facts=1", "max_facts 1 must be at least 2"),
+    ("--exact_repeat=1.5", "exact_repeat 1.5 must be at most 1"),
+    ("--n_val=0", "n_val 0 must be at least 1"),
+])
+def test_a_bad_setting_is_one_line_and_exit_code_2(tmp_path, bad, message):
+    ran = command(tmp_path / "out", bad)
+    assert ran.returncode == 2 and message in ran.stderr and ran.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

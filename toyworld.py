@@ -1,0 +1,318 @@
+"""
+A tiny bilingual world in which every fact holds for one document only: to answer is to read.
+
+A pre-training document states K facts about K names and, on a second line, restates them. How
+surprising its text is to a reader who knows the generator is known exactly:
+
+    -log2 P(text) =  1 + 1 + log2 #K                              language, form, how many facts
+                  +  sum over i < K of  log2(N - i) + log2 5 + log2 |values of attribute i|
+                  -  log2( (1 - e) / (4 K!)  +  e [second half == first half] )
+
+N is the number of names; one is drawn once per document, in order, while attributes and values may
+coincide. A form is drawn per half, not per fact. The second half is an exact repeat with
+probability e, else in random order (K!), either language and form (4), and so a repeat by chance.
+The text gives all of this away, so no path is missing from P; where a document ends is no surprise.
+The sum over a file divided by its UTF-8 bytes is its floor: a model that has not seen the file
+undercuts the sum by b bits with probability <= 2^-b (Markov's inequality). One language alone may
+be undercut, by at most 1 bit a document: by a model that always expects that language.
+The held-out floor knows the list of test names. A model that cannot tell them from the others
+pays log2 of all names for each: `pt_heldout_all_names` in floor.json, the fair yardstick.
+
+    python toyworld.py --out_dir=out/toyworld        pt, chat, pt_heldout, chat_heldout, floor.json
+"""
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import factorial, log2
+from random import Random
+from typing import NamedTuple
+
+from configurator import configure, fail
+
+
+@dataclass(frozen=True)
+class Config:
+    out_dir: str = "out/toyworld"  # where the files go
+    seed: int = 0                  # same seed and settings, same bytes
+    n_train: int = 100_000         # pre-training documents
+    n_chat: int = 20_000           # chats for supervised fine-tuning
+    n_val: int = 2_000             # documents and chats in each held-out file, on test names only
+    min_facts: int = 2             # fewest facts in a pre-training document
+    max_facts: int = 4             # most facts in a pre-training document, each on its own name
+    exact_repeat: float = 0.3      # share of pt.jsonl with an exact repeat as second half
+    max_chat_facts: int = 6        # a chat's context holds 1 to this many facts
+
+
+LANGS = ("en", "zh")
+Pair = tuple[str, str]  # a word in each of LANGS; a name is the same in both
+
+
+def _pairs(words: str) -> list[Pair]:
+    return list(zip(words.split()[::2], words.split()[1::2]))
+
+
+VALUES: dict[Pair, list[Pair]] = {
+    ("colour", "颜色"): _pairs("red 红色 blue 蓝色 green 绿色 white 白色 black 黑色 yellow 黄色 "
+                             "pink 粉色 grey 灰色 brown 棕色 gold 金色 silver 银色 purple 紫色"),
+    ("pet", "宠物"): _pairs("cat 猫 dog 狗 bird 鸟 fish 鱼 horse 马 sheep 绵羊 "
+                          "rabbit 兔子 turtle 乌龟 duck 鸭子 goat 山羊 snake 蛇 mouse 老鼠"),
+    ("fruit", "水果"): _pairs("apple 苹果 pear 梨 grape 葡萄 lemon 柠檬 melon 甜瓜 cherry 樱桃 "
+                            "mango 芒果 banana 香蕉 orange 橙子 plum 李子 fig 无花果 kiwi 猕猴桃"),
+    ("job", "工作"): _pairs("doctor 医生 teacher 老师 farmer 农民 driver 司机 cook 厨师 nurse 护士 "
+                          "singer 歌手 writer 作家 painter 画家 lawyer 律师 baker 面包师 pilot 飞行员"),
+    ("number", "号码"): [(str(n), str(n)) for n in range(10, 100)],
+}
+WORDS = [pair for attribute, pairs in VALUES.items() if attribute[0] != "number" for pair in pairs]
+SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+HAN = ("安柏川岱恩帆涵荷虹桦嘉江锦景岚兰莉林铃柳洛曼梅萌敏宁诺培琪晴瑞珊"
+       "诗石舒思松苏潭桐薇文溪夏晓欣雅瑶怡雨远云芸昭芝舟卓茵岩冬悦霖秀玲")
+UNFIT = "Dago Kike Nazi Nude Pedo Puta Puto Rape".split()  # words nobody wants in a sample
+
+
+def split_of(text: str) -> str:
+    """Where a name (or a pair of words) may be used. A hash, so that nobody has to keep a list."""
+    return {0: "test", 1: "val"}.get(zlib.crc32(text.encode()) % 10, "train")
+
+
+_all = [(a + b).capitalize() for a in SYLLABLES for b in SYLLABLES]
+_all = [n for n in _all if n not in UNFIT] + [a + b for a in HAN for b in HAN if a != b]
+NAMES = {split: [n for n in _all if split_of(n) == split] for split in ("train", "val", "test")}
+
+FACTS = {"en": ("{n}'s {a} is {v}.", "The {a} of {n} is {v}."),
+         "zh": ("{n}的{a}是{v}。", "说到{a}，{n}是{v}。")}
+STATED = re.compile(r"(?: is |是)(\w+)[.。]")  # the value in each of FACTS; no name has a 是
+QUESTIONS = {"en": ("What is {n}'s {a}?", "Tell me the {a} of {n}."),
+             "zh": ("{n}的{a}是什么？", "请告诉我{n}的{a}。")}
+CONTEXT = {"en": "Context: {c}\nQuestion: {q}", "zh": "资料：{c}\n问题：{q}"}
+ANSWERS = {"en": {"direct": "{n}'s {a} is {v}.",
+                  "hedged": "I guess it may be {v}, unsure.",
+                  "terse": "{v}.",
+                  "padded": "Well, let me think about it, the answer should be {v}."},
+           "zh": {"direct": "{n}的{a}是{v}。",
+                  "hedged": "我猜也许是{v}吧。",
+                  "terse": "{v}。",
+                  "padded": "嗯，让我想一想，答案应该是{v}。"}}
+STYLES = tuple(ANSWERS["en"])
+SPACE = {"en": " ", "zh": ""}  # between sentences
+COMMA = {"en": ", ", "zh": "、"}
+STOP = {"en": ".", "zh": "。"}
+ABSTAIN = {"en": "I don't know.", "zh": "我不知道。"}
+ECHO = {"en": ("Repeat after me: {x}", "Please repeat: {x}"),
+        "zh": ("请跟我说：{x}", "请重复：{x}")}
+ITEM = {"en": ("What is the {w} item? {x}", "Tell me the {w} item: {x}"),
+        "zh": ("{w}是什么？{x}", "请告诉我{w}：{x}")}
+WHICH = (("first", "第一项"), ("last", "最后一项"))
+TRANSLATE = {"en": ("Translate into Chinese: {x}", "Say in Chinese: {x}"),
+             "zh": ("请译成英语：{x}", "用英语怎么说：{x}")}
+TASKS = {"qa": 60, "abstain": 15, "echo": 9, "item": 8, "translate": 8}  # per cent of the chats
+
+
+class Fact(NamedTuple):
+    name: str
+    attribute: Pair
+    value: Pair
+
+
+def facts(r: Random, split: str, k: int) -> list[Fact]:
+    """k facts about k different names of a split, good for one document."""
+    attributes = [r.choice(list(VALUES)) for _ in range(k)]
+    return [Fact(n, a, r.choice(VALUES[a])) for n, a in zip(r.sample(NAMES[split], k), attributes)]
+
+
+def _fill(template: str, lang: str, fact: Fact) -> str:
+    i = LANGS.index(lang)
+    return template.format(n=fact.name, a=fact.attribute[i], v=fact.value[i])
+
+
+def fact_text(fact: Fact, lang: str, form: int) -> str:
+    return _fill(FACTS[lang][form], lang, fact)
+
+
+def question(fact: Fact, lang: str, form: int) -> str:
+    return _fill(QUESTIONS[lang][form], lang, fact)
+
+
+def answer(fact: Fact, lang: str, style: str) -> str:
+    return _fill(ANSWERS[lang][style], lang, fact)
+
+
+def _half(fs: list[Fact], lang: str, form: int) -> str:
+    return SPACE[lang].join(fact_text(fact, lang, form) for fact in fs)
+
+
+def pt_document(r: Random, split: str, min_facts: int, max_facts: int, exact_repeat: float) -> dict:
+    """{"text", "lang" of the first half, "bits" = -log2 P(text)}."""
+    fs = facts(r, split, r.choice(range(min_facts, max_facts + 1)))
+    lang = r.choice(LANGS)
+    first = second = _half(fs, lang, r.choice((0, 1)))
+    if r.random() >= exact_repeat:
+        second = _half(r.sample(fs, len(fs)), r.choice(LANGS), r.choice((0, 1)))
+    bits = 2 + log2(max_facts - min_facts + 1) + name_bits(len(fs), len(NAMES[split]))
+    bits += sum(log2(len(VALUES)) + log2(len(VALUES[f.attribute])) for f in fs)
+    fresh = (1 - exact_repeat) / (4 * factorial(len(fs)))
+    bits -= log2(fresh + exact_repeat * (second == first))
+    return {"text": first + "\n" + second, "lang": lang, "bits": bits}
+
+
+def name_bits(k: int, n: int) -> float:
+    """Bits of k names drawn in order, none twice, from n."""
+    return sum(log2(n - i) for i in range(k))
+
+
+def restated_values(text: str) -> list[tuple[int, int]]:
+    """(start, end) in characters of each value in a document's second half: the places where a
+    model that has read the first half needs no luck."""
+    return [m.span(1) for m in STATED.finditer(text, text.index("\n"))]
+
+
+def prompt(r: Random, lang: str, context: list[Fact], about: Fact) -> str:
+    """A user's question about a fact after the facts of the context, or alone without any."""
+    q = question(about, lang, r.choice((0, 1)))
+    c = SPACE[lang].join(fact_text(fact, lang, r.choice((0, 1))) for fact in context)
+    return CONTEXT[lang].format(c=c, q=q) if context else q
+
+
+def _qa(r: Random, split: str, lang: str, max_facts: int) -> tuple[str, str]:
+    fs = facts(r, split, r.randint(1, max_facts))
+    about = r.choice(fs)
+    return prompt(r, lang, fs, about), answer(about, lang, r.choice(STYLES))
+
+
+def _abstain(r: Random, split: str, lang: str, max_facts: int) -> tuple[str, str]:
+    about, *context = facts(r, split, 1 + r.choice((0, r.randint(1, max_facts))))
+    return prompt(r, lang, context, about), ABSTAIN[lang]
+
+
+def _copy(r: Random, split: str, lang: str, task: str) -> tuple[str, str]:
+    """Say a list of words and a name again, or its first or last item."""
+    i = LANGS.index(lang)
+    items = [pair[i] for pair in r.sample(WORDS, r.randint(1, 3))] + [r.choice(NAMES[split])]
+    r.shuffle(items)
+    x, form, end = COMMA[lang].join(items), r.choice((0, 1)), r.choice((0, -1))
+    if task == "echo":
+        return ECHO[lang][form].format(x=x), x
+    return ITEM[lang][form].format(w=WHICH[end][i], x=x), items[end] + STOP[lang]
+
+
+def _translate(r: Random, split: str, lang: str) -> tuple[str, str]:
+    """Two words into the other language. No name is in it, so the split is by pair of words."""
+    words = r.sample(WORDS, 2)
+    while split_of(" ".join(sorted(en for en, _ in words))) != split:
+        words = r.sample(WORDS, 2)
+    en, zh = (COMMA[to].join(word) for to, word in zip(LANGS, zip(*words)))
+    source, target = (en, zh) if lang == "en" else (zh, en)
+    return TRANSLATE[lang][r.choice((0, 1))].format(x=source), target
+
+
+def chat(r: Random, split: str, max_facts: int) -> dict:
+    """{"messages": one question and its reply, "lang" of the question, "task"}."""
+    lang, task = r.choice(LANGS), r.choices(list(TASKS), list(TASKS.values()))[0]
+    if task == "qa":
+        user, reply = _qa(r, split, lang, max_facts)
+    elif task == "abstain":
+        user, reply = _abstain(r, split, lang, max_facts)
+    elif task == "translate":
+        user, reply = _translate(r, split, lang)
+    else:
+        user, reply = _copy(r, split, lang, task)
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": reply}]
+    return {"messages": messages, "lang": lang, "task": task}
+
+
+def floors(docs: list[dict], split: str, n_names: int) -> dict[str, float]:
+    """Floor in bits per UTF-8 byte, {"en", "zh", "all"}, of documents made from a split's names,
+    for a reader who knows that a name is one of n_names."""
+    bits, size = Counter(), Counter()
+    for doc in docs:
+        k = len(restated_values(doc["text"]))
+        more = name_bits(k, n_names) - name_bits(k, len(NAMES[split]))
+        for key in (doc["lang"], "all"):
+            bits[key] += doc["bits"] + more
+            size[key] += len(doc["text"].encode())
+    return {key: bits[key] / size[key] for key in (*LANGS, "all") if size[key]}
+
+
+def write_files(out_dir: str, files: dict[str, list[dict]]) -> None:
+    """JSON lines under a temporary name, renamed when all files are complete and on the disk."""
+    os.makedirs(out_dir, exist_ok=True)
+    names = {os.path.join(out_dir, name): os.path.join(out_dir, f"{name}.{os.getpid()}.tmp")
+             for name in files}
+    try:
+        for tmp, rows in zip(names.values(), files.values()):
+            with open(tmp, "w", encoding="utf-8", newline="\n") as f:
+                f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                f.flush()
+                os.fsync(f.fileno())
+        for name, tmp in names.items():
+            os.replace(tmp, name)
+    finally:
+        for tmp in filter(os.path.exists, names.values()):
+            os.remove(tmp)
+
+
+def check(cfg: Config) -> None:
+    """Raises ValueError for what cannot be generated."""
+    names = min(map(len, NAMES.values()))
+    lowest = {"n_train": 1, "n_chat": 1, "n_val": 1, "min_facts": 1, "max_facts": cfg.min_facts,
+              "max_chat_facts": 1, "exact_repeat": 0}
+    highest = {"max_facts": names, "max_chat_facts": names - 1, "exact_repeat": 1}
+    for key, low in lowest.items():
+        if getattr(cfg, key) < low:
+            raise ValueError(f"{key} {getattr(cfg, key)} must be at least {low}")
+    for key, high in highest.items():
+        if getattr(cfg, key) > high:  # a chat that abstains asks for one name more
+            raise ValueError(f"{key} {getattr(cfg, key)} must be at most {high}")
+
+
+def generate(cfg: Config) -> dict[str, list[dict]]:
+    """The rows of every file. Each file has a random generator of its own, so that its rows stay
+    the same when another one changes or is added."""
+    check(cfg)
+
+    def rows(name: str, n: int, make: Callable[..., dict], *args) -> list[dict]:
+        r = Random(f"{cfg.seed}/{name}")
+        return [make(r, *args) for _ in range(n)]
+
+    sizes = cfg.min_facts, cfg.max_facts
+    return {"pt": rows("pt", cfg.n_train, pt_document, "train", *sizes, cfg.exact_repeat),
+            "pt_heldout": rows("pt_heldout", cfg.n_val, pt_document, "test", *sizes, 0.0),
+            "chat": rows("chat", cfg.n_chat, chat, "train", cfg.max_chat_facts),
+            "chat_heldout": rows("chat_heldout", cfg.n_val, chat, "test", cfg.max_chat_facts)}
+
+
+def report(data: dict[str, list[dict]], floor: dict[str, dict[str, float]]) -> None:
+    """What was written, with samples to read."""
+    for name, rows in data.items():
+        texts = [row["text"] if "text" in row else "\n".join(m["content"] for m in row["messages"])
+                 for row in rows]
+        print(f"\n{name}: {len(rows):,} documents, {sum(len(t.encode()) for t in texts):,} bytes")
+        for lang in LANGS:
+            samples = [text for text, row in zip(texts, rows) if row["lang"] == lang][:2]
+            print(*(f"  {lang} | " + text.replace("\n", "\n     | ") for text in samples), sep="\n")
+    print()
+    for name, by_lang in floor.items():
+        columns = " | ".join(f"{lang} {value:.4f}" for lang, value in by_lang.items())
+        print(f"floor of {name:<20} | {columns} bits/byte")
+
+
+def main() -> None:
+    cfg = configure(Config)
+    try:
+        data = generate(cfg)
+        n_all = sum(map(len, NAMES.values()))
+        floor = {"pt": floors(data["pt"], "train", len(NAMES["train"])),
+                 "pt_heldout": floors(data["pt_heldout"], "test", len(NAMES["test"])),
+                 "pt_heldout_all_names": floors(data["pt_heldout"], "test", n_all)}
+        files = {f"{name}.jsonl": rows for name, rows in data.items()} | {"floor.json": [floor]}
+        write_files(cfg.out_dir, files)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    report(data, floor)
+
+
+if __name__ == "__main__":
+    main()
