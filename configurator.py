@@ -77,7 +77,7 @@ def configure(cls: type[C], argv: list[str] | None = None) -> C:
 
 def _run(path: str) -> dict[str, tuple[Any, int | str]]:
     """Run a config file: the names it leaves behind, each with the line that assigned it last."""
-    class Namespace(dict):
+    class Namespace(dict):  # sees every assignment: by for, import, with, def, := too
         def __setitem__(self, name: str, value: Any) -> None:
             super().__setitem__(name, value)
             lines[name] = sys._getframe(1).f_lineno

@@ -42,12 +42,13 @@ class Config:
     cache: bool = True  # keep keys and values; --cache=False recomputes all of them for each token
     timing: bool = False  # print tokens/s of reading the prompt and of writing
     compile: bool = False  # compile the model first (needs a C++ compiler; slow start)
-    device: str = "auto"  # cuda, mps or cpu
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on cuda
 
 
-def sample(logits: Tensor, seen: list[list[int]], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-           min_p: float = 0.0, repetition_penalty: float = 1.0, rng: torch.Generator | None = None) -> Tensor:
+def sample(logits: Tensor, seen: list[list[int]], temperature: float = 1.0, top_k: int = 0,
+           top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
+           rng: torch.Generator | None = None) -> Tensor:
     """One token per row, (B,), from logits (B, V). `seen` are the ids so far of each row, for the
     penalty (Keskar et al. 2019, eq. 2). Filters apply in the order top-k, top-p, min-p."""
     logits = logits.float()
@@ -55,13 +56,14 @@ def sample(logits: Tensor, seen: list[list[int]], temperature: float = 1.0, top_
         logits = logits.clone()
         for row, ids in zip(logits, seen):
             at = torch.tensor(sorted(set(ids)), device=row.device)
-            row[at] = torch.where(row[at] > 0, row[at] / repetition_penalty, row[at] * repetition_penalty)
-    if temperature == 0:
+            was = row[at]
+            row[at] = torch.where(was > 0, was / repetition_penalty, was * repetition_penalty)
+    if temperature < 1e-5:  # 0, or so low that the division could overflow
         return logits.argmax(-1)
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        values, at = logits.topk(top_k)  # k of them even where several are equally likely
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, at, values)
     if top_p < 1.0:
         ordered, order = logits.softmax(-1).sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # probability of all more likely tokens
@@ -74,8 +76,9 @@ def sample(logits: Tensor, seen: list[list[int]], temperature: float = 1.0, top_
 
 
 @torch.inference_mode()
-def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *, stop: tuple[int, ...] = (),
-             seed: int = 0, cache: bool = True, **sampling) -> Iterator[list[int | None]]:
+def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
+             stop: tuple[int, ...] = (), seed: int = 0, cache: bool = True,
+             **sampling) -> Iterator[list[int | None]]:
     """Continue token-id prompts of any lengths together. Each item holds the next id of every row,
     None for a row that has stopped; a stop id is given out before its row stops. Ends when all rows
     have, or after `max_tokens`. Sampling settings are those of `sample`. Raises ValueError if a
@@ -85,22 +88,25 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *, s
         raise ValueError("a prompt must have at least one token")
     limit = model.config.max_seq_len
     if longest + max_tokens > limit:
-        raise ValueError(f"a prompt of {longest} tokens and --max_tokens={max_tokens} are more than the "
-                         f"{limit} the model can read; " + ("shorten the prompt" if longest >= limit else
-                                                            f"--max_tokens={limit - longest} fits"))
+        room = limit - longest
+        raise ValueError(f"a prompt of {longest} tokens and --max_tokens={max_tokens} are more "
+                         f"than the {limit} the model can read; " +
+                         (f"--max_tokens={room} fits" if room > 0 else "shorten the prompt"))
     weight = model.embed_tokens.weight
     rng = torch.Generator(weight.device).manual_seed(seed)
     rows = [list(p) for p in prompts]
     running = [True] * len(rows)
     if cache:
         pad = [longest - len(r) for r in rows]
-        kv = KVCache(model.config, len(rows), longest + max_tokens, pad, weight.device, weight.dtype)
+        kv = KVCache(model.config, len(rows), longest + max_tokens, pad, weight.device,
+                     weight.dtype)
         fresh = torch.tensor([[0] * n + r for n, r in zip(pad, rows)], device=weight.device)
     for _ in range(max_tokens):
         if cache:
             logits = model.lm_head(model(fresh, kv, hidden=True)[:, -1])  # (B, T) -> (B, V)
         else:
-            logits = torch.cat([model(torch.tensor([r], device=weight.device))[:, -1] for r in rows])
+            logits = torch.cat([model(torch.tensor([r], device=weight.device))[:, -1]
+                                for r in rows])
         fresh = sample(logits, rows, rng=rng, **sampling)[:, None]
         ids: list[int | None] = fresh[:, 0].tolist()
         for i, token in enumerate(ids):
@@ -114,7 +120,8 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *, s
             return
 
 
-def complete(model: Transformer, tok: Tokenizer, prompts: list[list[int]], max_tokens: int, **settings) -> list[str]:
+def complete(model: Transformer, tok: Tokenizer, prompts: list[list[int]], max_tokens: int,
+             **settings) -> list[str]:
     """The text that follows each prompt, without the stop token."""
     texts: list[list[int]] = [[] for _ in prompts]
     stop = settings.get("stop", ())
@@ -125,82 +132,92 @@ def complete(model: Transformer, tok: Tokenizer, prompts: list[list[int]], max_t
     return [tok.decode(text) for text in texts]
 
 
-def load_model(where: str, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
+def load_model(where: str, device: torch.device,
+               dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint, ready to write. Raises ValueError naming the file."""
     state, path = checkpoint.load(where, device)
     try:
         with torch.device("meta"):
             model = Transformer(ModelConfig(**state["model_config"]))
         model.load_state_dict(state["model"], assign=True)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: holds no language model of this program: {str(error)[:200]}") from None
-    return model.to(dtype).eval(), Tokenizer(state["tokenizer"], str(path))
+        tok = Tokenizer(state["tokenizer"], str(path))
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: holds no language model of this program: "
+                         f"{str(error)[:200]}") from None
+    if model.config.tied:  # assigning has made two parameters of the one matrix
+        model.lm_head.weight = model.embed_tokens.weight
+    return model.to(dtype).eval(), tok
 
 
 def read_prompts(cfg: Config) -> list[str]:
     """The prompts of the command line. Raises ValueError if there are none, or two sources."""
     if bool(cfg.prompt) + bool(cfg.file) + cfg.interactive != 1:
-        raise ValueError("give one of --prompt=TEXT, --file=FILE (- is standard input) and --interactive")
+        raise ValueError("give one of --prompt=TEXT, --file=FILE (- is standard input) and "
+                         "--interactive")
+    if cfg.batch and not cfg.file:
+        raise ValueError("--batch takes its prompts from the lines of a file: give --file=FILE")
+    if cfg.interactive:
+        return []
     if cfg.prompt:
         return [cfg.prompt]
     try:
-        if cfg.file == "-":
-            text = sys.stdin.buffer.read().decode("utf-8-sig")
-        else:
-            with open(cfg.file, encoding="utf-8-sig") as f:
-                text = f.read()
+        with open(0 if cfg.file == "-" else cfg.file, encoding="utf-8-sig") as f:
+            text = f.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{cfg.file}: {error}") from None
-    prompts = [line for line in text.splitlines() if line.strip()] if cfg.batch else [text.removesuffix("\n")]
-    if not any(prompts):
+    lines = text.split("\n") if cfg.batch else [text.removesuffix("\n")]
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
         raise ValueError(f"{cfg.file}: no prompt in it")
     return prompts
 
 
-def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config, stop: tuple[int, ...]) -> None:
-    """Print what follows the prompts; with --stream as it is written, rows one after another."""
+def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config,
+           stop: tuple[int, ...]) -> None:
+    """Print the prompts and what follows each; with --stream as it is written."""
     ids = [tok.encode_ordinary(p) for p in prompts]
-    settings = dict(stop=stop, seed=cfg.seed, cache=cfg.cache, temperature=cfg.temperature, top_k=cfg.top_k,
-                    top_p=cfg.top_p, min_p=cfg.min_p, repetition_penalty=cfg.repetition_penalty)
-    marks, n = [time.perf_counter()], 0
     decoders = [StreamDecoder(tok) for _ in prompts]
-    texts = list(prompts)
-    streaming = cfg.stream and len(prompts) == 1
-    if streaming:
-        print(prompts[0], end="", flush=True)
-    for step in generate(model, ids, cfg.max_tokens, **settings):
-        marks = marks[:1] + [marks[1] if n else time.perf_counter(), time.perf_counter()]
+    texts, shown, n = list(prompts), 0, 0
+    begin = first = last = time.perf_counter()
+    for step in generate(model, ids, cfg.max_tokens, stop=stop, seed=cfg.seed, cache=cfg.cache,
+                         temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+                         min_p=cfg.min_p, repetition_penalty=cfg.repetition_penalty):
+        last = time.perf_counter()
+        first = first if n else last
+        n += sum(token is not None for token in step)
         for i, token in enumerate(step):
-            if token is None:
-                continue
-            n += 1
-            piece = "" if token in stop else decoders[i].push(token)
-            texts[i] += piece
-            if streaming:
-                print(piece, end="", flush=True)
-    for i, text in enumerate(texts):
-        end = decoders[i].flush()
-        print(end if streaming else text + end)
-    if cfg.timing and n:
-        begin, first, last = marks
-        n_read, n_more = sum(map(len, ids)), n - len(prompts)
+            if token is not None and token not in stop:
+                texts[i] += decoders[i].push(token)
+        if cfg.stream:
+            print(texts[0][shown:], end="", flush=True)
+            shown = len(texts[0])
+    for text, decoder in zip(texts, decoders):
+        print(text[shown:] + decoder.flush())
+    if cfg.timing:
+        n_read, n_more = sum(map(len, ids)), n - len(prompts)  # the prompt gives the first of a row
         print(f"read {n_read} tokens at {n_read / (first - begin):,.0f} tok/s, "
-              f"wrote {n} at {n_more / (last - first) if n_more else 0:,.1f} tok/s", file=sys.stderr)
+              f"wrote {n} at {n_more / (last - first) if n_more else 0:,.1f} tok/s",
+              file=sys.stderr)
 
 
 def check(cfg: Config) -> None:
-    """Raises ValueError for a setting out of its range."""
-    for name, low, high in (("temperature", 0, 100), ("top_k", 0, 1 << 30), ("top_p", 1e-9, 1), ("min_p", 0, 1),
-                            ("repetition_penalty", 1e-9, 100), ("max_tokens", 1, 1 << 30)):
+    """Raises ValueError for a setting out of its range, or two that do not go together."""
+    for name, low, high in (("temperature", 0, 100), ("top_k", 0, 1 << 30), ("top_p", 1e-9, 1),
+                            ("min_p", 0, 1), ("repetition_penalty", 1e-9, 100),
+                            ("max_tokens", 1, 1 << 30)):
         if not low <= getattr(cfg, name) <= high:
             raise ValueError(f"--{name}={getattr(cfg, name)} must lie between {low:g} and {high:g}")
+    if cfg.stream and cfg.batch:
+        raise ValueError("--stream shows one text as it grows, --batch makes many: choose one")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda: no CUDA device here; try --device=cpu")
 
 
 def main() -> None:
     cfg = configure(Config)
     try:
         check(cfg)
-        prompts = [] if cfg.interactive else read_prompts(cfg)
+        prompts = read_prompts(cfg)
         device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else (
             "mps" if torch.backends.mps.is_available() else "cpu")
         dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
@@ -208,7 +225,8 @@ def main() -> None:
         names = [s for s in cfg.stop.split(",") if s]
         for name in names:
             if name not in tok.special_tokens_set:
-                raise ValueError(f"--stop: {name} is none of {', '.join(sorted(tok.special_tokens_set))}")
+                raise ValueError(f"--stop: {name} is none of "
+                                 f"{', '.join(sorted(tok.special_tokens_set))}")
         stop = tuple(tok.encode_single_token(name) for name in names)
         if cfg.compile:
             model.forward = torch.compile(model.forward, dynamic=True)
@@ -216,19 +234,20 @@ def main() -> None:
             answer(model, tok, prompts, cfg, stop)
     except (ValueError, RuntimeError) as error:
         fail(f"{error}")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     while cfg.interactive:
+        line = None
         try:
             line = input("\n> ")
+            if line:
+                answer(model, tok, [line], cfg, stop)
+        except (ValueError, RuntimeError) as error:
+            print(error)
         except (EOFError, KeyboardInterrupt):
             print()
-            return
-        if line:
-            try:
-                answer(model, tok, [line], cfg, stop)
-            except ValueError as error:
-                print(error)
-            except KeyboardInterrupt:
-                print(" …")
+            if line is None:  # not while it was writing: Ctrl-C ends only that
+                return
 
 
 if __name__ == "__main__":

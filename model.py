@@ -58,18 +58,18 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position times frequency, (*positions.shape, head_dim) each, in fp32.
+    """cos and signed sin of position times frequency, (*positions.shape, head_dim) each, in fp32.
     Frequencies are theta^(-2i/head_dim); the two halves of a head share them (rotate-half)."""
     i = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angle = positions.float()[..., None] * theta ** (-i / head_dim)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + D/2}) by its angle. x: (B, H, T, D); cos, sin: (..., T, D)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """Turn each pair (a, b) = (x_i, x_{i + D/2}) by its angle: (a cos - b sin, b cos + a sin).
+    x: (B, H, T, D); cos, sin: (..., T, D) of `rope_table`, which puts the minus into sin."""
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 class KVCache:
@@ -100,10 +100,10 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, H, T, D) keys and values behind `length`; all so far, (B, H, length + T, D)."""
         end = self.length + k.size(2)
-        kv = self.kv[layer, :, :, :, :end]
-        kv[0, :, :, self.length:] = k
-        kv[1, :, :, self.length:] = v
-        return kv[0], kv[1]
+        keys, values = self.kv[layer].unbind()
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -193,7 +193,7 @@ class Transformer(nn.Module):
             cache.check_room(B, T)
             positions, mask = self.place(positions, cache)
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
-        rope = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (T, D) -> (1, T, D); (B, T, D) -> (B, 1, T, D)
+        rope = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (T, D) or (B, T, D) -> (…, 1, T, D)
         x = self.embed_tokens(idx)  # (B, T) -> (B, T, C)
         for block in self.layers:
             x = block(x, rope, mask, cache)
@@ -235,14 +235,22 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumulate: int = 1,
                     width: int = 4) -> dict[str, int]:
-    """Bytes at the fullest moment of an AdamW step, by what takes them; `width` is bytes per
-    activation. The counts per token and layer are what autograd keeps of each line above."""
+    """Bytes at the fullest moment of an AdamW step on one device, by what takes them. `width` is
+    bytes per activation: 4, or 2 under autocast, which leaves norms and the sum x in fp32. Counted
+    is what autograd keeps of each line above on a CPU; a fused RMSNorm keeps one tensor less."""
     c, n, tokens = config, count_parameters(config), batch_size * seq_len
-    layer = 6 * c.n_embd + 4 * c.n_hidden + 4 * (c.n_head + c.n_kv_head) * c.head_dim
-    kept = tokens * width * (c.n_layer * layer + 4 * c.n_embd)
-    head = 4 * c.vocab_size * c.n_embd  # the loss makes the gradient of the head at once
+    heads = (c.n_head + c.n_kv_head) * c.head_dim
+    head = c.vocab_size * c.n_embd
+    exact = 4 * c.n_embd + 2 * heads  # x and x / rms(x): two norms of x, those of q and k
+    # inputs of products, turned q and k, v and y; autocast makes q, k, v, gate and up a copy each
+    rounded = (2 if width == 4 else 5) * c.n_embd + 4 * c.n_hidden + 2 * heads
+    kept = tokens * (c.n_layer * (4 * exact + width * rounded) + 5 * 4 * c.n_embd)
+    if width < 4:
+        kept += width * (n - (1 if c.tied else 2) * head)  # autocast's copies of the weights
     grads = 4 * n
-    # gradients of earlier micro-steps stay; those of the last one grow while activations go
-    together = kept + head + (grads if accumulate > 1 else 0)
+    # where backward starts, the head has its gradient and autograd's zeros of the same size; on
+    # the way activations go as gradients come; the two gradients of a tied matrix meet at the end
+    start = kept + 2 * 4 * head + (grads if accumulate > 1 else 0)
+    end = grads + (4 * head if c.tied else 0)
     return {"parameters": 4 * n, "optimizer": 8 * n, "gradients": grads,
-            "activations": max(together - grads, 0)}
+            "activations": max(start, end) - grads}

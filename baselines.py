@@ -1,0 +1,188 @@
+"""
+What a language model must beat: counting bytes, and a general-purpose compressor.
+
+    python baselines.py --data_dir=out/toyworld/data
+
+Both are scored like a model, in bits per byte of UTF-8 text over the whole validation split of each
+language, after reading the training split of that language. A document is its bytes and one symbol
+for its end, which costs bits and has no bytes of its own.
+
+The n-gram is interpolated Kneser-Ney with the three discounts of Chen & Goodman (1999), over 257
+symbols. With h the last k symbols, h' all of them but the oldest, and c(hx) how often x follows h:
+
+    P_k(x | h) = (max(c(hx) - D(c(hx)), 0) + m(h) P_{k-1}(x | h')) / sum_x c(hx),    P_{-1} = 1/257
+    m(h) = sum over the x seen after h of D(c(hx));    P_k = P_{k-1} after an h never seen
+    D(0) = 0,  D(i) = i - (i + 1) Y n_{i+1} / n_i for i = 1, 2, 3,  D(c > 3) = D(3),
+    Y = n_1 / (n_1 + 2 n_2),  n_i: how many hx of this length have c(hx) = i
+
+Below the longest length c(hx) is not how often hx occurs but how many different symbols precede it.
+Every D is 0.5 where one of n_1 … n_4 is 0, and 0.1 at least. m(h) is what the discounts took away,
+so each P_k sums to 1. The compressor is xz: size(training + validation) - size(training).
+"""
+import json
+import lzma
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from configurator import configure, fail
+from data import TokenFile, open_data
+from tokenizer import Tokenizer
+
+END = 256  # the symbol behind the last byte of a document
+BASE = 257  # a context and the symbol behind it are one number, its digits to this base
+CHUNK = 1 << 22  # symbols scored at once: bounds memory
+
+
+@dataclass(frozen=True)
+class Config:
+    data_dir: str = "out/toyworld/data"  # folder written by data.py
+    order: int = 5  # bytes the n-gram looks back
+    xz: bool = True  # also run the compressor, by far the slower of the two
+
+
+def symbols(tok: Tokenizer, file: TokenFile) -> np.ndarray:
+    """The text of a token file, (n,) uint16: its bytes, and END where a document ends.
+    Raises ValueError if these are not the bytes that the header of the file counts."""
+    names = [tok.decode_single_token_bytes(i) for i in range(tok.n_vocab)]
+    spelled = [[END] if i == tok.endoftext else list(name) for i, name in enumerate(names)]
+    spelled += [[]]  # so that a file without a single token concatenates too
+    letters = np.concatenate([np.array(s, np.uint16) for s in spelled])
+    size = np.array([len(s) for s in spelled])
+    first = np.cumsum(size) - size  # of each token's letters
+    ids = np.asarray(file.ids)
+    ends = np.cumsum(size[ids])  # of each token in the text
+    text = letters[np.repeat(first[ids] - ends + size[ids], size[ids]) + np.arange(size[ids].sum())]
+    if (n := np.count_nonzero(text < END)) != file.n_bytes:
+        raise ValueError(f"{file.path}: its tokens spell {n:,} bytes, its header says "
+                         f"{file.n_bytes:,}")
+    return text
+
+
+# ---------------------------------------------------------------------------- n-gram
+
+@dataclass
+class Level:
+    """Counts for contexts of one length k. Arrays of the same line belong together."""
+    grams: np.ndarray  # sorted numbers of k + 1 symbols: context, then the next symbol
+    counts: np.ndarray  # c(hx)
+    contexts: np.ndarray  # sorted numbers of k symbols
+    totals: np.ndarray  # sum over x of c(hx)
+    mass: np.ndarray  # m(h)
+    discount: np.ndarray  # D(0) … D(3)
+
+
+def pack(text: np.ndarray, order: int) -> np.ndarray:
+    """Each symbol with the `order` before it as one number, oldest first; before the text are ENDs.
+    pack([7, 8], 1) is [END * BASE + 7, 7 * BASE + 8]."""
+    padded = np.concatenate((np.full(order, END, np.uint16), text))
+    grams = np.zeros(len(text), np.int64)
+    for i in range(order + 1):
+        grams = grams * BASE + padded[i:i + len(text)]
+    return grams
+
+
+def discounts(counts: np.ndarray) -> np.ndarray:
+    """D(0) … D(3) of one length, (4,)."""
+    n = np.array([np.count_nonzero(counts == i) for i in range(5)])
+    if n[1:].min() == 0:
+        return np.array([0, 0.5, 0.5, 0.5])
+    i, y = np.arange(1, 4), n[1] / (n[1] + 2 * n[2])
+    return np.append(0, (i - (i + 1) * y * n[2:] / n[1:4]).clip(min=0.1))
+
+
+def fit(text: np.ndarray, order: int) -> list[Level]:
+    """The levels of an n-gram that looks back `order` symbols, shortest context first."""
+    grams, counts = np.unique(pack(text, order), return_counts=True)
+    levels = []
+    for k in range(order, -1, -1):
+        context = grams // BASE
+        starts = np.flatnonzero(np.diff(context, prepend=-1))
+        d = discounts(counts)
+        levels.append(Level(grams, counts, context[starts], np.add.reduceat(counts, starts),
+                            np.add.reduceat(d[counts.clip(max=3)], starts), d))
+        # each different gram, its oldest symbol dropped, counts once for what is left
+        grams, counts = np.unique(grams % BASE**k, return_counts=True)
+    return levels[::-1]
+
+
+def find(values: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each wanted number stands in the sorted `values`, and whether it does."""
+    at = np.searchsorted(values, wanted).clip(max=len(values) - 1)
+    return at, values[at] == wanted
+
+
+def probability(levels: list[Level], grams: np.ndarray) -> np.ndarray:
+    """P(last symbol | the ones before it) of packed grams of the longest length, (n,)."""
+    p = np.full(len(grams), 1 / BASE)
+    for k, level in enumerate(levels):
+        gram = grams % BASE**(k + 1)
+        h, known = find(level.contexts, gram // BASE)
+        hx, seen = find(level.grams, gram)
+        c = np.where(seen, level.counts[hx], 0)
+        kept = c - level.discount[c.clip(max=3)]
+        p = np.where(known, (kept + level.mass[h] * p) / level.totals[h], p)
+    return p
+
+
+def ngram_bits(train: np.ndarray, val: np.ndarray, order: int) -> float:
+    """Bits to write `val`, knowing the counts of `train`."""
+    levels, grams = fit(train, order), pack(val, order)
+    return float(sum(-np.log2(probability(levels, grams[i:i + CHUNK])).sum()
+                     for i in range(0, len(grams), CHUNK)))
+
+
+# ---------------------------------------------------------------------------- xz
+
+def xz_bytes(text: bytes) -> int:
+    """Size after `xz -9e`, with a dictionary that holds all of the text."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME,
+                "dict_size": max(64 << 20, len(text))}]
+    return len(lzma.compress(text, lzma.FORMAT_XZ, filters=filters))
+
+
+def xz_bits(train: np.ndarray, val: np.ndarray) -> float:
+    """Bits that `val` adds to the compressed `train`. A document ends with a zero byte."""
+    before, after = (np.where(t == END, 0, t).astype(np.uint8).tobytes() for t in (train, val))
+    with ThreadPoolExecutor(2) as pool:
+        small, large = pool.map(xz_bytes, (before, before + after))
+    return 8.0 * (large - small)
+
+
+# ---------------------------------------------------------------------------- command line
+
+def run(cfg: Config) -> None:
+    """One line per language, then all of it as JSON. Raises ValueError for unusable data."""
+    if not 0 <= cfg.order <= 6:  # 257^8 does not fit in 64 bits
+        raise ValueError(f"--order={cfg.order} must lie between 0 and 6")
+    tok, splits = open_data(cfg.data_dir)
+    train_files = {f.lang: f for f in splits["train"]}
+    results = {}
+    for file in splits["val"]:
+        if file.lang not in train_files:
+            raise ValueError(f"{cfg.data_dir}: no training text in the language {file.lang}")
+        start = time.perf_counter()
+        train, val = symbols(tok, train_files[file.lang]), symbols(tok, file)
+        row = {"ngram": ngram_bits(train, val, cfg.order) / file.n_bytes}
+        if cfg.xz:
+            row["xz"] = xz_bits(train, val) / file.n_bytes
+        results[file.lang] = row
+        scores = ", ".join(f"{name} {bpb:.4f}" for name, bpb in row.items())
+        print(f"{file.lang} | bits/byte: {scores} | order {cfg.order} | "
+              f"{train_files[file.lang].n_bytes:,} bytes of training, {file.n_bytes:,} of validation "
+              f"text in {file.n_docs:,} documents | {time.perf_counter() - start:.0f} s", flush=True)
+    print(json.dumps({"bits_per_byte": results, "order": cfg.order, "data_dir": cfg.data_dir}))
+
+
+def main() -> None:
+    cfg = configure(Config)
+    try:
+        run(cfg)
+    except ValueError as error:
+        fail(f"{error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""
+How fast it is: beside the limits of the machine, and beside other code that does the same work.
+
+    python bench.py                                        everything; CPU, fp32
+    python bench.py --only=train --nanogpt=../nanoGPT      one job, your clone of nanoGPT beside it
+    python bench.py --only=decode --decode_1b              also 1.1B parameters (needs 10 GB)
+
+The contenders of a job take turns (A B A B …) in one process. A sample is work repeated for
+`sample_s` seconds; one during which other processes used more than `max_foreign` of a core is
+thrown away and counted. Figures are medians; "x" is speed relative to the first contender.
+
+    FLOPs per token = 6 (parameters - those only looked up) + 12 layers (heads x head_dim) T
+
+counts training for everybody's model; looked up are embeddings that are no output head. "mfu": that
+over the FLOP/s of a matrix product that took its turn too. "of_bound": tokens/s over those of a
+program that only reads the weights, as fast as an array's sum that took its turn too.
+"""
+import contextlib
+import json
+import math
+import os
+import resource
+import runpy
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checkpoint
+import data
+import runtime
+import train_pt
+from configurator import configure, fail
+from generate import generate
+from model import ModelConfig, Transformer, rope_table, rotate
+from tokenizer import PATTERN, SPECIALS, count_pieces, dump, load_tokenizer, train_bpe
+from toyworld import pt_document
+
+READ = 256 << 20  # bytes of the array whose sum measures the memory: more than caches hold
+
+
+@dataclass(frozen=True)
+class Config:
+    only: str = "limits,train,decode,loader,data,resume"  # jobs to run, comma-separated
+    repeats: int = 7  # good samples of each contender
+    sample_s: float = 1.0  # seconds that a sample lasts at least; below 0.3 others go unnoticed
+    max_foreign: float = 0.1  # part of a core that others may use during a good sample
+    compile: bool = True  # also time compiled models (needs a C++ compiler)
+    nanogpt: str = ""  # folder of a clone of nanoGPT, to train its model too
+    matmul: int = 1024  # rows of the square matrices; twice as many are tried too
+    n_layer: int = 6  # of the model that is trained
+    n_embd: int = 256  # of the model that is trained; heads are 64 wide
+    vocab_size: int = 8192  # of all models, and of the tokenizer that encodes
+    seq_len: int = 256  # tokens in a window of the training batch
+    batch_size: int = 16  # windows in the training batch
+    decode_embd: int = 512  # of the model that writes; it has 8 layers
+    decode_tokens: int = 64  # tokens written behind a prompt of 16
+    decode_1b: bool = False  # also write with 1.1B parameters
+    data_mb: int = 24  # text to encode
+
+
+def used_by_others() -> float:
+    """CPU seconds used so far by all processes but this one and its children that have ended; 0
+    where there is no /proc/stat: then every sample is good."""
+    own = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    try:
+        with open("/proc/stat") as f:
+            user, nice, system, _, _, irq, softirq, steal = map(int, f.readline().split()[1:9])
+    except OSError:
+        return 0.0
+    ticks = user + nice + system + irq + softirq + steal  # all but idle and iowait
+    return ticks / os.sysconf("SC_CLK_TCK") - sum(u.ru_utime + u.ru_stime for u in own)
+
+
+def sample(work: Callable[[], object], least: float) -> tuple[float, float]:
+    """Seconds per call of `work`, called for at least `least` seconds, and the part of a core that
+    other processes used meanwhile."""
+    before, start, calls, elapsed = used_by_others(), time.perf_counter(), 0, 0.0
+    while not calls or elapsed < least:
+        work()
+        calls, elapsed = calls + 1, time.perf_counter() - start
+    return elapsed / calls, (used_by_others() - before) / elapsed
+
+
+class Race:
+    """Contenders that take turns until each has enough good samples, or four times as many were
+    taken. `seconds[name]` is the median for one call, nan if no sample was good."""
+
+    def __init__(self, job: str, contenders: dict[str, Callable[[], object]], cfg: Config):
+        self.job, self.rows, self.rejected = job, [], dict.fromkeys(contenders, 0)
+        self.good: dict[str, list[float]] = {name: [] for name in contenders}
+        for work in contenders.values():
+            work()  # compiles, fills caches
+        for _ in range(4 * cfg.repeats):
+            for name, work in contenders.items():
+                seconds, foreign = sample(work, cfg.sample_s)
+                if foreign <= cfg.max_foreign:
+                    self.good[name].append(seconds)
+                self.rejected[name] += foreign > cfg.max_foreign
+            if min(map(len, self.good.values())) >= cfg.repeats:
+                break
+        self.seconds = {k: float(np.median(v)) if v else math.nan for k, v in self.good.items()}
+
+    def row(self, name: str, value: float, unit: str, **notes: float) -> None:
+        """Print one figure, and keep it for the JSON lines."""
+        if self.job != "limits":  # there the work is not the same
+            notes["x"] = next(iter(self.seconds.values())) / self.seconds[name]
+        notes |= {"samples": len(self.good[name]), "rejected": self.rejected[name]}
+        shown = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in notes.items())
+        print(f"{self.job:<7} {name:<28} {value:>10,.{1 if value >= 10 else 4}f} {unit:<8}", *shown,
+              sep=" | ", flush=True)
+        row = {"job": self.job, "name": name, "value": value, "unit": unit, **notes}
+        self.rows.append({k: None if v != v else v for k, v in row.items()})  # JSON knows no nan
+
+
+class PlainLlama(nn.Module):
+    """An ordinary Llama as tutorials write it: each product apart, mask and softmax spelled out,
+    all logits at once. (B, T) ids -> (B, T, V)."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        C, wide, narrow = c.n_embd, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+        shapes = {"q": (C, wide), "k": (C, narrow), "v": (C, narrow), "o": (wide, C),
+                  "gate": (C, c.n_hidden), "up": (C, c.n_hidden), "down": (c.n_hidden, C)}
+        self.c, self.embed = c, nn.Embedding(c.vocab_size, C)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
+            for _ in range(c.n_layer))
+        self.head = nn.Linear(C, c.vocab_size, bias=False)
+        for matrix in self.parameters():
+            nn.init.normal_(matrix, std=0.02)
+        self.norms = nn.ParameterList(torch.ones(C) for _ in range(2 * c.n_layer + 1))
+
+    def forward(self, idx: Tensor) -> Tensor:
+        (B, T), D, x = idx.shape, self.c.head_dim, self.embed(idx)
+        rope = rope_table(torch.arange(T), D, self.c.rope_theta)
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        for i, w in enumerate(self.blocks):
+            h = self.normed(x, 2 * i)
+            q, k, v = (w[name](h).view(B, T, -1, D).transpose(1, 2) for name in "qkv")
+            q, k = rotate(q, *rope), rotate(k, *rope)
+            k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+            scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T)
+            y = scores.masked_fill(future, -math.inf).softmax(-1) @ v
+            x = x + w["o"](y.transpose(1, 2).reshape(B, T, -1))
+            h = self.normed(x, 2 * i + 1)
+            x = x + w["down"](F.silu(w["gate"](h)) * w["up"](h))
+        return self.head(self.normed(x, -1))
+
+    def normed(self, x: Tensor, i: int) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.norms[i]
+
+
+def huggingface(model: Transformer) -> nn.Module | None:
+    """The same model, with the same weights, in `transformers`; None if that is not installed."""
+    if not find_spec("transformers"):
+        return None
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    c = model.config
+    hf = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, head_dim=c.head_dim,
+        num_key_value_heads=c.n_kv_head, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
+        max_position_embeddings=c.max_seq_len, pad_token_id=0))
+    hf.load_state_dict({k if k.startswith("lm_head") else f"model.{k}": v
+                        for k, v in model.state_dict().items()}, assign=True)
+    return hf
+
+
+def multiplying(model: nn.Module) -> int:
+    """Parameters of any model, without those that are only looked up."""
+    heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    return sum(p.numel() for p in model.parameters() if p not in tables or id(p) in heads)
+
+
+def limits(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+    sizes = {f"matmul {n} {kind}": (n, torch.randn(n, n).to(getattr(torch, kind)))
+             for kind in ("float32", "bfloat16") for n in (cfg.matmul, 2 * cfg.matmul)}
+    contenders = {name: lambda a=a: a @ a for name, (_, a) in sizes.items()}
+    race = Race("limits", contenders | {"read": torch.ones(READ // 4).sum}, cfg)
+    for name, (n, _) in sizes.items():
+        race.row(name, 2 * n**3 / race.seconds[name] / 1e9, "GF/s")
+    race.row("read", READ / race.seconds["read"] / 1e9, "GB/s")
+    yield race
+
+
+def train(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+    """Forward, backward, clipping and AdamW step on one batch of random ids, over and over."""
+    V, L, C, T, heads = cfg.vocab_size, cfg.n_layer, cfg.n_embd, cfg.seq_len, cfg.n_embd // 64
+    c = ModelConfig(V, L, heads, max(1, heads // 2), C, 64, 4 * C, T, tied=False)
+    x, y = torch.randint(V, (2, cfg.batch_size, T))
+    lr = 1e-5  # so small that the loss does not reach 0: tiny numbers are slow on a CPU
+    ours, plain, hf = Transformer(c), PlainLlama(c), huggingface(Transformer(c))
+    entries = {  # model, loss, optimizer
+        "ours": (ours, lambda net: train_pt.pt_loss(
+            net(x, hidden=True), ours.lm_head.weight, y) / y.numel(),
+            train_pt.make_optimizers(ours, train_pt.Config(learning_rate=lr))[0]),
+        "plain Llama": (plain, lambda net: F.cross_entropy(net(x).flatten(0, 1), y.flatten()),
+                        torch.optim.AdamW(plain.parameters(), lr))}
+    if cfg.nanogpt:
+        with contextlib.redirect_stdout(None):
+            their = runpy.run_path(f"{cfg.nanogpt}/model.py")
+            gpt = their["GPT"](their["GPTConfig"](T, V, L, heads, C, dropout=0.0, bias=False))
+            optimizer = gpt.configure_optimizers(0.1, lr, (0.9, 0.95), "cpu")
+        entries["nanoGPT"] = gpt, lambda net: net(x, y)[1], optimizer
+    if hf is not None:
+        entries["transformers Qwen3"] = (hf, lambda net: net(input_ids=x, labels=x).loss,
+                                         torch.optim.AdamW(hf.parameters(), lr))
+
+    def step(net: nn.Module, loss: Callable[[nn.Module], Tensor], optimizer) -> None:
+        loss(net).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    cxx = shutil.which(os.environ.get("CXX", "g++"))
+    if cfg.compile and not cxx:
+        print("train   compiled models skipped: no C++ compiler; install g++ or set CXX")
+    contenders = {}
+    for name, (model, *rest) in entries.items():
+        contenders[f"{name}, eager"] = partial(step, model, *rest)
+        if cfg.compile and cxx and name in ("ours", "nanoGPT"):
+            contenders[f"{name}, compiled"] = partial(step, torch.compile(model), *rest)
+    square = torch.randn(cfg.matmul, cfg.matmul)
+    race = Race("train", contenders | {"limit": lambda: square @ square}, cfg)
+    for name in contenders:
+        model, seconds = entries[name.partition(",")[0]][0], race.seconds[name]
+        flops = (6 * multiplying(model) + 12 * L * C * T) * y.numel() / seconds
+        race.row(name, y.numel() / seconds, "tok/s", gflops=flops / 1e9,
+                 mfu=flops * race.seconds["limit"] / (2 * cfg.matmul**3),
+                 params=sum(p.numel() for p in model.parameters()))
+    yield race
+
+
+def decode(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+    """Greedy text behind prompts of 16 tokens: tokens/s of all rows, reading the prompt included."""
+    V, C, n, heads = cfg.vocab_size, cfg.decode_embd, cfg.decode_tokens, cfg.decode_embd // 64
+    shapes = [ModelConfig(V, 8, heads, heads, C, 64, 5 * C // 2, 16 + n)]
+    if cfg.decode_1b:
+        shapes.append(ModelConfig(32_000, 22, 32, 4, 2048, 64, 5632, 16 + n, tied=False))
+    array = torch.ones(READ // 4)
+    for model in (Transformer(c).eval() for c in shapes):
+        hf, size = huggingface(model), 4 * multiplying(model)
+        for B in (1, 8):
+            idx = torch.randint(model.config.vocab_size, (B, 16))
+            contenders = {"ours": lambda: list(generate(model, idx.tolist(), n, temperature=0.0))}
+            for kind in ("dynamic", "static") if hf is not None else ():
+                contenders[f"transformers, {kind} cache"] = partial(
+                    hf.generate, idx, attention_mask=torch.ones_like(idx), max_new_tokens=n,
+                    do_sample=False, cache_implementation=kind)
+            race = Race("decode", contenders | {"limit": array.sum}, cfg)
+            bound = B * READ / race.seconds["limit"] / size
+            for name in contenders:
+                speed = B * n / race.seconds[name]
+                race.row(name, speed, "tok/s", batch=B, of_bound=speed / bound, mb=size / 1e6)
+            yield race
+
+
+def loader(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+    """Making a batch of inputs and targets; share: of the time our eager model trains on it."""
+    path, rng = f"{folder}/random.bin", np.random.default_rng(0)
+    rng.integers(0, cfg.vocab_size, 20_000_000, np.uint16).tofile(path)
+    file = data.TokenFile(path, np.memmap(path, np.uint16, "r"), cfg.vocab_size, 0, 0, "", "en")
+    step = done["train"].seconds["ours, eager"] if "train" in done else math.nan
+    for B, T in ((12, 64), (16, 256), (12, 1024)):
+        windows, starts = data.Windows([file], T, seed=0), iter(range(0, 1 << 62, B))
+
+        def random_crops() -> list[Tensor]:  # the map made anew, each row cut out and cast apart
+            ids = np.memmap(path, np.uint16, "r")
+            at = torch.randint(len(ids) - T, (B,)).tolist()
+            return [torch.stack([torch.from_numpy(ids[i + shift:i + shift + T].astype(np.int64))
+                                 for i in at]) for shift in (0, 1)]
+
+        race = Race("loader", {f"Windows.batch {B}x{T}": lambda: windows.batch(next(starts), B),
+                               f"nanoGPT's way {B}x{T}": random_crops}, cfg)
+        for name, seconds in race.seconds.items():
+            share = seconds / (step * B * T / (cfg.batch_size * cfg.seq_len))
+            race.row(name, 1e6 * seconds, "us/batch", share=share)
+        yield race
+
+
+def prepare(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+    """From a JSONL file of toyworld's text to token files; beside tiktoken alone, in memory."""
+    rng, texts, size = Random(0), [], 0
+    while size < cfg.data_mb * 1_000_000:  # documents of about 2 kB
+        texts.append("\n".join(pt_document(rng, "train", 2, 4, 0.3)["text"] for _ in range(10)))
+        size += len(texts[-1].encode())
+    paths = [f"{folder}/{name}" for name in ("text.jsonl", "tokenizer.txt", "data")]
+    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    Path(paths[0]).write_text("".join(lines), encoding="utf-8")
+    ranks = train_bpe(count_pieces(texts[:1000]), cfg.vocab_size - len(SPECIALS))
+    Path(paths[1]).write_text(dump(ranks, PATTERN))
+    tok = load_tokenizer(paths[1])
+
+    def with_workers(n: int) -> None:
+        shutil.rmtree(paths[2], ignore_errors=True)
+        with contextlib.redirect_stdout(None):
+            data.prepare(data.Config(*paths, workers=n))
+
+    race = Race("data", {"prepare, 1 worker": lambda: with_workers(1),
+                         "prepare, 2 workers": lambda: with_workers(2),
+                         "tiktoken alone": lambda: list(map(tok.encode_ordinary, texts))}, cfg)
+    for name, seconds in race.seconds.items():
+        race.row(name, size / 1e6 / seconds, "MB/s")
+    yield race
+
+
+def resume(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+    """Checking and loading a checkpoint in the page cache, and making the next batch."""
+    V, C, T = cfg.vocab_size, cfg.n_embd, cfg.seq_len
+    model = Transformer(ModelConfig(V, cfg.n_layer, 4, 4, C, 64, 4 * C, T))
+    optimizer = train_pt.make_optimizers(model, train_pt.Config())[0]
+    model(torch.zeros(1, 1, dtype=torch.long)).sum().backward()
+    optimizer.step()  # makes the moments
+    state = {"format": 1, "model": model.state_dict(), "optimizer": [optimizer.state_dict()]}
+    file = data.TokenFile("", np.zeros(1 << 20, np.uint16), V, 0, 0, "", "en")
+
+    def again(path: Path) -> None:
+        os.utime(path)  # as in a new process: its hash has not been checked yet
+        state, _ = checkpoint.load(str(path))
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"][0])
+        data.Windows([file], T, seed=0).batch(state["step"] * cfg.batch_size, cfg.batch_size)
+
+    paths = {f"at step {n:,}": checkpoint.save(f"{folder}/{n}", n, state | {"step": n})
+             for n in (10, 1_000_000)}
+    race = Race("resume", {name: partial(again, path) for name, path in paths.items()}, cfg)
+    for name, path in paths.items():
+        race.row(name, race.seconds[name], "s", checkpoint_mb=path.stat().st_size / 1e6)
+    yield race
+
+
+JOBS = {"limits": limits, "train": train, "decode": decode, "loader": loader, "data": prepare,
+        "resume": resume}
+
+
+def main() -> None:
+    cfg, done = configure(Config), {}
+    for job in cfg.only.split(","):
+        if job not in JOBS:
+            fail(f"--only={cfg.only}: no job is called '{job}', there are {', '.join(JOBS)}")
+    if cfg.nanogpt and not Path(cfg.nanogpt, "model.py").is_file():
+        fail(f"--nanogpt={cfg.nanogpt}: no model.py there; give the folder of a clone")
+    print(runtime.describe_run(runtime.setup("cpu", "float32")))
+    print(next(line.strip() for line in __doc__.splitlines() if "FLOPs per token" in line))
+    with tempfile.TemporaryDirectory() as folder:
+        for job in cfg.only.split(","):
+            for race in JOBS[job](cfg, folder, done):
+                done[job] = race
+                print(*map(json.dumps, race.rows), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

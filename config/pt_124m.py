@@ -1,0 +1,30 @@
+"""
+124M parameters, the size of GPT-2 small, on 10B tokens of your own text.
+
+    torchrun --nproc_per_node=8 train_pt.py config/pt_124m.py --data_dir=DIR
+
+Hardware: one node of 8 GPUs (not measured). A single GPU runs it too, with the same updates:
+python train_pt.py config/pt_124m.py
+"""
+data_dir = "out/124m/data"
+out_dir = "out/124m/pt"
+
+n_layer = 12
+n_head = 12
+n_kv_head = 12
+n_embd = 768
+n_hidden = 2048
+max_seq_len = 1024
+
+batch_tokens = 524_288
+batch_size = 16
+max_steps = 19_000
+optimizer = "muon"
+learning_rate = 3e-3
+muon_lr = 0.02
+warmup_steps = 500
+eval_every = 500
+eval_tokens = 1_000_000
+save_every = 1000
+sample_every = 1000
+compile = True

@@ -1,0 +1,32 @@
+"""
+7B parameters, a shape to fork: vocabulary 65,536, windows of 4,096 tokens.
+
+    torchrun --nproc_per_node=8 train_pt.py config/pt_7b.py --data_dir=DIR
+
+Not measured. Parameters, gradients and AdamW take 16 bytes each in every process, more than one
+80 GB GPU holds: this size waits for sharding.
+"""
+data_dir = "out/7b/data"
+out_dir = "out/7b/pt"
+
+n_layer = 32
+n_head = 32
+n_kv_head = 8
+n_embd = 4096
+n_hidden = 13824
+max_seq_len = 4096
+rope_theta = 500_000.0
+tied = False
+
+batch_tokens = 4_194_304
+batch_size = 1
+max_steps = 35_000
+learning_rate = 3e-4
+warmup_steps = 2000
+schedule = "wsd"
+final_lr = 0.0
+eval_every = 500
+eval_tokens = 4_000_000
+save_every = 1000
+sample_every = 1000
+compile = True

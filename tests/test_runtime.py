@@ -1,0 +1,92 @@
+"""runtime.py: schedule, guard, log and the numbers in the log line."""
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+import runtime
+
+ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)
+
+
+def test_cosine_warms_up_peaks_and_ends_at_its_final_share():
+    lr = [runtime.lr_factor(s, 100, 10, "cosine", 0.1, 0.2) for s in range(101)]
+    assert lr[0] == pytest.approx(0.1) and lr[9] == 1.0 and max(lr) == 1.0
+    assert lr[55] == pytest.approx(0.55)  # half way between warm-up and end: mean of 1 and 0.1
+    assert lr[100] == pytest.approx(0.1) and all(a > b for a, b in zip(lr[10:], lr[11:]))
+
+
+def test_wsd_is_level_and_decays_over_the_last_share_only():
+    lr = [runtime.lr_factor(s, 100, 10, "wsd", 0.0, 0.2) for s in range(101)]
+    assert lr[10:81] == [1.0] * 71 and lr[90] == pytest.approx(0.5) and lr[100] == 0.0
+
+
+def test_guard_skips_and_stops_at_the_third_in_a_row(capsys):
+    guard = runtime.GradientGuard()
+    answers = [guard.allows(n, 5, 1.0, "windows 0 to 3") for n in (1.0, math.nan, math.inf, 2.0, math.nan, math.nan)]
+    assert answers == [True, False, False, True, False, False]
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):
+        guard.allows(math.nan, 9, 1.0, "windows 4 to 7")
+    assert "step 9: gradient not finite (loss 1.0000, norm nan), windows 4 to 7, skipped 3/3" in capsys.readouterr().out
+
+
+def test_log_drops_what_a_resumed_run_does_again(tmp_path):
+    log = runtime.Log(tmp_path, ALONE, 0)
+    for step in range(4):
+        if step == 2:
+            log.write(step=2, val={"en": 1})
+        log.write(step=step, loss=0.1 * step)
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 4, "lo')  # killed while writing
+    runtime.Log(tmp_path, ALONE, 2).write(step=2, loss=9.0)
+    rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert rows == [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.1}, {"step": 2, "val": {"en": 1}},
+                    {"step": 2, "loss": 9.0}]
+
+
+def test_a_signal_is_remembered_not_obeyed_at_once():
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        signals = runtime.StopSignals()
+        assert signals.name == ""
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.name == "SIGTERM"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_resume_command_repeats_the_command_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_pt.py", "config/a b.py", "--resume", "--seed=1"])
+    assert runtime.resume_command() == "python train_pt.py 'config/a b.py' --seed=1 --resume"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert runtime.resume_command().startswith("torchrun --nproc_per_node=2 train_pt.py")
+
+
+def test_device_and_precision_are_chosen_or_refused():
+    dist = runtime.setup("cpu", "auto")
+    assert (dist.rank, dist.world, dist.device.type, dist.dtype) == (0, 1, "cpu", torch.float32)
+    assert runtime.setup("cpu", "bfloat16").dtype == torch.bfloat16
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA device"):
+            runtime.setup("cuda")
+
+
+def test_bfloat16_computes_products_in_bfloat16():
+    dist = runtime.setup("cpu", "bfloat16")
+    with dist.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with ALONE.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_measured_peak_and_memory_are_plausible():
+    assert 1e9 < runtime.peak_flops(ALONE) < 1e14
+    assert 1e7 < runtime.peak_memory(ALONE.device) < 1e12
+    assert runtime.free_memory(ALONE.device) > 1e8
+    assert runtime.all_sum(ALONE, 1.5, torch.tensor(2.0)) == [1.5, 2.0]
+    assert [runtime.eta(s) for s in (42, 600, 36_000)] == ["42s", "10m", "10.0h"]
