@@ -7,15 +7,14 @@ How fast it is: beside the limits of the machine, and beside other code that doe
 
 The contenders of a job take turns (A B A B …) in one process. A sample is work repeated for
 `sample_s` seconds; one during which other processes used more than `max_foreign` of a core is
-thrown away and counted. Figures are medians; "x" is speed relative to the first contender.
+thrown away and counted. Figures are medians; "x": calls per second relative to the first.
 
     FLOPs per token = 6 (parameters - those only looked up) + 12 layers (heads x head_dim) T
 
-counts training for everybody's model; looked up are embeddings that are no output head. "mfu": that
-over the FLOP/s of a matrix product that took its turn too. "of_bound": tokens/s over those of a
-program that only reads the weights, as fast as an array's sum that took its turn too.
+counts training, for everybody's model; "looked up" are embeddings that are no output head. "mfu":
+FLOP/s over those of a matrix product that took turns with the models. "of_bound": tokens/s over
+those of a program that only reads the weights, as fast as an array whose sum took turns too.
 """
-import contextlib
 import json
 import math
 import os
@@ -25,6 +24,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -33,7 +33,6 @@ from random import Random
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
@@ -82,16 +81,6 @@ def used_by_others() -> float:
     return ticks / os.sysconf("SC_CLK_TCK") - sum(u.ru_utime + u.ru_stime for u in own)
 
 
-def sample(work: Callable[[], object], least: float) -> tuple[float, float]:
-    """Seconds per call of `work`, called for at least `least` seconds, and the part of a core that
-    other processes used meanwhile."""
-    before, start, calls, elapsed = used_by_others(), time.perf_counter(), 0, 0.0
-    while not calls or elapsed < least:
-        work()
-        calls, elapsed = calls + 1, time.perf_counter() - start
-    return elapsed / calls, (used_by_others() - before) / elapsed
-
-
 class Race:
     """Contenders that take turns until each has enough good samples, or four times as many were
     taken. `seconds[name]` is the median for one call, nan if no sample was good."""
@@ -103,22 +92,24 @@ class Race:
             work()  # compiles, fills caches
         for _ in range(4 * cfg.repeats):
             for name, work in contenders.items():
-                seconds, foreign = sample(work, cfg.sample_s)
-                if foreign <= cfg.max_foreign:
-                    self.good[name].append(seconds)
-                self.rejected[name] += foreign > cfg.max_foreign
+                before, start, calls, elapsed = used_by_others(), time.perf_counter(), 0, 0.0
+                while elapsed < cfg.sample_s:
+                    work()
+                    calls, elapsed = calls + 1, time.perf_counter() - start
+                quiet = used_by_others() - before <= cfg.max_foreign * elapsed
+                self.good[name] += [elapsed / calls] * quiet
+                self.rejected[name] += not quiet
             if min(map(len, self.good.values())) >= cfg.repeats:
                 break
         self.seconds = {k: float(np.median(v)) if v else math.nan for k, v in self.good.items()}
 
     def row(self, name: str, value: float, unit: str, **notes: float) -> None:
         """Print one figure, and keep it for the JSON lines."""
-        if self.job != "limits":  # there the work is not the same
-            notes["x"] = next(iter(self.seconds.values())) / self.seconds[name]
-        notes |= {"samples": len(self.good[name]), "rejected": self.rejected[name]}
+        notes |= {"x": next(iter(self.seconds.values())) / self.seconds[name],
+                  "samples": len(self.good[name]), "rejected": self.rejected[name]}
         shown = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in notes.items())
-        print(f"{self.job:<7} {name:<28} {value:>10,.{1 if value >= 10 else 4}f} {unit:<8}", *shown,
-              sep=" | ", flush=True)
+        figure = f"{value:,.4f}" if value < 10 else f"{value:,.1f}"
+        print(f"{self.job:<7} {name:<28} {figure:>10} {unit:<8}", *shown, sep=" | ", flush=True)
         row = {"job": self.job, "name": name, "value": value, "unit": unit, **notes}
         self.rows.append({k: None if v != v else v for k, v in row.items()})  # JSON knows no nan
 
@@ -133,9 +124,8 @@ class PlainLlama(nn.Module):
         shapes = {"q": (C, wide), "k": (C, narrow), "v": (C, narrow), "o": (wide, C),
                   "gate": (C, c.n_hidden), "up": (C, c.n_hidden), "down": (c.n_hidden, C)}
         self.c, self.embed = c, nn.Embedding(c.vocab_size, C)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
-            for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(nn.ModuleDict(
+            {k: nn.Linear(*s, bias=False) for k, s in shapes.items()}) for _ in range(c.n_layer))
         self.head = nn.Linear(C, c.vocab_size, bias=False)
         for matrix in self.parameters():
             nn.init.normal_(matrix, std=0.02)
@@ -154,7 +144,7 @@ class PlainLlama(nn.Module):
             y = scores.masked_fill(future, -math.inf).softmax(-1) @ v
             x = x + w["o"](y.transpose(1, 2).reshape(B, T, -1))
             h = self.normed(x, 2 * i + 1)
-            x = x + w["down"](F.silu(w["gate"](h)) * w["up"](h))
+            x = x + w["down"](nn.functional.silu(w["gate"](h)) * w["up"](h))
         return self.head(self.normed(x, -1))
 
     def normed(self, x: Tensor, i: int) -> Tensor:
@@ -185,12 +175,12 @@ def multiplying(model: nn.Module) -> int:
 
 
 def limits(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
-    sizes = {f"matmul {n} {kind}": (n, torch.randn(n, n).to(getattr(torch, kind)))
-             for kind in ("float32", "bfloat16") for n in (cfg.matmul, 2 * cfg.matmul)}
-    contenders = {name: lambda a=a: a @ a for name, (_, a) in sizes.items()}
-    race = Race("limits", contenders | {"read": torch.ones(READ // 4).sum}, cfg)
-    for name, (n, _) in sizes.items():
-        race.row(name, 2 * n**3 / race.seconds[name] / 1e9, "GF/s")
+    squares = {f"matmul {n} {kind}": torch.randn(n, n).to(getattr(torch, kind))
+               for kind in ("float32", "bfloat16") for n in (cfg.matmul, 2 * cfg.matmul)}
+    products = {name: partial(torch.mm, a, a) for name, a in squares.items()}
+    race = Race("limits", products | {"read": torch.ones(READ // 4).sum}, cfg)
+    for name, a in squares.items():
+        race.row(name, 2 * len(a)**3 / race.seconds[name] / 1e9, "GF/s")
     race.row("read", READ / race.seconds["read"] / 1e9, "GB/s")
     yield race
 
@@ -203,13 +193,12 @@ def train(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     lr = 1e-5  # so small that the loss does not reach 0: tiny numbers are slow on a CPU
     ours, plain, hf = Transformer(c), PlainLlama(c), huggingface(Transformer(c))
     entries = {  # model, loss, optimizer
-        "ours": (ours, lambda net: train_pt.pt_loss(
-            net(x, hidden=True), ours.lm_head.weight, y) / y.numel(),
-            train_pt.make_optimizers(ours, train_pt.Config(learning_rate=lr))[0]),
-        "plain Llama": (plain, lambda net: F.cross_entropy(net(x).flatten(0, 1), y.flatten()),
-                        torch.optim.AdamW(plain.parameters(), lr))}
+        "ours": (ours, lambda net: train_pt.pt_loss(net(x, hidden=True), ours.lm_head.weight, y)
+                 / y.numel(), train_pt.make_optimizers(ours, train_pt.Config(learning_rate=lr))[0]),
+        "plain Llama": (plain, lambda net: nn.functional.cross_entropy(
+            net(x).flatten(0, 1), y.flatten()), torch.optim.AdamW(plain.parameters(), lr))}
     if cfg.nanogpt:
-        with contextlib.redirect_stdout(None):
+        with redirect_stdout(None):
             their = runpy.run_path(f"{cfg.nanogpt}/model.py")
             gpt = their["GPT"](their["GPTConfig"](T, V, L, heads, C, dropout=0.0, bias=False))
             optimizer = gpt.configure_optimizers(0.1, lr, (0.9, 0.95), "cpu")
@@ -224,16 +213,15 @@ def train(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
         optimizer.step()
         optimizer.zero_grad()
 
-    cxx = shutil.which(os.environ.get("CXX", "g++"))
-    if cfg.compile and not cxx:
+    if cfg.compile and not (cxx := shutil.which(os.environ.get("CXX", "g++"))):
         print("train   compiled models skipped: no C++ compiler; install g++ or set CXX")
     contenders = {}
     for name, (model, *rest) in entries.items():
         contenders[f"{name}, eager"] = partial(step, model, *rest)
         if cfg.compile and cxx and name in ("ours", "nanoGPT"):
             contenders[f"{name}, compiled"] = partial(step, torch.compile(model), *rest)
-    square = torch.randn(cfg.matmul, cfg.matmul)
-    race = Race("train", contenders | {"limit": lambda: square @ square}, cfg)
+    limit = partial(torch.mm, *torch.randn(2, cfg.matmul, cfg.matmul))
+    race = Race("train", contenders | {"limit": limit}, cfg)
     for name in contenders:
         model, seconds = entries[name.partition(",")[0]][0], race.seconds[name]
         flops = (6 * multiplying(model) + 12 * L * C * T) * y.numel() / seconds
@@ -244,13 +232,12 @@ def train(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
 
 
 def decode(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
-    """Greedy text behind prompts of 16 tokens: tokens/s of all rows, reading the prompt included."""
+    """Greedy text behind prompts of 16 tokens: tokens/s of all rows, reading them included."""
     V, C, n, heads = cfg.vocab_size, cfg.decode_embd, cfg.decode_tokens, cfg.decode_embd // 64
-    shapes = [ModelConfig(V, 8, heads, heads, C, 64, 5 * C // 2, 16 + n)]
-    if cfg.decode_1b:
-        shapes.append(ModelConfig(32_000, 22, 32, 4, 2048, 64, 5632, 16 + n, tied=False))
+    shapes = [(V, 8, heads, heads, C, 64, 5 * C // 2), (32_000, 24, 32, 4, 2048, 64, 5632)]
     array = torch.ones(READ // 4)
-    for model in (Transformer(c).eval() for c in shapes):
+    for shape in shapes[:1 + cfg.decode_1b]:
+        model = Transformer(ModelConfig(*shape, max_seq_len=16 + n)).eval()
         hf, size = huggingface(model), 4 * multiplying(model)
         for B in (1, 8):
             idx = torch.randint(model.config.vocab_size, (B, 16))
@@ -269,18 +256,18 @@ def decode(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
 
 def loader(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     """Making a batch of inputs and targets; share: of the time our eager model trains on it."""
-    path, rng = f"{folder}/random.bin", np.random.default_rng(0)
-    rng.integers(0, cfg.vocab_size, 20_000_000, np.uint16).tofile(path)
-    file = data.TokenFile(path, np.memmap(path, np.uint16, "r"), cfg.vocab_size, 0, 0, "", "en")
+    path, V = f"{folder}/random.bin", cfg.vocab_size
+    np.random.default_rng(0).integers(0, V, 20_000_000, np.uint16).tofile(path)
+    file = data.TokenFile(path, np.memmap(path, np.uint16, "r"), V, 0, 0, "", "en")
     step = done["train"].seconds["ours, eager"] if "train" in done else math.nan
     for B, T in ((12, 64), (16, 256), (12, 1024)):
         windows, starts = data.Windows([file], T, seed=0), iter(range(0, 1 << 62, B))
 
-        def random_crops() -> list[Tensor]:  # the map made anew, each row cut out and cast apart
+        def random_crops() -> list[Tensor]:  # a new map, each row cut out and cast by itself
             ids = np.memmap(path, np.uint16, "r")
             at = torch.randint(len(ids) - T, (B,)).tolist()
-            return [torch.stack([torch.from_numpy(ids[i + shift:i + shift + T].astype(np.int64))
-                                 for i in at]) for shift in (0, 1)]
+            return [torch.stack([torch.from_numpy(ids[i + j:i + j + T].astype(np.int64))
+                                 for i in at]) for j in (0, 1)]
 
         race = Race("loader", {f"Windows.batch {B}x{T}": lambda: windows.batch(next(starts), B),
                                f"nanoGPT's way {B}x{T}": random_crops}, cfg)
@@ -297,20 +284,20 @@ def prepare(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
         texts.append("\n".join(pt_document(rng, "train", 2, 4, 0.3)["text"] for _ in range(10)))
         size += len(texts[-1].encode())
     paths = [f"{folder}/{name}" for name in ("text.jsonl", "tokenizer.txt", "data")]
-    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    Path(paths[0]).write_text("".join(lines), encoding="utf-8")
+    with open(paths[0], "w", encoding="utf-8") as f:
+        f.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     ranks = train_bpe(count_pieces(texts[:1000]), cfg.vocab_size - len(SPECIALS))
     Path(paths[1]).write_text(dump(ranks, PATTERN))
-    tok = load_tokenizer(paths[1])
+    encode = load_tokenizer(paths[1]).encode_ordinary_batch
 
     def with_workers(n: int) -> None:
         shutil.rmtree(paths[2], ignore_errors=True)
-        with contextlib.redirect_stdout(None):
+        with redirect_stdout(None):
             data.prepare(data.Config(*paths, workers=n))
 
-    race = Race("data", {"prepare, 1 worker": lambda: with_workers(1),
-                         "prepare, 2 workers": lambda: with_workers(2),
-                         "tiktoken alone": lambda: list(map(tok.encode_ordinary, texts))}, cfg)
+    contenders = {f"prepare, {n} worker(s)": partial(with_workers, n) for n in (1, 2)}
+    contenders["tiktoken alone, 1 thread"] = partial(encode, texts, num_threads=1)
+    race = Race("data", contenders, cfg)
     for name, seconds in race.seconds.items():
         race.row(name, size / 1e6 / seconds, "MB/s")
     yield race
@@ -323,7 +310,7 @@ def resume(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     optimizer = train_pt.make_optimizers(model, train_pt.Config())[0]
     model(torch.zeros(1, 1, dtype=torch.long)).sum().backward()
     optimizer.step()  # makes the moments
-    state = {"format": 1, "model": model.state_dict(), "optimizer": [optimizer.state_dict()]}
+    saved = {"format": 1, "model": model.state_dict(), "optimizer": [optimizer.state_dict()]}
     file = data.TokenFile("", np.zeros(1 << 20, np.uint16), V, 0, 0, "", "en")
 
     def again(path: Path) -> None:
@@ -333,7 +320,7 @@ def resume(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
         optimizer.load_state_dict(state["optimizer"][0])
         data.Windows([file], T, seed=0).batch(state["step"] * cfg.batch_size, cfg.batch_size)
 
-    paths = {f"at step {n:,}": checkpoint.save(f"{folder}/{n}", n, state | {"step": n})
+    paths = {f"at step {n:,}": checkpoint.save(f"{folder}/{n}", n, saved | {"step": n})
              for n in (10, 1_000_000)}
     race = Race("resume", {name: partial(again, path) for name, path in paths.items()}, cfg)
     for name, path in paths.items():
@@ -347,13 +334,12 @@ JOBS = {"limits": limits, "train": train, "decode": decode, "loader": loader, "d
 
 def main() -> None:
     cfg, done = configure(Config), {}
-    for job in cfg.only.split(","):
-        if job not in JOBS:
-            fail(f"--only={cfg.only}: no job is called '{job}', there are {', '.join(JOBS)}")
+    if unknown := set(cfg.only.split(",")) - set(JOBS):
+        fail(f"--only={cfg.only}: there is no {', '.join(unknown)} among {', '.join(JOBS)}")
     if cfg.nanogpt and not Path(cfg.nanogpt, "model.py").is_file():
         fail(f"--nanogpt={cfg.nanogpt}: no model.py there; give the folder of a clone")
-    print(runtime.describe_run(runtime.setup("cpu", "float32")))
-    print(next(line.strip() for line in __doc__.splitlines() if "FLOPs per token" in line))
+    formula = next(line.strip() for line in __doc__.splitlines() if "FLOPs per token" in line)
+    print(runtime.describe_run(runtime.setup("cpu", "float32")), formula, sep="\n")
     with tempfile.TemporaryDirectory() as folder:
         for job in cfg.only.split(","):
             for race in JOBS[job](cfg, folder, done):

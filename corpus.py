@@ -1,5 +1,5 @@
 """
-Text files as documents: .txt, .jsonl and .parquet (each also .gz but the last), files or folders.
+Text files as documents: .txt and .jsonl (also .gz) and .parquet, single files or folders.
 
     for batch in read_batches(find_files("notes,web.jsonl.gz")):     # a few MB each, in order
         for item in parse(batch):                                    # Document or BadLine
@@ -7,25 +7,32 @@ Text files as documents: .txt, .jsonl and .parquet (each also .gz but the last),
 Reading is sequential and parsing is not, so that workers can share the work while the order of
 documents, and with it everything built from them, stays the same for any number of workers.
 A JSONL line is an object with a string field "text" and, if known, "lang" ("en", "zh", …);
-without it the language is zh or en by its share of Han letters. A .txt file is one document,
-a long one is cut at line ends into pieces of about 8 kB. Nothing is repaired or guessed: what is
-wrong with a line is said as file:line:column.
+without it the language is zh or en by its share of Han letters. A .txt file is cut at line ends
+into documents of 8 to 16 kB. Nothing is repaired or guessed: what is wrong with a line is said as
+file:line:column, both from 1, the column in characters.
 """
 import gzip
 import json
 import os
 import re
+import signal
+import sys
+import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import Pool
-from threading import Semaphore
+from multiprocessing import parent_process
+from threading import Thread
 from typing import Any
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 BATCH_BYTES = 4 << 20  # raw bytes handed to a worker at once
-TXT_BYTES = 8 << 10  # a longer .txt file becomes several documents
+TXT_BYTES = 8 << 10  # a .txt file is cut at the first line end behind so many bytes
+MAX_DEPTH = 100  # of brackets in a JSONL line; json itself gives up at a depth that varies
+BOM = b"\xef\xbb\xbf"
 LANG = re.compile(r"[a-z]{2,3}(-[a-z0-9]{2,8})?")
 HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
@@ -46,55 +53,82 @@ class BadLine:
 @dataclass
 class Batch:
     path: str
-    first: int  # line (JSONL) or row (parquet) of items[0]; the line numbers run on from it
-    items: list  # raw lines; (line, bytes) pieces of a .txt file; (text, lang) rows of a parquet file
-    n_bytes: int  # of input, for progress
+    first: int  # line (JSONL) or row (parquet) of items[0]; the numbers run on from it
+    items: list  # JSONL lines; (line, bytes) pieces of a .txt file; (bytes, lang) parquet rows
+    n_bytes: int  # of text, with the JSON around it
+    share: float = 0.0  # of all input that is read by the end of this batch
 
+
+# ---------------------------------------------------------------------------- reading
 
 def find_files(paths: str) -> list[str]:
     """Files behind a comma-separated list of files and folders, in a fixed order.
     Raises ValueError for a path that is not there or holds nothing readable."""
     found: list[str] = []
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename}: {error.strerror}")
+
     for path in filter(None, (p.strip() for p in paths.split(","))):
         if os.path.isdir(path):
-            inside = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path)
-                            for name in names if name.endswith(SUFFIXES))
-            if not inside:
+            inside = sorted(os.path.join(folder, name)
+                            for folder, _, names in os.walk(path, onerror=refuse) for name in names)
+            usable = [name for name in inside if name.endswith(SUFFIXES)]
+            if not usable:
                 raise ValueError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
-            found += inside
+            if len(usable) < len(inside):
+                print(f"{path}: {len(usable):,} files, {len(inside) - len(usable):,} others passed "
+                      f"over, which are not {', '.join(SUFFIXES)}")
+            found += usable
         elif not os.path.exists(path):
-            raise ValueError(f"{path}: no such file or folder")
+            made = path.startswith("out/toyworld/")
+            raise ValueError(f"{path}: no such file or folder"
+                             + ("; make it with: python toyworld.py" if made else ""))
         elif not path.endswith(SUFFIXES):
             raise ValueError(f"{path}: not one of {', '.join(SUFFIXES)}")
         else:
             found.append(path)
-    return list(dict.fromkeys(found))
+    if not found:
+        raise ValueError("--input names no file")
+    once: dict[str, str] = {}
+    for path in found:
+        once.setdefault(os.path.realpath(path), path)
+    return list(once.values())
 
 
-def read_batches(files: list[str], text_field: str = "text", max_line_mb: int = 16) -> Iterator[Batch]:
+def read_batches(files: list[str], text_field: str = "text",
+                 max_line_mb: int = 16) -> Iterator[Batch]:
     """The files' raw contents in batches of about BATCH_BYTES, in constant memory.
     Raises ValueError naming the file when one cannot be read to its end."""
-    for path in files:
+    sizes = [os.path.getsize(path) for path in files]
+    for i, path in enumerate(files):
         try:
-            if path.endswith(".parquet"):
-                yield from _read_parquet(path, text_field)
-                continue
-            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
-                lines = _read_pieces(f) if ".txt" in path[-7:] else _read_lines(f, max_line_mb << 20)
-                batch = Batch(path, 1, [], 0)
-                for number, (raw, size) in enumerate(lines, 1):
-                    batch.items.append(raw)
-                    batch.n_bytes += size
-                    if batch.n_bytes >= BATCH_BYTES:
-                        yield batch
-                        batch = Batch(path, number + 1, [], 0)
-                if batch.items:
-                    yield batch
+            batches = (_read_parquet(path, text_field) if path.endswith(".parquet") else
+                       _read_text(path, max_line_mb << 20))
+            for batch, position in batches:  # in the file, so compressed bytes of a .gz
+                batch.share = (sum(sizes[:i]) + position) / max(sum(sizes), 1)
+                yield batch
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: cannot be read to its end: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{path}: cannot be read to its end: {reason}") from None
 
 
-def _read_lines(f, limit: int) -> Iterator[tuple[bytes | None, int]]:
+def _read_text(path: str, max_line: int) -> Iterator[tuple[Batch, int]]:
+    with open(path, "rb") as raw:
+        f = gzip.open(raw) if path.endswith(".gz") else raw
+        txt = path.endswith((".txt", ".txt.gz"))
+        batch = Batch(path, 1, [], 0)
+        for number, (item, size) in enumerate(_pieces(f) if txt else _lines(f, max_line), 1):
+            batch.items.append(item)
+            batch.n_bytes += size
+            if batch.n_bytes >= BATCH_BYTES:
+                yield batch, raw.tell()
+                batch = Batch(path, number + 1, [], 0)
+        if batch.items:
+            yield batch, raw.tell()
+
+
+def _lines(f, limit: int) -> Iterator[tuple[bytes | None, int]]:
     """Each line with its size; None for one longer than `limit`, which is passed over."""
     while raw := f.readline(limit + 1):
         size = len(raw)
@@ -106,165 +140,193 @@ def _read_lines(f, limit: int) -> Iterator[tuple[bytes | None, int]]:
         yield None, size
 
 
-def _read_pieces(f) -> Iterator[tuple[tuple[int, bytes], int]]:
-    """Pieces of a .txt file with the line each starts at, cut behind a line end where one comes."""
-    line, rest = 1, b""
-    while block := f.read(1 << 20):
-        rest += block
-        while len(rest) > TXT_BYTES:
-            end = rest.find(b"\n", TXT_BYTES - 1) + 1
-            if not end and len(rest) < 1 << 20:
-                break  # no line end in sight yet
-            end = end or _character_start(rest, TXT_BYTES)
-            yield (line, rest[:end]), end
-            line, rest = line + rest.count(b"\n", 0, end), rest[end:]
-    if rest:
-        yield (line, rest), len(rest)
+def _pieces(f) -> Iterator[tuple[tuple[int, bytes], int]]:
+    """Pieces of a .txt file with the line each starts at: up to the first line end between 1 and
+    2 TXT_BYTES, or 2 TXT_BYTES of whole characters where none is."""
+    line, rest = 1, f.read(1 << 20).removeprefix(BOM)
+    while rest:
+        block, at = f.read(1 << 20), 0
+        while len(rest) - at > (2 * TXT_BYTES if block else 0):
+            end = rest.find(b"\n", at + TXT_BYTES - 1, at + 2 * TXT_BYTES) + 1
+            if not end and (end := min(at + 2 * TXT_BYTES, len(rest))) < len(rest):
+                end -= next((n for n in range(4) if rest[end - n] & 0xC0 != 0x80), 0)
+            yield (line, rest[at:end]), end - at
+            line, at = line + rest.count(b"\n", at, end), end
+        rest = rest[at:] + block
 
 
-def _character_start(raw: bytes, at: int) -> int:
-    """The last position up to `at` where a UTF-8 character starts."""
-    while at > 1 and raw[at] & 0xC0 == 0x80:
-        at -= 1
-    return at
-
-
-def _read_parquet(path: str, text_field: str) -> Iterator[Batch]:
+def _read_parquet(path: str, text_field: str) -> Iterator[tuple[Batch, int]]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path}: parquet files need the extra: pip install pyarrow") from None
     try:
-        table, row = pyarrow.parquet.ParquetFile(path), 1
-        names = table.schema_arrow.names
-        if text_field not in names:
-            raise ValueError(f"{path}: no column '{text_field}', there are {', '.join(names)}")
-        columns = [text_field] + ["lang"] * ("lang" in names)
-        for part in table.iter_batches(batch_size=1024, columns=columns):
-            texts = part.column(0).to_pylist()
-            langs = part.column(1).to_pylist() if len(columns) > 1 else [None] * len(texts)
-            yield Batch(path, row, list(zip(texts, langs)), part.nbytes)
+        table, row, size = pyarrow.parquet.ParquetFile(path), 1, os.path.getsize(path)
+        types = {field.name: field.type for field in table.schema_arrow}
+        if text_field not in types:
+            raise ValueError(f"{path}: no column '{text_field}', there are {', '.join(types)}")
+        names = [text_field] + ["lang"] * ("lang" in types)
+        for name in names:
+            if types[name] not in (pyarrow.string(), pyarrow.large_string()):
+                raise ValueError(f"{path}: column '{name}' must be of strings, is {types[name]}")
+        for part in table.iter_batches(batch_size=1024, columns=names):
+            texts = part.column(text_field).cast(pyarrow.large_binary()).to_pylist()
+            langs = part.column("lang").to_pylist() if len(names) > 1 else [None] * len(texts)
+            batch = Batch(path, row, list(zip(texts, langs)), part.nbytes)
             row += len(texts)
+            yield batch, size * (row - 1) // table.metadata.num_rows
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: not a readable parquet file: {error}") from None
 
 
-def parse(batch: Batch, text_field: str = "text", chats: bool = False) -> Iterator[Document | BadLine]:
+# ---------------------------------------------------------------------------- parsing
+
+class _Bad(Exception):
+    """(column, what, detail) of what is wrong with an item, and on which line of it if not the 1st."""
+
+
+def parse(batch: Batch, text_field: str = "text",
+          chats: bool = False) -> Iterator[Document | BadLine]:
     """The documents of a batch, and a BadLine for everything that is none. Empty lines are no
     documents. With `chats`, a line may hold messages or a preference pair instead of a text."""
     for number, item in enumerate(batch.items, batch.first):
         lang: object = None
-        if batch.path.endswith(".parquet"):
-            (text, lang), raw = item, ""
-            bad = _check(text, lang, text_field, raw)
-        elif isinstance(item, tuple):  # a piece of a .txt file
-            number, raw = item
-            text, bad = _decode(raw)
-            if bad:
-                number, column = number + raw[:bad[0]].count(b"\n"), bad[0] - raw.rfind(b"\n", 0, bad[0])
-                bad = (column, *bad[1:])
-            elif not text.strip():
+        try:
+            if batch.path.endswith(".parquet"):
+                raw, lang = item
+                text = None if raw is None else _decode(raw)
+                _check(text, lang, text_field)
+            elif isinstance(item, tuple):
+                number, raw = item
+                text = _decode(raw)
+                if not text.strip():
+                    continue
+            elif item is None:
+                raise _Bad(1, "line too long", "see --max_line_mb")
+            elif not item.removeprefix(BOM).strip():
                 continue
-        elif item is None:
-            text, bad = None, (1, "line too long", "see --max_line_mb")
-        elif not item.strip():
-            continue
-        else:
-            text, lang, bad = _parse_line(item, text_field, chats)
-        if bad:
-            yield BadLine(f"{batch.path}:{number}:{bad[0]}", *bad[1:])
-        else:
+            else:
+                text, lang = _parse_line(item, text_field, chats)
             yield Document(text, lang or language(text))
+        except _Bad as bad:
+            column, what, detail, *below = bad.args
+            if not batch.path.endswith(".parquet"):  # there the number is that of the row
+                number += sum(below)
+            yield BadLine(f"{batch.path}:{number}:{column}", what, detail)
 
 
-def _decode(raw: bytes) -> tuple[str, tuple | None]:
+def _decode(raw: bytes) -> str:
     try:
-        return raw.decode("utf-8-sig"), None
+        return raw.decode()
     except UnicodeDecodeError as error:
-        return "", (error.start, "not UTF-8", f"byte 0x{raw[error.start]:02x}")
+        good = raw[:error.start].decode()
+        raise _Bad(len(good) - good.rfind("\n"), "not UTF-8", f"byte 0x{raw[error.start]:02x}",
+                   good.count("\n")) from None
 
 
-class _Constant(ValueError):
-    """NaN or Infinity, which json accepts and JSON does not have."""
-
-
-class _TwiceKey(ValueError):
-    """A key that stands twice in one object, where json keeps the last and says nothing."""
+def _constant(name: str) -> None:
+    raise ValueError("NaN and Infinity are accepted by json, but not part of JSON")
 
 
 def _object(pairs: list) -> dict:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _TwiceKey(next(key for i, key in enumerate(keys) if key in keys[:i]))
+    if len(record := dict(pairs)) < len(pairs):
+        raise ValueError("json would keep the last value of a key given twice and say nothing")
     return record
-
-
-def _constant(name: str):
-    raise _Constant(name)
 
 
 _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def _parse_line(raw: bytes, text_field: str, chats: bool) -> tuple[str, object, tuple | None]:
-    """(text, lang, None), or ("", None, (column, what, detail)); columns count characters from 1."""
-    line, bad = _decode(raw.rstrip(b"\r\n"))
-    if bad:
-        return "", None, (len(raw[:bad[0]].decode("utf-8-sig")) + 1, *bad[1:])
+def _parse_line(raw: bytes, text_field: str, chats: bool) -> tuple[str, str | None]:
+    """(text, lang) of a JSONL line, lang None where it says none. Raises _Bad."""
+    line = _decode(raw.removeprefix(BOM).rstrip(b"\r\n"))
     try:
         record = _decoder.decode(line)
     except json.JSONDecodeError as error:
-        return "", None, (error.colno, "not JSON", error.msg)
-    except RecursionError:
-        return "", None, (_column(line, r"[\[{]"), "nested too deeply", "")
-    except _Constant as error:
-        return "", None, (_column(line, rf"(?<=[:,\[\s]){error}"), "a number JSON does not have", str(error))
-    except _TwiceKey as error:
-        key = json.dumps(str(error), ensure_ascii=False)
-        last = [m.start() for m in re.finditer(re.escape(key) + r"\s*:", line)]
-        return "", None, (last[-1] + 1 if last else 1, "a key given twice", str(error))
-    except ValueError:  # int() refuses more than 4,300 digits
-        return "", None, (_column(line, r"\d{4301}"), "a number too long", "")
+        raise _Bad(error.colno, "not JSON", error.msg) from None
+    except (ValueError, RecursionError) as error:
+        _inspect(line)
+        raise _Bad(1, "not JSON", str(error)) from None
+    if line.count("[") + line.count("{") > MAX_DEPTH:  # perhaps in strings only
+        _inspect(line)
+    start = len(line) - len(line.lstrip()) + 1
     if not isinstance(record, dict):
-        return "", None, (1, "not an object", f"but {type(record).__name__}")
-    if chats and text_field not in record:
-        text = _chat_text(record)
-    elif text_field not in record:
-        return "", None, (1, "field missing", f"'{text_field}'")
-    else:
-        text = record[text_field]
-    return text, record.get("lang"), _check(text, record.get("lang"), text_field, line)
+        raise _Bad(start, "not an object", f"but {type(record).__name__}")
+    text, lang = record.get(text_field), record.get("lang")
+    if text_field not in record:
+        if not chats or (text := _chat_text(record)) is None:
+            raise _Bad(start, "field missing", f"'{text_field}'" + " or a chat" * chats)
+    _check(text, lang, text_field, line)
+    return text, lang
 
 
-def _check(text, lang, text_field: str, line: str) -> tuple | None:
-    """What is wrong with a text and its language, as (column, what, detail), or None."""
-    column = _column(line, re.escape(f'"{text_field}"') + r"\s*:")
+def _check(text: object, lang: object, text_field: str, line: str = "") -> None:
+    """Raises _Bad for what cannot be a text and its language."""
     if not isinstance(text, str):
-        return column, "field of a wrong type", f"'{text_field}' must be a string, is {type(text).__name__}"
+        raise _Bad(_column(line, text_field), "field of a wrong type",
+                   f"'{text_field}' must be a string, is {type(text).__name__}")
     if not text.strip():
-        return column, "empty text", ""
+        raise _Bad(_column(line, text_field), "empty text", "")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return _column(line, r"\\u[dD][89a-fA-F]"), "lone surrogate", repr(text[error.start])
+        # of the escapes in the text: pairs, the first alone, and all others
+        escapes = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|.)")
+        at = next((m.start() for m in escapes.finditer(line, _column(line, text_field)) if m[1]), 0)
+        raise _Bad(at + 1, "lone surrogate", ascii(text[error.start])) from None
     if lang is not None and not (isinstance(lang, str) and LANG.fullmatch(lang)):
-        return _column(line, r'"lang"\s*:'), "unknown language", f"{lang!r}, wanted like 'en' or 'zh'"
-    return None
+        raise _Bad(_column(line, "lang"), "unknown language", f"{lang!r:.40}, wanted like 'en'")
 
 
 def _chat_text(record: dict) -> str | None:
-    """All that is said in a chat or preference record, one message a line; None if it is neither."""
+    """All that is said in a chat or preference record, one message a line; None if neither."""
     messages = record.get("messages", record.get("prompt"))
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return None
-    said = [m.get("content") for m in messages] + [record[k] for k in ("chosen", "rejected") if k in record]
+    said = [m.get("content") for m in messages]
+    said += [record[k] for k in ("chosen", "rejected") if k in record]
     return "\n".join(said) if all(isinstance(s, str) for s in said) else None
 
 
-def _column(line: str, pattern: str) -> int:
-    match = re.search(pattern, line)
-    return match.start() + 1 if match else 1
+def _tokens(line: str) -> Iterator[tuple[int, str, int]]:
+    """(column, token, depth) of each string, number, word and mark in a line of JSON, which may be
+    damaged. json says where a line breaks, but not where a value stands: this is for the rest."""
+    depth = 0
+    for m in re.finditer(r'"(?:[^"\\]++|\\.)*+"|[^\s"{}\[\],:]++|[{}\[\],:]', line):
+        depth += m[0] in "{["
+        yield m.start() + 1, m[0], depth
+        depth -= m[0] in "}]"
+
+
+def _inspect(line: str) -> None:
+    """Raises _Bad at the first thing that json lets pass, or refuses without saying where."""
+    keys: dict[int, set] = {}  # of the object at each depth
+    before = column_before = None
+    for column, token, depth in _tokens(line):
+        if depth > MAX_DEPTH:
+            raise _Bad(column, "nested too deeply", f"more than {MAX_DEPTH} brackets")
+        if token.startswith(("NaN", "Infinity", "-Infinity")):
+            raise _Bad(column, "NaN or Infinity", "")
+        if re.fullmatch(r"-?\d{4301,}", token):  # int() refuses
+            raise _Bad(column, "number too long", f"{len(token):,} characters")
+        if token == "{":
+            keys[depth] = set()
+        elif token == ":":
+            if (key := json.loads(before)) in keys[depth]:
+                raise _Bad(column_before, "key given twice", f"{key!r:.40}")
+            keys[depth].add(key)
+        before, column_before = token, column
+
+
+def _column(line: str, field: str) -> int:
+    """Where the value of an object's field stands; 1 if it has no such field."""
+    before, found = "", False
+    for column, token, depth in _tokens(line):
+        if found:
+            return column
+        found = token == ":" and depth == 1 and json.loads(before) == field
+        before = token
+    return 1
 
 
 def language(text: str) -> str:
@@ -274,11 +336,32 @@ def language(text: str) -> str:
     return "zh" if len(HAN.findall(head)) >= 0.3 * max(letters, 1) else "en"
 
 
+# ---------------------------------------------------------------------------- plumbing
+
+class Progress:
+    """One line that says how far it is: rewritten on a terminal, a new one every 5 s elsewhere."""
+
+    def __init__(self) -> None:
+        self.shown, self.open = time.monotonic(), False
+
+    def show(self, text: str) -> None:
+        terminal = sys.stdout.isatty()
+        if time.monotonic() - self.shown >= (0.1 if terminal else 5):
+            print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
+            self.shown, self.open = time.monotonic(), terminal
+
+    def end(self) -> None:
+        """What is printed next, a result or an error, starts on a line of its own."""
+        if self.open:
+            print(flush=True)
+        self.open = False
+
+
 class BadLines:
     """Counts what is wrong with the input: stops at the first bad line, or skips and reports."""
 
-    def __init__(self, policy: str):
-        self.policy, self.kinds = policy, Counter()
+    def __init__(self, policy: str, progress: Progress):
+        self.policy, self.progress, self.kinds = policy, progress, Counter()
 
     def add(self, bad: list[BadLine]) -> None:
         """Raises ValueError at the first bad line unless they are to be skipped."""
@@ -287,14 +370,16 @@ class BadLines:
             if self.policy == "stop":
                 raise ValueError(f"{line} (--on_bad_line=skip passes over such lines)")
             if self.kinds.total() < 5:
+                self.progress.end()
                 print(f"skipped {line}")
             self.kinds[b.what] += 1
 
-    def finish(self, n_good: int, max_fraction: float = 0.01) -> None:
+    def finish(self, n_good: int, max_fraction: float) -> None:
         """Print the totals. Raises ValueError if too many were bad to be chance."""
         n = self.kinds.total()
         if n:
-            print(f"skipped {n:,} bad lines: " + ", ".join(f"{k} {v:,}" for k, v in self.kinds.items()))
+            kinds = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.most_common())
+            print(f"skipped {n:,} bad lines: {kinds}")
         if n > max_fraction * (n + n_good):
             raise ValueError(f"{n:,} of {n + n_good:,} lines are bad, more than {max_fraction:.1%} "
                              "(--max_bad_fraction)")
@@ -302,32 +387,40 @@ class BadLines:
 
 def parallel(work: Callable[[Any], Any], batches: Iterable, workers: int) -> Iterator:
     """map(work, batches) in order on `workers` processes (0: one per core), with no more than two
-    batches per process in memory."""
+    batches per process in memory. Raises ValueError when a process dies."""
     workers = workers or os.cpu_count() or 1
     if workers == 1:
         yield from map(work, batches)
         return
-    room, done = Semaphore(2 * workers), False
-
-    def admit() -> Iterator:
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker)
+    waiting: deque = deque()
+    try:
         for batch in batches:
-            room.acquire()
-            if done:
-                return
-            yield batch
+            waiting.append(pool.submit(work, batch))
+            if len(waiting) == 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise ValueError("a worker process was killed, perhaps for want of memory; the same "
+                         "command with fewer --workers needs less") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    with Pool(workers) as pool:
-        try:
-            for result in pool.imap(work, admit()):
-                room.release()
-                yield result
-        finally:  # the pool's feeder may wait in admit(), and closing the pool waits for the feeder
-            done = True
-            room.release()
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+
+    def follow() -> None:  # a worker would wait for ever for the next batch of a killed parent
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a small file whole or not at all: a crash leaves the old one or the new one."""
+    """Write a small file whole or not at all: a crash leaves the old one or the new one.
+    Raises ValueError with the reason."""
     try:
         with open(f"{path}.tmp", "w", encoding="utf-8") as f:
             f.write(text)

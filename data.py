@@ -17,9 +17,12 @@ import os
 import struct
 import time
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -27,12 +30,16 @@ import torch
 from torch import Tensor
 
 from configurator import configure, fail
-from corpus import BadLine, BadLines, Batch, find_files, parallel, parse, read_batches, write_text
+from corpus import (BadLine, BadLines, Batch, Progress, find_files, parallel, parse, read_batches,
+                    write_text)
 from tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # target of a position that is not scored
-HEADER = struct.Struct("<8sIIQQQQ32s32s16s")  # as listed in TokenFile.header, zero-padded to 252
+HEADER = struct.Struct("<8sIIQQQQ32s32s16s")  # fields as in pack_header, zero-padded to 252
 HEADER_BYTES = 256  # the last 4 are a crc32 of the others
+JOURNAL = "progress.json"  # says how far an unfinished folder is
+JOURNAL_SECONDS = 5.0  # of work that a crash may cost
+BLOCK = 1024  # windows whose places in the order are computed at once
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ class TokenFile:
 
 def pack_header(width: int, count: int, vocab_size: int, n_bytes: int, n_docs: int,
                 tokenizer: str, payload: bytes, lang: str) -> bytes:
-    """Magic, version, bytes per id, ids, vocabulary, text bytes, documents, two sha256, language."""
+    """Magic, version, bytes per id, count of ids, vocabulary, text bytes, documents, sha256 of the
+    tokenizer and of the payload, language."""
     head = HEADER.pack(b"KHAOSZ\0\0", 1, width, count, vocab_size, n_bytes, n_docs,
                        bytes.fromhex(tokenizer), payload, lang.encode())
     head = head.ljust(HEADER_BYTES - 4, b"\0")
@@ -97,19 +105,30 @@ def open_token_file(path: str, verify: Literal["auto", "full", "fast"] = "auto")
     return TokenFile(path, ids, vocab_size, n_bytes, n_docs, tok.hex(), lang.rstrip(b"\0").decode())
 
 
+def read_json(path: str) -> dict | None:
+    """What meta.json or progress.json says, None without it. Raises ValueError for a damaged one."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+        found["job"]
+        return found
+    except OSError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path}: not from data.py, or damaged; delete its folder") from None
+
+
 def open_data(data_dir: str, verify: Literal["auto", "full", "fast"] = "auto",
               ) -> tuple[Tokenizer, dict[str, list[TokenFile]]]:
     """The tokenizer of a prepared folder and its files by split, languages in alphabetical order.
     Raises ValueError when something is missing, damaged or does not belong together."""
-    try:
-        with open(os.path.join(data_dir, "meta.json"), encoding="utf-8") as f:
-            names = json.load(f)["files"]
-    except (OSError, ValueError, KeyError):
+    meta = read_json(os.path.join(data_dir, "meta.json"))
+    if not meta:
         raise ValueError(f"{data_dir}: no prepared data here; make it with python data.py "
-                         f"--input=PATHS --tokenizer=FILE --out_dir={data_dir}") from None
+                         f"--input=PATHS --tokenizer=FILE --out_dir={data_dir}")
     tok = load_tokenizer(os.path.join(data_dir, "tokenizer.txt"))
     splits: dict[str, list[TokenFile]] = {"train": [], "val": []}
-    for name in sorted(names):
+    for name in sorted(meta["files"]):
         file = open_token_file(os.path.join(data_dir, name), verify)
         if file.tokenizer != tok.sha256 or file.vocab_size != tok.n_vocab:
             raise ValueError(f"{file.path}: made with another tokenizer than {tok.name}")
@@ -161,48 +180,57 @@ class Windows:
 
     def __init__(self, files: list[TokenFile], length: int, seed: int):
         self.files, self.length, self.seed = files, length, seed
+        self.ids = [np.asarray(f.ids) for f in files]  # the same memory, without memmap's own cost
         # one window's worth is left over for the offset, or none in a file with one window only
-        counts = [max(len(f.ids) // length - 1, int(len(f.ids) > length)) for f in files]
-        self.ends = np.cumsum(counts)
-        self.n = int(self.ends[-1]) if files else 0
+        counts = [max(len(ids) // length - 1, int(len(ids) > length)) for ids in self.ids]
+        self.firsts = np.cumsum([0] + counts).tolist()  # number of each file's first window
+        self.n = self.firsts[-1]
         if not self.n:
-            raise ValueError(f"{os.path.dirname(files[0].path) if files else 'the data'}: the training "
-                             f"split is shorter than one window of {length} tokens")
+            folder = os.path.dirname(files[0].path) if files else "the data"
+            raise ValueError(f"{folder}: the training split is shorter than one window of {length} "
+                             "tokens")
+        self.order = lru_cache(maxsize=2)(self.order)
+        self.offsets = lru_cache(maxsize=2)(self.offsets)
 
     def batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
-        """Samples start … start + size - 1 of the endless stream: inputs and targets, (size, length)
-        int64. Raises ValueError for an id outside the vocabulary."""
-        epoch, index = np.divmod(np.arange(start, start + size), self.n)
+        """Samples start … start + size - 1 of the endless stream as inputs and targets, both
+        (size, length) int64. Raises ValueError for an id outside the vocabulary."""
         rows = np.empty((size, self.length + 1), np.int64)
-        for e in np.unique(epoch):
-            here = np.flatnonzero(epoch == e)
-            where = shuffled(index[here], self.n, mix(self.seed, int(e)))
-            source = np.searchsorted(self.ends, where, side="right")
-            for i, file in enumerate(self.files):
-                mine = source == i
-                if mine.any():
-                    first = self.ends[i - 1] if i else 0
-                    rows[here[mine]] = self.view(file, int(e))[where[mine] - first]
-        if rows.max() >= min(f.vocab_size for f in self.files):
-            bad = next(f for f in self.files if f.ids.max(initial=0) >= f.vocab_size)
-            raise ValueError(f"{bad.path}: holds an id outside its vocabulary of {bad.vocab_size}")
+        for i in range(size):
+            epoch, index = divmod(start + i, self.n)
+            window = self.order(epoch, index // BLOCK)[index % BLOCK]
+            source = bisect_right(self.firsts, window) - 1
+            at = self.offsets(epoch)[source] + (window - self.firsts[source]) * self.length
+            rows[i] = self.ids[source][at:at + self.length + 1]
+        if rows.max(initial=0) >= min(f.vocab_size for f in self.files):
+            for file in self.files:
+                check_ids(file, file.ids)
         both = torch.from_numpy(rows)
         return both[:, :-1], both[:, 1:]
 
-    def view(self, file: TokenFile, epoch: int) -> np.ndarray:
-        """All windows of a file in an epoch, (n, length + 1), without copying anything."""
-        step = file.ids.itemsize
-        room = len(file.ids) - self.length - 1  # the offset is free as far as the file allows
-        offset = mix(self.seed, epoch, 1) % min(self.length, room + 1)
-        n = (len(file.ids) - offset - 1) // self.length
-        return np.ndarray((n, self.length + 1), file.ids.dtype, file.ids, offset * step,
-                          (self.length * step, step))
+    def order(self, epoch: int, block: int) -> list[int]:
+        """The next BLOCK windows of an epoch: numpy costs as much for one as for hundreds."""
+        index = np.arange(block * BLOCK, min((block + 1) * BLOCK, self.n))
+        return shuffled(index, self.n, mix(self.seed, epoch)).tolist()
+
+    def offsets(self, epoch: int) -> list[int]:
+        """Where the first window of each file starts, as far in as the file has room for."""
+        draw = mix(self.seed, epoch, 1)
+        return [draw % min(self.length, max(len(ids) - self.length, 1)) for ids in self.ids]
+
+
+def check_ids(file: TokenFile, ids: np.ndarray) -> None:
+    """Raises ValueError for an id outside the vocabulary, which would read past the embedding."""
+    if ids.max(initial=0) >= file.vocab_size:
+        raise ValueError(f"{file.path}: holds the id {ids.max()}, outside its vocabulary of "
+                         f"{file.vocab_size}")
 
 
 def passages(file: TokenFile, length: int, batch_size: int, max_tokens: int | None = None,
              ) -> Iterator[tuple[Tensor, Tensor]]:
     """The whole file in order (or evenly spread windows of about `max_tokens`) for evaluation:
-    every token but the first is a target once. The end of the last row is filled with IGNORE."""
+    every token but the first is a target once. The end of the last row is filled with IGNORE.
+    Raises ValueError for an id outside the vocabulary."""
     n = -(-max(len(file.ids) - 1, 0) // length)
     every = max(1, n * length // max_tokens) if max_tokens else 1
     starts = np.arange(0, n, every) * length
@@ -210,6 +238,7 @@ def passages(file: TokenFile, length: int, batch_size: int, max_tokens: int | No
         rows = np.full((len(starts[i:i + batch_size]), length + 1), IGNORE, np.int64)
         for row, at in zip(rows, starts[i:i + batch_size]):
             part = file.ids[at:at + length + 1]
+            check_ids(file, part)
             row[:len(part)] = part
         both = torch.from_numpy(rows)
         yield both[:, :-1].clamp(min=0), both[:, 1:]
@@ -220,11 +249,14 @@ def passages(file: TokenFile, length: int, batch_size: int, max_tokens: int | No
 cached_tokenizer = cache(load_tokenizer)  # once per worker
 
 
+def id_type(tok: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if tok.n_vocab <= 1 << 16 else "<u4")
+
+
 def encode_batch(batch: Batch, tokenizer: str, text_field: str, val_fraction: float):
-    """A worker's share: {(split, lang): [id bytes, text bytes, documents]} and the bad lines."""
+    """A worker's share: {(split, lang): (id bytes, text bytes, documents)}, the bad lines, and how
+    much was read."""
     tok = cached_tokenizer(tokenizer)
-    dtype = np.dtype("<u2" if tok.n_vocab <= 1 << 16 else "<u4")
-    end = dtype.type(tok.endoftext).tobytes()
     parts: dict[tuple[str, str], list] = {}
     bad = []
     for item in parse(batch, text_field):
@@ -234,81 +266,99 @@ def encode_batch(batch: Batch, tokenizer: str, text_field: str, val_fraction: fl
         raw = item.text.encode()
         draw = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") / 2**64
         part = parts.setdefault(("val" if draw < val_fraction else "train", item.lang), [[], 0, 0])
-        part[0] += tok.encode_to_numpy(item.text, disallowed_special=()).astype(dtype).tobytes(), end
+        part[0].append(np.array(tok.encode_ordinary(item.text) + [tok.endoftext], id_type(tok)))
         part[1] += len(raw)
         part[2] += 1
-    return {k: (b"".join(ids), n_bytes, n) for k, (ids, n_bytes, n) in parts.items()}, bad, batch.n_bytes
+    return ({key: (np.concatenate(ids).tobytes(), n_bytes, n)
+             for key, (ids, n_bytes, n) in parts.items()}, bad, batch.n_bytes, batch.share)
 
 
 class Writer:
-    """One token file being written: NAME.part until it is whole."""
+    """One token file being written: PATH.part until all files are whole."""
 
-    def __init__(self, path: str, counts: list[int] | None = None):
-        """With `counts` = [size, text bytes, documents], goes on behind the first `size` bytes."""
-        self.path, self.sha = path, hashlib.sha256()
-        self.size, self.n_bytes, self.n_docs = counts or [HEADER_BYTES, 0, 0]
-        self.file = open(f"{path}.part", "r+b" if counts else "w+b")
+    def __init__(self, path: str, done: list | None = None):
+        """With `done`, what sync() said in an earlier run, goes on from there. Raises ValueError if
+        the file is no longer what it was then."""
+        self.path, self.part, self.sha = path, f"{path}.part", hashlib.sha256()
+        self.size, self.n_bytes, self.n_docs, sha = done or [HEADER_BYTES, 0, 0, ""]
+        if done and not os.path.exists(self.part) and os.path.exists(path):
+            os.replace(path, self.part)  # the earlier run was stopped at its very end
+        self.file = open(self.part, "r+b" if done and os.path.exists(self.part) else "w+b")
         self.file.truncate(self.size)
         self.file.seek(HEADER_BYTES)
         while block := self.file.read(1 << 22):
             self.sha.update(block)
-        self.file.seek(self.size)
+        if done and self.sha.hexdigest() != sha:
+            raise ValueError(f"{self.part}: not as the stopped run left it; delete its folder")
 
     def add(self, ids: bytes, n_bytes: int, n_docs: int) -> None:
         self.file.write(ids)
         self.sha.update(ids)
-        self.size, self.n_bytes, self.n_docs = self.size + len(ids), self.n_bytes + n_bytes, self.n_docs + n_docs
+        self.size += len(ids)
+        self.n_bytes += n_bytes
+        self.n_docs += n_docs
 
-    def sync(self) -> list[int]:
+    def sync(self) -> list:
         self.file.flush()
         os.fsync(self.file.fileno())
-        return [self.size, self.n_bytes, self.n_docs]
+        return [self.size, self.n_bytes, self.n_docs, self.sha.hexdigest()]
 
-    def finish(self, tok: Tokenizer, lang: str) -> None:
-        width = 2 if tok.n_vocab <= 1 << 16 else 4
+    def finish(self, tok: Tokenizer, lang: str) -> int:
+        """Write the header; the number of ids."""
+        width = id_type(tok).itemsize
+        count = (self.size - HEADER_BYTES) // width
         self.file.seek(0)
-        self.file.write(pack_header(width, (self.size - HEADER_BYTES) // width, tok.n_vocab, self.n_bytes,
-                                    self.n_docs, tok.sha256, self.sha.digest(), lang))
+        self.file.write(pack_header(width, count, tok.n_vocab, self.n_bytes, self.n_docs,
+                                    tok.sha256, self.sha.digest(), lang))
         self.sync()
-        self.file.close()
-        os.replace(f"{self.path}.part", self.path)
+        return count
 
 
-def prepare(cfg: Config) -> None:
-    """Write the token files of a folder. Raises ValueError with one line for what a user can mend."""
-    files, tok = find_files(cfg.input), load_tokenizer(cfg.tokenizer)
+def describe(files: list[str]) -> list:
+    """What tells whether the input is still the same."""
+    return [[f, os.path.getsize(f), os.stat(f).st_mtime_ns] for f in files]
+
+
+def begin(cfg: Config, job: dict) -> dict | None:
+    """Where to go on: at the start, or where an earlier run of the same job was stopped. None if
+    the folder holds the result already. Raises ValueError if it holds something else."""
     os.makedirs(cfg.out_dir, exist_ok=True)
-    meta_path, journal_path = (os.path.join(cfg.out_dir, n) for n in ("meta.json", "progress.json"))
-    job = {"inputs": [[f, os.path.getsize(f), os.stat(f).st_mtime_ns] for f in files],
-           "tokenizer": tok.sha256, "settings": [cfg.val_fraction, cfg.text_field, cfg.on_bad_line,
-                                                 cfg.max_bad_fraction, cfg.max_line_mb]}
-    if os.path.exists(meta_path):
-        with open(meta_path, encoding="utf-8") as f:
-            if json.load(f)["job"] == job:
-                print(f"{cfg.out_dir} is up to date")
-                return
-        raise ValueError(f"{cfg.out_dir} holds data made from other input or settings: delete it, or "
-                         "give another --out_dir")
-    state = {"job": job, "batches": 0, "read": 0, "bad": {}, "files": {}}
-    if os.path.exists(journal_path):
-        with open(journal_path, encoding="utf-8") as f:
-            found = json.load(f)
-        if found["job"] == job:
-            state = found
-            print(f"going on behind batch {state['batches']:,} of an earlier run")
-    writers = {name: Writer(os.path.join(cfg.out_dir, name), counts) for name, counts in state["files"].items()}
-    bad_lines = BadLines(cfg.on_bad_line)
-    bad_lines.kinds.update(state["bad"])
+    if meta := read_json(os.path.join(cfg.out_dir, "meta.json")):
+        if meta["job"] != job:
+            raise ValueError(f"{cfg.out_dir} holds data made from other input or settings: delete "
+                             "it, or give another --out_dir")
+        open_data(cfg.out_dir, "fast")
+        return None
+    journal = os.path.join(cfg.out_dir, JOURNAL)
+    state = read_json(journal)
+    if state and state["job"] == job:
+        print(f"going on at {state['share']:.1%}, where an earlier run was stopped")
+        return state
+    names = os.listdir(cfg.out_dir)
+    if state:
+        print("input or settings have changed since an earlier run was stopped: starting again")
+    elif foreign := [name for name in names if name.endswith(".bin")]:
+        raise ValueError(f"{cfg.out_dir} holds {foreign[0]}, made by something else: give another "
+                         "--out_dir")
+    for name in names:
+        if name.endswith(".bin.part"):
+            os.unlink(os.path.join(cfg.out_dir, name))
+    state = {"job": job, "batches": 0, "share": 0.0, "bad": {}, "files": {}}
+    write_text(journal, json.dumps(state))  # from here on the folder is known as ours
+    return state
 
+
+def encode(cfg: Config, files: list[str], state: dict, writers: dict[str, Writer],
+           progress: Progress) -> None:
+    """Bring the writers from `state` to the end of the input."""
+    bad_lines = BadLines(cfg.on_bad_line, progress)
+    bad_lines.kinds.update(state["bad"])
     work = partial(encode_batch, tokenizer=cfg.tokenizer, text_field=cfg.text_field,
                    val_fraction=cfg.val_fraction)
-    todo = (b for i, b in enumerate(read_batches(files, cfg.text_field, cfg.max_line_mb))
-            if i >= state["batches"])
-    total = sum(map(os.path.getsize, files))
-    zipped = any(f.endswith((".gz", ".parquet")) for f in files)  # then the total is not known
+    todo = islice(read_batches(files, cfg.text_field, cfg.max_line_mb), state["batches"], None)
     start = saved = time.time()
-    done = 0
-    for parts, bad, n_bytes in parallel(work, todo, cfg.workers):
+    first_share, n_read = state["share"], 0
+    for parts, bad, n_bytes, share in parallel(work, todo, cfg.workers):
         bad_lines.add(bad)
         for (split, lang), part in sorted(parts.items()):
             name = f"{split}_{lang}.bin"
@@ -316,46 +366,83 @@ def prepare(cfg: Config) -> None:
                 writers[name] = Writer(os.path.join(cfg.out_dir, name))
             writers[name].add(*part)
         state["batches"] += 1
-        state["read"] += n_bytes
-        done += n_bytes
+        state["share"] = share
         now = time.time()
-        if now - saved > 5:  # seconds of work that a crash may cost
+        if now - saved >= JOURNAL_SECONDS:
             state["files"] = {name: w.sync() for name, w in writers.items()}
             state["bad"] = bad_lines.kinds
-            write_text(journal_path, json.dumps(state))
+            write_text(os.path.join(cfg.out_dir, JOURNAL), json.dumps(state))
             saved = now
-        rate = done / (now - start + 1e-9)
-        eta = "" if zipped else f" of {total / 1e6:,.0f} | eta {(total - state['read']) / rate:,.0f} s"
-        print(f"\r{state['read'] / 1e6:,.0f} MB{eta} | {rate / 1e6:.1f} MB/s   ", end="", flush=True)
-    print()
+        n_read += n_bytes
+        left = (1 - share) / max(share - first_share, 1e-9) * (now - start)
+        progress.show(f"{share:6.1%} | {n_read / 1e6:,.0f} MB | "
+                      f"{n_read / max(now - start, 1e-9) / 1e6:.1f} MB/s | eta {left:,.0f} s")
+    progress.end()
+    print(f"read {n_read / 1e6:,.1f} MB in {time.time() - start:.1f} s")
     bad_lines.finish(sum(w.n_docs for w in writers.values()), cfg.max_bad_fraction)
-    splits = {name.partition("_")[0] for name in writers}
-    for split in {"train", "val"} - splits:
-        raise ValueError(f"{cfg.input}: no document fell into the {split} split: give more text or "
-                         f"another --val_fraction than {cfg.val_fraction}")
+
+
+def finish(cfg: Config, job: dict, tok: Tokenizer, writers: dict[str, Writer]) -> None:
+    """Headers, then names, then meta.json: a folder without it is unfinished, so never half right.
+    Raises ValueError for an empty split."""
+    for split in ("train", "val"):
+        if not any(name.startswith(split) for name in writers):
+            raise ValueError(f"{cfg.input}: no document fell into the {split} split: give more "
+                             f"text or another --val_fraction than {cfg.val_fraction}")
     write_text(os.path.join(cfg.out_dir, "tokenizer.txt"), tok.text)
     for name, w in sorted(writers.items()):
-        w.finish(tok, name[:-4].partition("_")[2])
-        ids = (w.size - HEADER_BYTES) // (2 if tok.n_vocab <= 1 << 16 else 4)
-        print(f"{name:<16} {w.n_docs:>10,} documents {ids:>14,} tokens {w.n_bytes:>16,} bytes "
-              f"{w.n_bytes / ids:6.2f} bytes/token")
-    write_text(meta_path, json.dumps({"files": sorted(writers), "job": job}, indent=1))
-    if os.path.exists(journal_path):
-        os.unlink(journal_path)
+        n = w.finish(tok, name[:-4].partition("_")[2])
+        print(f"{name:<16} {w.n_docs:>10,} documents {n:>14,} tokens {w.n_bytes:>16,} bytes "
+              f"{w.n_bytes / n:6.2f} bytes/token")
+    for w in writers.values():
+        os.replace(w.part, w.path)
+    write_text(os.path.join(cfg.out_dir, "meta.json"),
+               json.dumps({"files": sorted(writers), "job": job}, indent=1))
+    os.unlink(os.path.join(cfg.out_dir, JOURNAL))
+
+
+def prepare(cfg: Config, progress: Progress) -> None:
+    """Write the token files of a folder. Raises ValueError or OSError for what a user can mend."""
+    files, tok = find_files(cfg.input), load_tokenizer(cfg.tokenizer)
+    job = {"inputs": describe(files), "tokenizer": tok.sha256,
+           "settings": [cfg.val_fraction, cfg.text_field, cfg.max_line_mb]}
+    state = begin(cfg, job)
+    if not state:
+        print(f"{cfg.out_dir} is up to date")
+        return
+    writers: dict[str, Writer] = {}
+    try:
+        for name, done in state["files"].items():
+            writers[name] = Writer(os.path.join(cfg.out_dir, name), done)
+        encode(cfg, files, state, writers, progress)
+        if describe(files) != job["inputs"]:
+            raise ValueError(f"{cfg.input}: changed while it was read; give the command again")
+        finish(cfg, job, tok, writers)
+    finally:
+        for w in writers.values():
+            with suppress(OSError):  # of a full disk, once more
+                w.file.close()
 
 
 def main() -> None:
     cfg = configure(Config)
     if not 0 < cfg.val_fraction < 1:
         fail(f"--val_fraction={cfg.val_fraction} must lie between 0 and 1")
-    if cfg.input == Config.input and not os.path.exists(cfg.input):
-        fail(f"{cfg.input}: not there; make the embedded default with python toyworld.py, or give --input")
+    if cfg.max_line_mb < 1 or cfg.workers < 0:
+        fail("--max_line_mb must be at least 1 and --workers at least 0")
+    progress = Progress()
     try:
-        prepare(cfg)
+        prepare(cfg, progress)
+        return
     except ValueError as error:
-        fail(f"\n{error}".lstrip() if cfg.workers == 1 else f"{error}")
+        message = str(error)
     except OSError as error:
-        fail(f"{cfg.out_dir}: {error.strerror}; what is done is kept, the same command goes on from there")
+        message = (f"{error.filename or cfg.out_dir}: {error.strerror}; what is done is kept, the "
+                   "same command goes on from there")
+    except KeyboardInterrupt:
+        message = "stopped; the same command goes on from there"
+    progress.end()
+    fail(message)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import checkpoint
 import runtime
 from configurator import configure, fail
-from data import TokenFile, Windows, open_data, passages
+from data import IGNORE, TokenFile, Windows, open_data, passages
 from generate import complete
 from model import ModelConfig, Transformer, count_parameters, flops_per_token, training_memory
 from runtime import Dist, all_sum, print0
@@ -95,23 +95,22 @@ def evaluate(model: nn.Module, files: list[TokenFile], tok_bytes: Tensor, cfg: C
     """(nats per token, bits per byte of UTF-8 text) of each language; each rank takes its share of the
     windows. The cost of ending a document is in, with no bytes of its own."""
     model.eval()
-    results = {}
+    sums = {lang: torch.zeros(3, dtype=torch.float64) for lang in sorted({f.lang for f in files})}
     for file in files:
-        nats = torch.zeros((), dtype=torch.float64)
-        n_tokens = n_bytes = 0
         for i, (x, y) in enumerate(passages(file, cfg.max_seq_len, cfg.batch_size, max_tokens)):
             if i % dist.world != dist.rank:
                 continue
             with dist.autocast():
-                hidden = model(x.to(dist.device), hidden=True)
-                nats += pt_loss(hidden, raw(model).lm_head.weight, y.to(dist.device)).cpu().double()
-            real = y[y >= 0]
-            n_tokens += real.numel()
-            n_bytes += int(tok_bytes[real].sum())
-        total, n, size = all_sum(dist, nats, n_tokens, n_bytes)
-        results[file.lang] = (total / max(n, 1), total / math.log(2) / max(size, 1))
+                hidden = raw(model)(x.to(dist.device), hidden=True)
+                nats = pt_loss(hidden, raw(model).lm_head.weight, y.to(dist.device))
+            real = y[y != IGNORE]
+            sums[file.lang] += torch.tensor([float(nats), len(real), int(tok_bytes[real].sum())])
     model.train()
-    return results
+    scores = {}
+    for lang, own in sums.items():
+        nats, n_tokens, n_bytes = all_sum(dist, *own)
+        scores[lang] = (nats / max(n_tokens, 1), nats / math.log(2) / max(n_bytes, 1))
+    return scores
 
 
 def raw(model: nn.Module) -> Transformer:
@@ -158,6 +157,8 @@ def check(cfg: Config, world: int) -> int:
         raise ValueError(f"batch_tokens {cfg.batch_tokens} must be a multiple of batch_size x processes x "
                          f"max_seq_len = {cfg.batch_size} x {world} x {cfg.max_seq_len} = {unit}; try "
                          f"{max(1, round(cfg.batch_tokens / unit)) * unit}")
+    if cfg.eval_only and not cfg.init_from:
+        raise ValueError("--eval_only needs --init_from=CHECKPOINT, the model to judge")
     for name in ("max_steps", "eval_every", "eval_tokens", "save_every", "log_every", "sample_tokens"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")

@@ -1,0 +1,264 @@
+"""Reading text: nothing lost, nothing repaired, and damage named as file:line:column."""
+import gzip
+import json
+import os
+import random
+import re
+import signal
+import time
+
+import pytest
+
+import corpus
+from corpus import (BadLine, BadLines, Document, Progress, find_files, language, parallel, parse,
+                    read_batches, write_text)
+
+GOOD = [{"text": "一只猫 sat.\nTwo [lines] {\"text\": 1}", "lang": "zh", "meta": {"text": 5}},
+        {"id": -1.5e3, "text": "NaN Infinity \U0001f600 " + "7" * 5000}, {"text": "[" * 500}]
+
+# A line with @ where it is damaged, and what is to be said of it.
+DAMAGE = [
+    (b'{"text": "\xe4\xb8\xad\xe6\x96\x87@\xff"}', "not UTF-8"),
+    (b'{"text": "\xe4\xb8\xad" @"id": 1}', "not JSON"),
+    (b'  @["text"]', "not an object"),
+    (b'@{"id": 1, "data": {"text": "x"}}', "field missing"),
+    (b'{"meta": {"text": "x"}, "a": "\\"text\\": 1", "text": @[1]}', "field of a wrong type"),
+    (b'{"\\u0074ext": @" \\n\xe3\x80\x80"}', "empty text"),
+    (b'@{"text": "' + b"x" * (1 << 20) + b'"}', "line too long"),
+    (b'{"text": "[[", "a": ' + b"[" * 99 + b"@" + b"[" * 99 + b"]" * 198 + b"}", "nested too deeply"),
+    (b'{"text": "' + b"8" * 5000 + b'", "n": @-' + b"9" * 4301 + b"}", "number too long"),
+    (b'{"text": "\xe4\xb8\xad", "o": {"text": 1}, "p": {"k": 1, @"\\u006b": 2}, "k": 3}',
+     "key given twice"),
+    (b'{"text": "NaN", "n": [1, @-Infinity, NaN]}', "NaN or Infinity"),
+    (b'{"a": "\\ud800", "text": "\\\\ud800 \\ud83d\\ude00 @\\udfff"}', "lone surrogate"),
+    (b'{"l": {"lang": 1}, "text": "x", "lang": @"English"}', "unknown language"),
+]
+
+
+def items(path, text_field="text", chats=False):
+    return [item for batch in read_batches([str(path)], text_field, 1)
+            for item in parse(batch, text_field, chats)]
+
+
+# ---------------------------------------------------------------------------- damage
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_all_damage_is_found_and_no_good_line_is_lost(tmp_path, monkeypatch, suffix, end):
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 5000)  # line numbers run on over many batches
+    r, lines, bad = random.Random(0), [], []
+    for i in range(2000):
+        if i % 150 == 77 and (kind := i // 150) < len(DAMAGE):
+            before, after = DAMAGE[kind][0].split(b"@")
+            raw, column = before + after, len(before.decode()) + 1  # in characters, not bytes
+            bad.append((f"{tmp_path}/x{suffix}:{i + 1}:{column}", DAMAGE[kind][1]))
+        else:
+            raw = json.dumps(r.choice(GOOD), ensure_ascii=i % 2 == 0).encode()
+        lines.append(raw)
+    assert len(bad) == len(DAMAGE) == 13
+    path = tmp_path / f"x{suffix}"
+    with (gzip.open if suffix.endswith("gz") else open)(path, "wb") as f:
+        f.write(b"\xef\xbb\xbf" + end.join(lines))  # a BOM, and no line end at the end
+    found = items(path)
+    assert [(b.where, b.what) for b in found if isinstance(b, BadLine)] == bad
+    texts = [d.text for d in found if isinstance(d, Document)]
+    damaged = {raw.replace(b"@", b"") for raw, _ in DAMAGE}
+    assert texts == [json.loads(raw)["text"] for raw in lines if raw not in damaged]
+
+
+def test_unclosed_nesting_does_not_end_python(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": ' + b"[" * 500_000)
+    [bad] = items(tmp_path / "x.jsonl")
+    assert bad.what in ("nested too deeply", "not JSON")
+
+
+def test_empty_lines_are_no_documents(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\n\r\n  \n{"text": "x"}\n\n')
+    assert items(tmp_path / "x.jsonl") == [Document("x", "en")]
+
+
+def test_chats_are_text_for_the_tokenizer_only(tmp_path):
+    path, turn = tmp_path / "x.jsonl", {"role": "user", "content": "你好"}
+    rows = [{"messages": [turn, turn], "lang": "zh"},
+            {"prompt": [turn], "chosen": "a", "rejected": "b"}, {"messages": "x"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    *good, bad = items(path, chats=True)
+    assert [d.text for d in good] == ["你好\n你好", "你好\na\nb"]
+    assert (bad.where, bad.what) == (f"{path}:3:1", "field missing")
+    assert [b.what for b in items(path)] == ["field missing"] * 3
+
+
+def test_bad_lines_stop_or_are_counted(capsys):
+    bad = [BadLine(f"f:{i}:1", "not JSON", "why") for i in range(7)] + [BadLine("f:9:1", "empty text")]
+    with pytest.raises(ValueError, match="^f:0:1: not JSON: why .--on_bad_line=skip"):
+        BadLines("stop", Progress()).add(bad)
+    counted = BadLines("skip", Progress())
+    counted.add(bad)
+    counted.finish(n_good=792, max_fraction=0.01)  # 8 of 800 is not more than 1 %
+    out = capsys.readouterr().out
+    assert out.count("skipped f:") == 5 and "skipped 8 bad lines: not JSON 7, empty text 1" in out
+    with pytest.raises(ValueError, match="8 of 799 lines are bad, more than 1.0%"):
+        counted.finish(n_good=791, max_fraction=0.01)
+
+
+# ---------------------------------------------------------------------------- files
+
+@pytest.mark.parametrize("text", [
+    "", "short", "line\r\n" * 5000, "没有行末" * 30_000, "x" * 100 + "\n" + "中" * 50_000 + "\n\ny",
+    "".join(random.Random(1).choices("ab中😀\n\ufeff", k=60_000))], ids=range(6))
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
+def test_a_txt_file_becomes_pieces_that_join_to_the_whole(tmp_path, text, suffix):
+    with (gzip.open if suffix.endswith("gz") else open)(tmp_path / f"x{suffix}", "wb") as f:
+        f.write(b"\xef\xbb\xbf" + text.encode())
+    texts = [d.text for d in items(tmp_path / f"x{suffix}")]
+    assert "".join(texts) == text
+    sizes = [len(t.encode()) for t in texts]
+    assert all(8192 <= n <= 16384 for n in sizes[:-1]) and sizes[-1:] <= [16384]
+    assert all(t.endswith("\n") for t, n in zip(texts, sizes) if n < 16384 - 3 and t != texts[-1])
+
+
+def test_a_bad_byte_in_a_txt_file_is_placed(tmp_path):
+    (tmp_path / "x.txt").write_bytes("一行\n".encode() * 5000 + b"\xe4\xb8\xad\xff\n" + b"ok\n" * 9000)
+    [bad] = [b for b in items(tmp_path / "x.txt") if isinstance(b, BadLine)]
+    assert (bad.where, bad.what, bad.detail) == (f"{tmp_path}/x.txt:5001:2", "not UTF-8", "byte 0xff")
+
+
+def test_folders_are_searched_and_what_is_passed_over_is_said(tmp_path, capsys):
+    for name in ("b.txt", "sub/a.jsonl", "sub/c.csv", "README.md", "d.jsonl.gz", "e.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    os.symlink(tmp_path / "b.txt", tmp_path / "same.txt")
+    found = find_files(f" {tmp_path}/sub/a.jsonl, {tmp_path},")
+    assert [os.path.relpath(f, tmp_path) for f in found] == [
+        "sub/a.jsonl", "b.txt", "d.jsonl.gz", "e.parquet"]  # each once, in the order given
+    assert f"{tmp_path}: 5 files, 2 others passed over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("paths, message", [
+    ("nowhere", "nowhere: no such file or folder$"), ("x.csv", "x.csv: not one of .txt, "),
+    ("empty", "empty: no .txt, .txt.gz, .* file in this folder"), (",", "--input names no file"),
+    ("out/toyworld/pt.jsonl", "make it with: python toyworld.py")])
+def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, paths, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.csv").touch()
+    with pytest.raises(ValueError, match=message):
+        find_files(paths)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "plain", "folder"])
+def test_a_damaged_gz_file_is_named(tmp_path, damage):
+    path, r = tmp_path / "x.jsonl.gz", random.Random(2)
+    packed = bytearray(gzip.compress(b"".join(b'{"text": "%d"}\n' % r.getrandbits(99)
+                                              for _ in range(3000))))
+    if damage == "flip":
+        packed[len(packed) // 2] ^= 255
+    if damage == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes({"cut": packed[:-50], "flip": packed, "plain": b'{"text": "x"}'}[damage])
+    with pytest.raises(ValueError, match="x.jsonl.gz: cannot be read to its end: .+"):
+        items(path)
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="needs the extra: pip install pyarrow")
+    import pyarrow.parquet as pq
+    path = str(tmp_path / "x.parquet")
+    texts = pa.array([b"one", "二\n".encode(), None, b"a\n\xff", b" "] + [b"t"] * 3000, pa.binary())
+    langs = pa.array(["en", None, "en", "en", "en"] + ["de"] * 3000)
+    pq.write_table(pa.table({"text": texts.cast(pa.string(), safe=False), "lang": langs}), path)
+    found = items(path)
+    assert found[:2] == [Document("one", "en"), Document("二\n", "zh")] and len(found) == 3005
+    assert [(b.where, b.what) for b in found if isinstance(b, BadLine)] == [
+        (f"{path}:3:1", "field of a wrong type"), (f"{path}:4:1", "not UTF-8"),
+        (f"{path}:5:1", "empty text")]
+    assert [batch.first for batch in read_batches([path])] == [1, 1025, 2049]
+    with pytest.raises(ValueError, match="no column 'body', there are text, lang"):
+        items(path, "body")
+    pq.write_table(pa.table({"text": [1, 2]}), path)
+    with pytest.raises(ValueError, match="column 'text' must be of strings, is int64"):
+        items(path)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match="x.parquet: not a readable parquet file"):
+        items(path)
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "x.parquet").touch()
+    with pytest.raises(ValueError, match="x.parquet: parquet files need the extra: pip install"):
+        items(tmp_path / "x.parquet")
+
+
+def test_the_share_read_grows_to_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 10_000)
+    row = b"".join(b'{"text": "%d"}\n' % random.getrandbits(200) for _ in range(3000))
+    (tmp_path / "a.jsonl").write_bytes(row)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(row))
+    batches = list(read_batches(find_files(str(tmp_path))))
+    shares = [b.share for b in batches]
+    assert shares == sorted(shares) and shares[-1] == 1 and len(set(shares)) > 20
+    assert sum(b.n_bytes for b in batches) == 2 * len(row)
+
+
+@pytest.mark.parametrize("text, lang", [("Hello 世界", "en"), ("你好啊 world", "zh"), ("123", "en"),
+                                        ("e" * 4000 + "中" * 9000, "en")])
+def test_language_goes_by_the_share_of_han(text, lang):
+    assert language(text) == lang
+
+
+# ---------------------------------------------------------------------------- plumbing
+
+def double(x):
+    time.sleep(0.002 * (x % 3))
+    if x == 1_000:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if x == 2_000:
+        raise ValueError("file:7:1: wrong")
+    return 2 * x
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_results_come_in_order_and_little_is_read_ahead(workers):
+    read = []
+    results = parallel(double, (read.append(x) or x for x in range(60)), workers)
+    for done, result in enumerate(results):
+        assert result == 2 * done and len(read) <= done + 2 * workers
+    assert len(read) == 60
+
+
+@pytest.mark.parametrize("last, message", [(1_000, "a worker process was killed"),
+                                           (2_000, "^file:7:1: wrong$")])
+def test_a_worker_that_dies_or_fails_ends_the_run(last, message):
+    """multiprocessing.Pool waits for ever for the result of a process that was killed."""
+    with pytest.raises(ValueError, match=message):
+        list(parallel(double, [1, 2, last, *range(100)], 2))
+
+
+def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    write_text(str(path), "old")
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="x was not written: No space left on device"):
+        write_text(str(path), "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_never_sticks_to_the_next_line(monkeypatch, capsys, terminal):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    now = iter(range(100))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    progress = Progress()
+    for i in range(20):
+        progress.show(f"{i} of 20")
+    progress.end()
+    progress.end()
+    out = capsys.readouterr().out
+    assert out.endswith("\n") and "\n\n" not in out
+    assert out.count("\r") == (20 if terminal else 0)
+    assert terminal or re.fullmatch(r"(\d+ of 20\n){2,7}", out)
