@@ -61,8 +61,6 @@ def symbols(tok: Tokenizer, file: TokenFile) -> np.ndarray:
     return text
 
 
-# ---------------------------------------------------------------------------- n-gram
-
 @dataclass
 class Level:
     """Counts for contexts of one length k. Arrays of the same line belong together."""
@@ -134,8 +132,6 @@ def ngram_bits(train: np.ndarray, val: np.ndarray, order: int) -> float:
                      for i in range(0, len(grams), CHUNK)))
 
 
-# ---------------------------------------------------------------------------- xz
-
 def xz_bytes(text: bytes) -> int:
     """Size after `xz -9e`, with a dictionary that holds all of the text."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME,
@@ -150,8 +146,6 @@ def xz_bits(train: np.ndarray, val: np.ndarray) -> float:
         small, large = pool.map(xz_bytes, (before, before + after))
     return 8.0 * (large - small)
 
-
-# ---------------------------------------------------------------------------- command line
 
 def run(cfg: Config) -> None:
     """One line per language, then all of it as JSON. Raises ValueError for unusable data."""
@@ -170,9 +164,9 @@ def run(cfg: Config) -> None:
             row["xz"] = xz_bits(train, val) / file.n_bytes
         results[file.lang] = row
         scores = ", ".join(f"{name} {bpb:.4f}" for name, bpb in row.items())
-        print(f"{file.lang} | bits/byte: {scores} | order {cfg.order} | "
-              f"{train_files[file.lang].n_bytes:,} bytes of training, {file.n_bytes:,} of validation "
-              f"text in {file.n_docs:,} documents | {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{file.lang} | bits/byte: {scores} | order {cfg.order} | trained on "
+              f"{train_files[file.lang].n_bytes:,} bytes, scored on {file.n_bytes:,} in "
+              f"{file.n_docs:,} documents | {time.perf_counter() - start:.0f} s", flush=True)
     print(json.dumps({"bits_per_byte": results, "order": cfg.order, "data_dir": cfg.data_dir}))
 
 

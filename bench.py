@@ -15,8 +15,8 @@ counts training, for everybody's model; "looked up" are embeddings that are no o
 FLOP/s over those of a matrix product that took turns with the models. "of_bound": tokens/s over
 those of a program that only reads the weights, as fast as an array whose sum took turns too.
 """
+import io
 import json
-import math
 import os
 import resource
 import runpy
@@ -40,6 +40,7 @@ import data
 import runtime
 import train_pt
 from configurator import configure, fail
+from corpus import Progress
 from generate import generate
 from model import ModelConfig, Transformer, rope_table, rotate
 from tokenizer import PATTERN, SPECIALS, count_pieces, dump, load_tokenizer, train_bpe
@@ -93,7 +94,7 @@ class Race:
         for _ in range(4 * cfg.repeats):
             for name, work in contenders.items():
                 before, start, calls, elapsed = used_by_others(), time.perf_counter(), 0, 0.0
-                while elapsed < cfg.sample_s:
+                while not calls or elapsed < cfg.sample_s:
                     work()
                     calls, elapsed = calls + 1, time.perf_counter() - start
                 quiet = used_by_others() - before <= cfg.max_foreign * elapsed
@@ -101,7 +102,7 @@ class Race:
                 self.rejected[name] += not quiet
             if min(map(len, self.good.values())) >= cfg.repeats:
                 break
-        self.seconds = {k: float(np.median(v)) if v else math.nan for k, v in self.good.items()}
+        self.seconds = {k: float(np.median(v)) if v else torch.nan for k, v in self.good.items()}
 
     def row(self, name: str, value: float, unit: str, **notes: float) -> None:
         """Print one figure, and keep it for the JSON lines."""
@@ -115,8 +116,7 @@ class Race:
 
 
 class PlainLlama(nn.Module):
-    """An ordinary Llama as tutorials write it: each product apart, mask and softmax spelled out,
-    all logits at once. (B, T) ids -> (B, T, V)."""
+    """An ordinary Llama as tutorials write it, nothing fused: (B, T) ids -> (B, T, V) logits."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -140,8 +140,8 @@ class PlainLlama(nn.Module):
             q, k, v = (w[name](h).view(B, T, -1, D).transpose(1, 2) for name in "qkv")
             q, k = rotate(q, *rope), rotate(k, *rope)
             k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-            scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T)
-            y = scores.masked_fill(future, -math.inf).softmax(-1) @ v
+            scores = q @ k.transpose(-2, -1) / D**0.5  # (B, H, T, T)
+            y = scores.masked_fill(future, -torch.inf).softmax(-1) @ v
             x = x + w["o"](y.transpose(1, 2).reshape(B, T, -1))
             h = self.normed(x, 2 * i + 1)
             x = x + w["down"](nn.functional.silu(w["gate"](h)) * w["up"](h))
@@ -177,8 +177,8 @@ def multiplying(model: nn.Module) -> int:
 def limits(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     squares = {f"matmul {n} {kind}": torch.randn(n, n).to(getattr(torch, kind))
                for kind in ("float32", "bfloat16") for n in (cfg.matmul, 2 * cfg.matmul)}
-    products = {name: partial(torch.mm, a, a) for name, a in squares.items()}
-    race = Race("limits", products | {"read": torch.ones(READ // 4).sum}, cfg)
+    race = Race("limits", {name: partial(torch.mm, a, a) for name, a in squares.items()}
+                | {"read": torch.ones(READ // 4).sum}, cfg)
     for name, a in squares.items():
         race.row(name, 2 * len(a)**3 / race.seconds[name] / 1e9, "GF/s")
     race.row("read", READ / race.seconds["read"] / 1e9, "GB/s")
@@ -198,7 +198,7 @@ def train(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
         "plain Llama": (plain, lambda net: nn.functional.cross_entropy(
             net(x).flatten(0, 1), y.flatten()), torch.optim.AdamW(plain.parameters(), lr))}
     if cfg.nanogpt:
-        with redirect_stdout(None):
+        with redirect_stdout(io.StringIO()):
             their = runpy.run_path(f"{cfg.nanogpt}/model.py")
             gpt = their["GPT"](their["GPTConfig"](T, V, L, heads, C, dropout=0.0, bias=False))
             optimizer = gpt.configure_optimizers(0.1, lr, (0.9, 0.95), "cpu")
@@ -235,7 +235,6 @@ def decode(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     """Greedy text behind prompts of 16 tokens: tokens/s of all rows, reading them included."""
     V, C, n, heads = cfg.vocab_size, cfg.decode_embd, cfg.decode_tokens, cfg.decode_embd // 64
     shapes = [(V, 8, heads, heads, C, 64, 5 * C // 2), (32_000, 24, 32, 4, 2048, 64, 5632)]
-    array = torch.ones(READ // 4)
     for shape in shapes[:1 + cfg.decode_1b]:
         model = Transformer(ModelConfig(*shape, max_seq_len=16 + n)).eval()
         hf, size = huggingface(model), 4 * multiplying(model)
@@ -246,7 +245,7 @@ def decode(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
                 contenders[f"transformers, {kind} cache"] = partial(
                     hf.generate, idx, attention_mask=torch.ones_like(idx), max_new_tokens=n,
                     do_sample=False, cache_implementation=kind)
-            race = Race("decode", contenders | {"limit": array.sum}, cfg)
+            race = Race("decode", contenders | {"limit": torch.ones(READ // 4).sum}, cfg)
             bound = B * READ / race.seconds["limit"] / size
             for name in contenders:
                 speed = B * n / race.seconds[name]
@@ -259,7 +258,7 @@ def loader(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     path, V = f"{folder}/random.bin", cfg.vocab_size
     np.random.default_rng(0).integers(0, V, 20_000_000, np.uint16).tofile(path)
     file = data.TokenFile(path, np.memmap(path, np.uint16, "r"), V, 0, 0, "", "en")
-    step = done["train"].seconds["ours, eager"] if "train" in done else math.nan
+    speed = (done["train"].rows[0]["value"] if "train" in done else None) or torch.nan
     for B, T in ((12, 64), (16, 256), (12, 1024)):
         windows, starts = data.Windows([file], T, seed=0), iter(range(0, 1 << 62, B))
 
@@ -272,8 +271,7 @@ def loader(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
         race = Race("loader", {f"Windows.batch {B}x{T}": lambda: windows.batch(next(starts), B),
                                f"nanoGPT's way {B}x{T}": random_crops}, cfg)
         for name, seconds in race.seconds.items():
-            share = seconds / (step * B * T / (cfg.batch_size * cfg.seq_len))
-            race.row(name, 1e6 * seconds, "us/batch", share=share)
+            race.row(name, 1e6 * seconds, "us/batch", share=seconds * speed / (B * T))
         yield race
 
 
@@ -292,12 +290,11 @@ def prepare(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
 
     def with_workers(n: int) -> None:
         shutil.rmtree(paths[2], ignore_errors=True)
-        with redirect_stdout(None):
-            data.prepare(data.Config(*paths, workers=n))
+        with redirect_stdout(io.StringIO()):
+            data.prepare(data.Config(*paths, workers=n), Progress())
 
-    contenders = {f"prepare, {n} worker(s)": partial(with_workers, n) for n in (1, 2)}
-    contenders["tiktoken alone, 1 thread"] = partial(encode, texts, num_threads=1)
-    race = Race("data", contenders, cfg)
+    race = Race("data", {f"prepare, {n} worker(s)": partial(with_workers, n) for n in (1, 2)} | {
+        "tiktoken alone, 1 thread": partial(encode, texts, num_threads=1)}, cfg)
     for name, seconds in race.seconds.items():
         race.row(name, size / 1e6 / seconds, "MB/s")
     yield race
@@ -338,6 +335,8 @@ def main() -> None:
         fail(f"--only={cfg.only}: there is no {', '.join(unknown)} among {', '.join(JOBS)}")
     if cfg.nanogpt and not Path(cfg.nanogpt, "model.py").is_file():
         fail(f"--nanogpt={cfg.nanogpt}: no model.py there; give the folder of a clone")
+    if min(cfg.n_embd, cfg.decode_embd) < 64 or cfg.n_embd % 64 or cfg.decode_embd % 64:
+        fail("--n_embd and --decode_embd must be multiples of 64, the width of a head")
     formula = next(line.strip() for line in __doc__.splitlines() if "FLOPs per token" in line)
     print(runtime.describe_run(runtime.setup("cpu", "float32")), formula, sep="\n")
     with tempfile.TemporaryDirectory() as folder:

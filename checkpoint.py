@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 NAME = re.compile(r"step(\d{8,})-([0-9a-f]{16})\.pt")
-_known_good: dict[Path, tuple[int, int]] = {}  # (size, mtime) of files this process wrote or checked
+_known_good: dict[Path, tuple[int, int]] = {}  # (size, mtime) of files written or checked here
 
 
 class _HashingFile:
@@ -42,11 +42,13 @@ class _HashingFile:
 
 def save(out_dir: str, step: int, state: dict, keep: int = 2) -> Path:
     """Write `state` (tensors, numbers, strings and containers of them; "model" and "optimizer" hold
-    the tensors) and delete all but the newest `keep` valid files. Raises ValueError for weights that
-    are not finite, OSError with the reason when the disk fails; older files stay as they are."""
+    the tensors) and delete all but the newest `keep` valid files. Raises FloatingPointError for
+    weights that are not finite, OSError with the reason when the disk fails; older files stay
+    as they are."""
     for name, tensor in _tensors(state):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"checkpoint for step {step:,} was NOT written: {name} is not finite")
+            raise FloatingPointError(f"checkpoint for step {step:,} was NOT written: {name} is "
+                                     "not finite")
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".tmp-*"):
@@ -144,7 +146,7 @@ def load(where: str, device: str | torch.device = "cpu") -> tuple[dict, Path]:
     elif os.path.exists(where):
         paths = [Path(where)]
     else:
-        raise ValueError(f"{where}: no such file or folder")
+        raise ValueError(f"{where}: no such file or folder; train_pt.py writes checkpoints")
     for path in paths:
         wrong = damage(path)
         if wrong is None:

@@ -3,8 +3,8 @@ The whole ladder on a laptop: makes the toy world, trains on it, and reports wha
 
     make demo        or        python demo.py [--out_dir=out/demo]
 
-Each stage is a script of this folder, run by the command line that is printed before it; `make demo`
-again goes on where it was stopped. The report judges the model on documents about names that are in
+Each stage is a script of this folder, run by the command line that is printed before it; the same
+command again goes on where it was stopped. The report judges the model on documents about names that are in
 no training file (toyworld.py), beside the exact floor of their entropy and a control.
 """
 import json
@@ -43,9 +43,10 @@ def run(script: str, *arguments: str) -> None:
 
 
 @torch.inference_mode()
-def judge(model: Transformer, tok: Tokenizer, documents: list[dict], first_half: bool = True) -> dict[str, float]:
-    """Bits per byte of the documents, and the share of restated values whose tokens are all the most
-    likely ones. Without `first_half` the model does not see the facts: the control, which can only
+def judge(model: Transformer, tok: Tokenizer, documents: list[dict],
+          first_half: bool = True) -> dict[str, float]:
+    """Bits per byte of the documents, and the share of restated values whose tokens are all the
+    most likely ones. Without `first_half` the model does not see the facts: the control, which can only
     guess."""
     bits = n_bytes = right = total = 0
     for at in range(0, len(documents), 64):
@@ -53,7 +54,8 @@ def judge(model: Transformer, tok: Tokenizer, documents: list[dict], first_half:
         cuts = [0 if first_half else text.index("\n") + 1 for text in texts]
         rows = [tok.encode_ordinary(text[cut:]) for text, cut in zip(texts, cuts)]
         width = max(map(len, rows)) + 1
-        x = torch.tensor([[tok.endoftext, *row, *[tok.pad] * (width - 1 - len(row))] for row in rows])
+        x = torch.tensor([[tok.endoftext, *row, *[tok.pad] * (width - 1 - len(row))]
+                          for row in rows])
         logits = model(x)[:, :-1]  # (B, T) -> (B, T - 1, V): row i predicts token i of the text
         nats = F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none")
         hit = logits.argmax(-1) == x[:, 1:]
@@ -80,10 +82,10 @@ def report(cfg: Config, seconds: float) -> str:
     torch.manual_seed(cfg.seed)
     untrained = Transformer(model.config).eval()
     lines = ["# What the demo learnt", "",
-             "Judged on documents about names that are in no training file. `values` is the share of "
-             "values restated right in a document's second half; in the control the model does not see "
-             "the first half and can only guess. The floor is the entropy of the documents to a "
-             "reader who knows how they are made but not which names are held out.", "",
+             "Judged on documents about names that are in no training file. `values` is the share "
+             "of values restated right in a document's second half; in the control the model does "
+             "not see the first half and can only guess. The floor is the entropy of the documents "
+             "to a reader who knows how they are made but not which names are held out.", "",
              "| language | bits/byte before | after | floor | after / floor | values before | after "
              "| control | 95 % ± |", "|---|---|---|---|---|---|---|---|---|"]
     for lang in ("en", "zh", "all"):
@@ -91,11 +93,13 @@ def report(cfg: Config, seconds: float) -> str:
         before, after = judge(untrained, tok, docs[:200]), judge(model, tok, docs)
         control = judge(model, tok, docs, first_half=False)
         half = 1.96 * math.sqrt(after["values"] * (1 - after["values"]) / after["n"])
-        lines.append(f"| {lang} | {before['bits_per_byte']:.2f} | {after['bits_per_byte']:.3f} | {floor[lang]:.3f} | "
-                     f"{after['bits_per_byte'] / floor[lang]:.2f} | {before['values']:.1%} | {after['values']:.1%} | "
-                     f"{control['values']:.1%} | {half:.1%} |")
-    return "\n".join([*lines, "", f"The whole took {seconds / 60:.1f} minutes on {os.cpu_count()} cores, "
-                                  f"seed {cfg.seed}.", ""])
+        cells = [lang, f"{before['bits_per_byte']:.2f}", f"{after['bits_per_byte']:.3f}",
+                 f"{floor[lang]:.3f}", f"{after['bits_per_byte'] / floor[lang]:.2f}",
+                 *(f"{share:.1%}" for share in (before["values"], after["values"],
+                                                control["values"], half))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"The whole took {seconds / 60:.1f} minutes on "
+                                  f"{os.cpu_count()} cores, seed {cfg.seed}.", ""])
 
 
 def main() -> None:
@@ -108,13 +112,16 @@ def main() -> None:
     if not os.path.exists(f"{world}/floor.json"):
         run("toyworld.py", f"--out_dir={world}", f"--seed={cfg.seed}")
     if not os.path.exists(tok):
-        run("tokenizer.py", f"--input={text},{world}/chat.jsonl", "--vocab_size=512", f"--out={tok}")
+        run("tokenizer.py", f"--input={text},{world}/chat.jsonl", "--vocab_size=512",
+            f"--out={tok}")
     run("data.py", f"--input={text}", f"--tokenizer={tok}", f"--out_dir={data}")
     steps = [] if cfg.max_steps is None else [f"--max_steps={cfg.max_steps}"]
-    run("train_pt.py", cfg.config, f"--data_dir={data}", f"--out_dir={pt}", f"--seed={cfg.seed}", *steps, "--resume")
-    for prompt in ("The pet of Kimu is cat. Kimu's job is baker.\n", "琪宁的号码是86。琪宁的颜色是红色。\n",
-                   "Tifo's fruit is"):
-        run("generate.py", f"--checkpoint={pt}", f"--prompt={prompt}", "--stream", "--max_tokens=60", "--timing")
+    run("train_pt.py", cfg.config, f"--data_dir={data}", f"--out_dir={pt}", f"--seed={cfg.seed}",
+        *steps, "--resume")
+    for prompt in ("The pet of Kimu is cat. The job of Tifo is baker.\n",
+                   "琪宁的号码是86。芝雨的颜色是红色。\n", "Tifo's fruit is"):
+        run("generate.py", f"--checkpoint={pt}", f"--prompt={prompt}", "--stream",
+            "--max_tokens=60", "--temperature=0.5", "--timing")
     try:
         text = report(cfg, time.time() - start)
         write_text(os.path.join(cfg.out_dir, "report.md"), text)

@@ -31,7 +31,7 @@ class Config:
     batch: bool = False  # with --file: every line that is not empty is a prompt, all run together
     interactive: bool = False  # ask for one prompt after another
     stream: bool = False  # print each character as soon as it is whole
-    max_tokens: int = 200  # tokens to write at most
+    max_tokens: int | None = None  # most tokens to write; None: 200, or as many as there is room
     temperature: float = 0.8  # 0: always the most likely token
     top_k: int = 0  # sample from the k most likely tokens only; 0: all
     top_p: float = 1.0  # sample from the fewest tokens that hold this much probability
@@ -176,10 +176,12 @@ def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config,
            stop: tuple[int, ...]) -> None:
     """Print the prompts and what follows each; with --stream as it is written."""
     ids = [tok.encode_ordinary(p) for p in prompts]
+    room = model.config.max_seq_len - max(map(len, ids))
+    max_tokens = cfg.max_tokens or max(1, min(200, room))
     decoders = [StreamDecoder(tok) for _ in prompts]
     texts, shown, n = list(prompts), 0, 0
     begin = first = last = time.perf_counter()
-    for step in generate(model, ids, cfg.max_tokens, stop=stop, seed=cfg.seed, cache=cfg.cache,
+    for step in generate(model, ids, max_tokens, stop=stop, seed=cfg.seed, cache=cfg.cache,
                          temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
                          min_p=cfg.min_p, repetition_penalty=cfg.repetition_penalty):
         last = time.perf_counter()
@@ -205,8 +207,9 @@ def check(cfg: Config) -> None:
     for name, low, high in (("temperature", 0, 100), ("top_k", 0, 1 << 30), ("top_p", 1e-9, 1),
                             ("min_p", 0, 1), ("repetition_penalty", 1e-9, 100),
                             ("max_tokens", 1, 1 << 30)):
-        if not low <= getattr(cfg, name) <= high:
-            raise ValueError(f"--{name}={getattr(cfg, name)} must lie between {low:g} and {high:g}")
+        value = getattr(cfg, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name}={value} must lie between {low:g} and {high:g}")
     if cfg.stream and cfg.batch:
         raise ValueError("--stream shows one text as it grows, --batch makes many: choose one")
     if cfg.device == "cuda" and not torch.cuda.is_available():

@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,8 +27,11 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from configurator import fail
+
 # dense bf16 FLOP/s from the makers' data sheets
-GPU_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+GPU_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
+            "3090": 71e12}
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def print0(*args) -> None:
 
 def all_sum(dist: Dist, *values: float | torch.Tensor) -> list[float]:
     """Each value summed over the ranks, in one exchange."""
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu").detach() for v in values])
+    total = torch.tensor([float(v) for v in values], dtype=torch.float64)
     if dist.world > 1:
         total = total.to(dist.device)
         torch.distributed.all_reduce(total)
@@ -127,9 +131,10 @@ class GradientGuard:
         return False
 
 
-def lr_factor(step: int, max_steps: int, warmup: int, schedule: str, final: float, decay: float) -> float:
-    """Factor on the learning rate: linear warm-up, then a cosine to `final`; or (wsd) level, and over
-    the last share `decay` of the steps linear to `final` (Hu et al. 2024)."""
+def lr_factor(step: int, max_steps: int, warmup: int, schedule: str, final: float,
+              decay: float) -> float:
+    """Factor on the learning rate: linear warm-up, then a cosine to `final`; or (wsd) level, and
+    over the last share `decay` of the steps linear to `final` (Hu et al. 2024)."""
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "cosine":
@@ -140,25 +145,44 @@ def lr_factor(step: int, max_steps: int, warmup: int, schedule: str, final: floa
 
 
 class Log:
-    """Appends records to out_dir/log.jsonl, one JSON object a line, on rank 0. Records of steps
-    that a resumed run will do again are dropped first."""
+    """Writes the log line, and out_dir/log.jsonl: one JSON object a line, on rank 0. Records of
+    steps that a resumed run does again are dropped first."""
 
-    def __init__(self, out_dir: str, dist: Dist, step: int):
-        self.file = None
+    def __init__(self, out_dir: str, dist: Dist, step: int, max_steps: int, tokens: int,
+                 flops: int):
+        """`tokens` go into an optimizer step of the whole run, `flops` into a token."""
+        self.max_steps, self.tokens, self.file = max_steps, tokens, None
+        peak = peak_flops(dist)
+        self.mfu = flops / peak / dist.world if peak else None  # per token/s
+        self.start_clock()
         if dist.rank == 0:
             os.makedirs(out_dir, exist_ok=True)
             path = Path(out_dir) / "log.jsonl"
             lines = path.read_text().splitlines() if path.exists() else []
             whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
-            kept = [line for line in whole if json.loads(line)["step"] < step + ("val" in line)]
+            kept = [line for line in whole if json.loads(line)["step"] < step + ('"val"' in line)]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, path)
             self.file = open(path, "a", buffering=1)
 
+    def start_clock(self) -> None:
+        """The time since then is spread over the steps of the next line."""
+        self.since, self.steps = time.perf_counter(), 0
+
     def write(self, **record) -> None:
+        self.steps += "loss" in record
         if self.file:
             self.file.write(json.dumps(record) + "\n")
+
+    def line(self, step: int, loss: float, lr: float, norm: float) -> None:
+        seconds = (time.perf_counter() - self.since) / self.steps
+        speed = self.tokens / seconds
+        mfu = f"{speed * self.mfu:.0%}" if self.mfu else "n/a"
+        print0(f"step {step:>6,}/{self.max_steps:,} | loss {loss:.4f} | lr {lr:.1e} | "
+               f"norm {norm:.2f} | {1000 * seconds:,.0f} ms | {speed:,.0f} tok/s | mfu {mfu} | "
+               f"eta {eta(seconds * (self.max_steps - step))}")
+        self.start_clock()
 
 
 def eta(seconds: float) -> str:
@@ -189,7 +213,7 @@ def free_memory(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024.0 for line in f if line.startswith("MemAvailable"))
+            return next(1024.0 * int(line.split()[1]) for line in f if line.startswith("MemAvail"))
     except (OSError, StopIteration):
         return math.inf  # not Linux: unknown
 
@@ -208,6 +232,42 @@ def resume_command() -> str:
     world = int(os.environ.get("WORLD_SIZE", 1))
     start = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if world > 1 else "python"
     return f"{start} {' '.join(words)} --resume"
+
+
+LESS_MEMORY = ("halve --batch_size (the update stays the same: --batch_tokens does not change), "
+               "then --max_seq_len, then the model")
+
+
+def memory_line(parts: dict[str, int], dist: Dist) -> str:
+    """What a run will need, by what needs it, beside what is free; a warning past 90 %."""
+    need, free = sum(parts.values()), free_memory(dist.device)
+    text = " + ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
+    text = f"memory: {need / 1e9:.2f} GB = {text}; {free / 1e9:.1f} GB are free"
+    return text + (f"\nWARNING: that may not fit: {LESS_MEMORY}" if need > 0.9 * free else "")
+
+
+@contextmanager
+def errors_in_one_line(out_dir: str) -> Iterator[None]:
+    """What a user can mend ends a run with one line: exit code 2 for a mistake, 3 for a full disk,
+    4 for numbers that are not finite, 5 for too little memory. Else it is a bug: a traceback."""
+    try:
+        yield
+        return
+    except ValueError as error:
+        fail(f"{error}")
+    except OSError as error:
+        code, text = 3, f"{error}"
+    except FloatingPointError as error:
+        code = 4
+        text = f"{error}; the last good checkpoint is in {out_dir}; try a lower learning rate"
+    except (MemoryError, torch.OutOfMemoryError):
+        code, text = 5, f"out of memory: {LESS_MEMORY}"
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # what the CPU allocator says
+            raise
+        code, text = 5, f"out of memory: {LESS_MEMORY}"
+    print(text, file=sys.stderr)
+    raise SystemExit(code)
 
 
 def describe_run(dist: Dist) -> str:

@@ -13,8 +13,7 @@ of the batch in portions of `batch_size` and adds up their gradients. Radford et
 hyper-parameters after Touvron et al. 2023 (AdamW) and Jordan et al. 2024 (Muon).
 """
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -25,9 +24,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import checkpoint
 import runtime
-from configurator import configure, fail
+from configurator import configure
 from data import IGNORE, TokenFile, Windows, open_data, passages
-from generate import complete
+from generate import complete, load_model
 from model import ModelConfig, Transformer, count_parameters, flops_per_token, training_memory
 from runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
@@ -39,65 +38,63 @@ class Config:
     out_dir: str = "out/pt"  # checkpoints and log.jsonl go here
     resume: bool = False  # go on from the newest checkpoint in out_dir
     init_from: str = ""  # checkpoint (file or folder) to take the weights from
-    eval_only: bool = False  # only print the loss and bits per byte of the data, with --init_from
-    split: Literal["val", "train", "all"] = "val"  # which part of the data --eval_only scores
+    eval_only: bool = False  # only print loss and bits per byte of the data, by --init_from
+    split: Literal["val", "train", "all"] = "val"  # part of the data that --eval_only scores
     n_layer: int = 4  # blocks
     n_head: int = 4  # query heads
     n_kv_head: int = 2  # key and value heads, each shared by n_head / n_kv_head query heads
     n_embd: int = 64  # width
     head_dim: int | None = None  # width of a head; None: n_embd / n_head
-    n_hidden: int | None = None  # width of the SwiGLU; None: 8/3 n_embd, rounded up to a multiple of 32
+    n_hidden: int | None = None  # width of the SwiGLU; None: 8/3 n_embd, up to a multiple of 32
     max_seq_len: int = 128  # tokens in a window
     rope_theta: float = 10_000.0  # longest wavelength of the positions, over 2 pi
     tied: bool = True  # the embedding is the output head too
     batch_tokens: int = 4096  # tokens an optimizer step learns from
     batch_size: int = 32  # windows a process puts through the model at once
     max_steps: int = 1000  # optimizer steps
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, else AdamW
     learning_rate: float = 1e-2  # of AdamW
-    muon_lr: float = 0.02  # of Muon: length of a step relative to an orthogonal matrix
+    muon_lr: float = 0.02  # of Muon: length of a step, relative to an orthogonal matrix
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
     warmup_steps: int = 50  # steps of linear warm-up
     final_lr: float = 0.1  # learning rate at the end, as a share
     decay_fraction: float = 0.2  # wsd: share of the steps that decays
     weight_decay: float = 0.1  # of matrices
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
+    beta1: float = 0.9  # AdamW: memory of the mean gradient
+    beta2: float = 0.95  # AdamW: memory of its square
     grad_clip: float = 1.0  # largest norm of the gradient
     eval_every: int = 250  # steps between validations
-    eval_tokens: int = 100_000  # tokens per language in a validation; the last one reads everything
+    eval_tokens: int = 100_000  # tokens per language in a validation; the last reads everything
     save_every: int = 250  # steps between checkpoints
     log_every: int = 10  # steps between log lines
     sample_every: int = 500  # steps between samples; 0: none
     sample_tokens: int = 60  # length of a sample
     seed: int = 0  # of the weights and the order of the data
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto: bfloat16 on cuda
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # activations; auto: bfloat16 on cuda
     compile: bool = False  # torch.compile: faster steps after a slow start
-    verify: Literal["auto", "full", "fast"] = "auto"  # check the hash of the data: up to 1 GB, always, never
+    verify: Literal["auto", "full", "fast"] = "auto"  # hash the data: up to 1 GB, always, never
     dist_timeout: float = 120.0  # seconds without word from another process that end the run
 
 
 def pt_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """-sum log P(target) over all targets but IGNORE, a scalar. hidden (B, T, C), head (V, C), targets
-    (B, T). The (B T, V) logits exist only a chunk at a time: with 16k tokens they would be the
-    largest tensor of the run."""
+    """-sum log P(target) over all targets but IGNORE, a scalar. hidden (B, T, C), head (V, C),
+    targets (B, T). The (B T, V) logits exist only a chunk at a time: they would be the largest
+    tensor of the run."""
     return F.linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten(), reduction="sum",
-                                  options=CHUNKED)
-
-
-CHUNKED = torch.nn.LinearCrossEntropyOptions()
+                                  options=nn.LinearCrossEntropyOptions())
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, files: list[TokenFile], tok_bytes: Tensor, cfg: Config, dist: Dist,
-             max_tokens: int | None) -> dict[str, tuple[float, float]]:
-    """(nats per token, bits per byte of UTF-8 text) of each language; each rank takes its share of the
-    windows. The cost of ending a document is in, with no bytes of its own."""
+def evaluate(model: nn.Module, files: list[TokenFile], tok_bytes: Tensor, batch_size: int,
+             dist: Dist, max_tokens: int | None) -> dict[str, tuple[float, float]]:
+    """(nats per token, bits per byte of UTF-8 text) of each language; each rank takes its share of
+    the windows. The cost of ending a document is in, with no bytes of its own."""
     model.eval()
+    length = raw(model).config.max_seq_len
     sums = {lang: torch.zeros(3, dtype=torch.float64) for lang in sorted({f.lang for f in files})}
     for file in files:
-        for i, (x, y) in enumerate(passages(file, cfg.max_seq_len, cfg.batch_size, max_tokens)):
+        for i, (x, y) in enumerate(passages(file, length, batch_size, max_tokens)):
             if i % dist.world != dist.rank:
                 continue
             with dist.autocast():
@@ -111,6 +108,11 @@ def evaluate(model: nn.Module, files: list[TokenFile], tok_bytes: Tensor, cfg: C
         nats, n_tokens, n_bytes = all_sum(dist, *own)
         scores[lang] = (nats / max(n_tokens, 1), nats / math.log(2) / max(n_bytes, 1))
     return scores
+
+
+def score_line(scores: dict[str, tuple[float, float]]) -> str:
+    return " | ".join(f"{lang} {nats:.4f} nats/token, {bpb:.4f} bits/byte"
+                      for lang, (nats, bpb) in scores.items())
 
 
 def raw(model: nn.Module) -> Transformer:
@@ -142,7 +144,8 @@ def all_groups(optimizers: list[torch.optim.Optimizer]) -> Iterator[dict]:
 def shape(cfg: Config, vocab_size: int) -> ModelConfig:
     """The model that the flat settings describe. Raises ValueError if they do not fit together."""
     if cfg.head_dim is None and cfg.n_embd % cfg.n_head:
-        raise ValueError(f"n_embd {cfg.n_embd} must be a multiple of n_head {cfg.n_head}, or set head_dim")
+        raise ValueError(f"n_embd {cfg.n_embd} must be a multiple of n_head {cfg.n_head}, "
+                         "or set head_dim")
     return ModelConfig(
         vocab_size, cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.n_embd,
         head_dim=cfg.head_dim or cfg.n_embd // cfg.n_head,
@@ -154,38 +157,52 @@ def check(cfg: Config, world: int) -> int:
     """Micro-steps per optimizer step. Raises ValueError for settings that cannot be met."""
     unit = cfg.batch_size * world * cfg.max_seq_len
     if cfg.batch_tokens % unit or cfg.batch_tokens < unit:
-        raise ValueError(f"batch_tokens {cfg.batch_tokens} must be a multiple of batch_size x processes x "
-                         f"max_seq_len = {cfg.batch_size} x {world} x {cfg.max_seq_len} = {unit}; try "
-                         f"{max(1, round(cfg.batch_tokens / unit)) * unit}")
-    if cfg.eval_only and not cfg.init_from:
-        raise ValueError("--eval_only needs --init_from=CHECKPOINT, the model to judge")
-    for name in ("max_steps", "eval_every", "eval_tokens", "save_every", "log_every", "sample_tokens"):
+        raise ValueError(f"batch_tokens {cfg.batch_tokens} must be a multiple of batch_size x "
+                         f"processes x max_seq_len = {cfg.batch_size} x {world} x "
+                         f"{cfg.max_seq_len} = {unit}; try {max(1, round(cfg.batch_tokens / unit)) * unit}")
+    for name in ("max_steps", "eval_every", "eval_tokens", "save_every", "log_every",
+                 "sample_tokens"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
     if not 0 <= cfg.warmup_steps < cfg.max_steps:
-        raise ValueError(f"warmup_steps {cfg.warmup_steps} must be less than max_steps {cfg.max_steps}")
+        raise ValueError(f"warmup_steps {cfg.warmup_steps} must be less than max_steps "
+                         f"{cfg.max_steps}")
     if min(cfg.learning_rate, cfg.muon_lr, cfg.grad_clip) <= 0:
         raise ValueError("learning_rate, muon_lr and grad_clip must be positive")
     return cfg.batch_tokens // unit
+
+
+def judge(cfg: Config, dist: Dist) -> None:
+    """--eval_only: the whole split scored by a finished model, whose shape the checkpoint knows."""
+    if not cfg.init_from:
+        raise ValueError("--eval_only needs --init_from=CHECKPOINT, the model to judge")
+    model, model_tok = load_model(cfg.init_from, dist.device, torch.float32)
+    tok, splits = open_data(cfg.data_dir, cfg.verify)
+    if tok.sha256 != model_tok.sha256:
+        raise ValueError(f"{cfg.data_dir}: prepared with another tokenizer than {model_tok.name}'s")
+    files = splits["val"] + splits["train"] if cfg.split == "all" else splits[cfg.split]
+    scores = evaluate(model, files, torch.tensor(tok.token_bytes()), cfg.batch_size, dist, None)
+    print0(f"{cfg.split} of {cfg.data_dir} by {model_tok.name} | {score_line(scores)}")
 
 
 def restore(cfg: Config, model: Transformer, optimizers: list, tok: Tokenizer) -> int:
     """Load what --resume or --init_from ask for; the step to go on from. Raises ValueError if the
     checkpoint does not fit, or if a fresh run would be mixed with an older one in out_dir."""
     where = cfg.out_dir if cfg.resume else cfg.init_from
-    if not cfg.eval_only and not cfg.resume and checkpoint.list_checkpoints(cfg.out_dir):
-        raise ValueError(f"{cfg.out_dir} holds a run already: go on with --resume, or give another --out_dir")
+    if not cfg.resume and checkpoint.list_checkpoints(cfg.out_dir):
+        raise ValueError(f"{cfg.out_dir} holds a run already: go on with --resume, or give another "
+                         "--out_dir")
     if cfg.resume and not checkpoint.list_checkpoints(cfg.out_dir):
         print0(f"nothing to resume in {cfg.out_dir}: starting at step 0")
         where = cfg.init_from
     if not where:
         return 0
     state, path = checkpoint.load(where)
-    if state["model_config"] != asdict(model.config):
-        differ = {k: (v, asdict(model.config)[k]) for k, v in state["model_config"].items()
-                  if v != asdict(model.config)[k]}
-        raise ValueError(f"{path}: its model has another shape: " + ", ".join(
-            f"{k} is {a}, asked for {b}" for k, (a, b) in differ.items()))
+    ours = asdict(model.config)
+    differ = [f"{k} is {v}, asked for {ours[k]}" for k, v in state["model_config"].items()
+              if v != ours[k]]
+    if differ:
+        raise ValueError(f"{path}: its model has another shape: {', '.join(differ)}")
     if Tokenizer(state["tokenizer"], str(path)).sha256 != tok.sha256:
         raise ValueError(f"{path}: made with another tokenizer than {cfg.data_dir}")
     model.load_state_dict(state["model"])
@@ -202,27 +219,14 @@ def restore(cfg: Config, model: Transformer, optimizers: list, tok: Tokenizer) -
     return state["step"]
 
 
-def memory_line(config: ModelConfig, cfg: Config, accumulate: int, dist: Dist) -> str:
-    """What the run will need beside what there is; a warning past 90 %."""
-    parts = training_memory(config, cfg.batch_size, cfg.max_seq_len, accumulate, dist.dtype.itemsize)
-    need, free = sum(parts.values()), runtime.free_memory(dist.device)
-    text = f"memory: {need / 1e9:.2f} GB = " + " + ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
-    text += f"; {free / 1e9:.1f} GB are free"
-    return text + (f"\nWARNING: that may not fit; {LESS_MEMORY}" if need > 0.9 * free else "")
-
-
-LESS_MEMORY = ("halve --batch_size (the update stays the same: batch_tokens does not change), then "
-               "--max_seq_len, then the model (--n_layer, --n_embd)")
-
-
 def write_samples(model: Transformer, tok: Tokenizer, files: list[TokenFile], cfg: Config) -> None:
-    """Show how the model goes on from the first tokens of a validation document of each language."""
+    """Show how the model goes on from the first tokens of a validation text of each language."""
     for file in files:
         start = [int(i) for i in file.ids[:8]]
         start = start[:start.index(tok.endoftext)] if tok.endoftext in start else start
         room = min(cfg.sample_tokens, cfg.max_seq_len - len(start))
         if start and room > 0:
-            text, = complete(model, tok, [start], room, stop=(tok.endoftext,), temperature=0.8, top_p=0.95)
+            text, = complete(model, tok, [start], room, stop=(tok.endoftext,), top_p=0.95)
             print0(f"sample {file.lang} | {tok.decode(start)}»{text}".replace("\n", "⏎"))
 
 
@@ -231,49 +235,46 @@ def train(cfg: Config, dist: Dist) -> None:
     accumulate = check(cfg, dist.world)
     config = shape(cfg, tok.n_vocab)
     print0(runtime.describe_run(dist))
-    print0(memory_line(config, cfg, accumulate, dist))
+    print0(runtime.memory_line(training_memory(config, cfg.batch_size, cfg.max_seq_len, accumulate,
+                                               dist.dtype.itemsize), dist))
     torch.manual_seed(cfg.seed)
     model = Transformer(config).to(dist.device)
     optimizers = make_optimizers(model, cfg)
     first = restore(cfg, model, optimizers, tok)
+    windows = Windows(splits["train"], cfg.max_seq_len, cfg.seed)
+    rows = cfg.batch_tokens // cfg.max_seq_len  # windows in an optimizer step, of all processes
     flops = flops_per_token(config, cfg.max_seq_len)
-    print0(f"{count_parameters(config):,} parameters, {flops:,} FLOPs per token")
+    print0(f"{count_parameters(config):,} parameters, {flops:,} FLOPs per token; {windows.n:,} "
+           f"windows of {cfg.max_seq_len} tokens, {rows * cfg.max_steps / windows.n:.2f} epochs")
     tok_bytes = torch.tensor(tok.token_bytes())
     net = runtime.wrap(torch.compile(model) if cfg.compile else model, dist)
-    if cfg.eval_only:
-        files = splits["val"] + splits["train"] if cfg.split == "all" else splits[cfg.split]
-        print_scores(evaluate(net, files, tok_bytes, cfg, dist, None), first)
-        return
-    windows = Windows(splits["train"], cfg.max_seq_len, cfg.seed)
-    rows = cfg.batch_tokens // cfg.max_seq_len  # windows of an optimizer step, all processes together
-    print0(f"{windows.n:,} windows of {cfg.max_seq_len} tokens: {rows * cfg.max_steps / windows.n:.2f} epochs")
-    log, guard, signals = runtime.Log(cfg.out_dir, dist, first), runtime.GradientGuard(), runtime.StopSignals()
-    peak = runtime.peak_flops(dist)
-    stopping, since, ticks = False, time.perf_counter(), 0
+    log = runtime.Log(cfg.out_dir, dist, first, cfg.max_steps, cfg.batch_tokens, flops)
+    guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
 
     for step in range(first, cfg.max_steps + 1):
         last = step == cfg.max_steps
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
-            scores = evaluate(net, splits["val"], tok_bytes, cfg, dist, None if last else cfg.eval_tokens)
-            print_scores(scores, step)
-            log.write(step=step, val={k: {"loss": a, "bits_per_byte": b} for k, (a, b) in scores.items()})
-        if cfg.sample_every and (last or (step % cfg.sample_every == 0 and step > first)) and dist.rank == 0:
+            scores = evaluate(net, splits["val"], tok_bytes, cfg.batch_size, dist,
+                              None if last else cfg.eval_tokens)
+            print0(f"val at step {step:,} | {score_line(scores)}")
+            log.write(step=step, val={k: {"loss": a, "bits_per_byte": b}
+                                      for k, (a, b) in scores.items()})
+        if cfg.sample_every and dist.rank == 0 and (
+                last or (step % cfg.sample_every == 0 and step > first)):
             write_samples(model, tok, splits["val"], cfg)
         if last or stopping or (step % cfg.save_every == 0 and step > first):
             if dist.rank == 0:
                 path = checkpoint.save(cfg.out_dir, step, {
                     "format": 1, "kind": "pt", "step": step, "model": model.state_dict(),
-                    "optimizer": [o.state_dict() for o in optimizers], "model_config": asdict(config),
-                    "config": asdict(cfg), "tokenizer": tok.text})
+                    "optimizer": [o.state_dict() for o in optimizers],
+                    "model_config": asdict(config), "config": asdict(cfg), "tokenizer": tok.text})
                 print0(f"saved {path}")
-            since, ticks = time.perf_counter(), 0
+            log.start_clock()
         if last or stopping:
-            if stopping:
-                print0(f"stopped by {signals.name or 'a signal to another process'} at step {step:,}; "
-                       f"go on with: {runtime.resume_command()}")
             break
 
-        lr = runtime.lr_factor(step, cfg.max_steps, cfg.warmup_steps, cfg.schedule, cfg.final_lr, cfg.decay_fraction)
+        lr = runtime.lr_factor(step, cfg.max_steps, cfg.warmup_steps, cfg.schedule, cfg.final_lr,
+                               cfg.decay_fraction)
         for group in all_groups(optimizers):
             group["lr"] = group["base"] * lr
         loss = torch.zeros((), device=dist.device)
@@ -294,44 +295,23 @@ def train(cfg: Config, dist: Dist) -> None:
                 optimizer.step()
         for optimizer in optimizers:
             optimizer.zero_grad()
-        ticks += 1
         log.write(step=step, loss=total, lr=lr * cfg.learning_rate, norm=norm)
         if (step + 1) % cfg.log_every == 0:
-            seconds = (time.perf_counter() - since) / ticks
-            speed = cfg.batch_tokens / seconds
-            mfu = f"{speed * flops / peak / dist.world:.0%}" if peak else "n/a"
-            print0(f"step {step + 1:>6,}/{cfg.max_steps:,} | loss {total:.4f} | lr {lr * cfg.learning_rate:.1e} | "
-                   f"norm {norm:.2f} | {1000 * seconds:,.0f} ms | {speed:,.0f} tok/s | mfu {mfu} | "
-                   f"eta {runtime.eta(seconds * (cfg.max_steps - step - 1))}")
-            since, ticks = time.perf_counter(), 0
+            log.line(step + 1, total, lr * cfg.learning_rate, norm)
+
+    if stopping:
+        print0(f"stopped by {signals.name or 'a signal to another process'} at step {step:,}; "
+               f"go on with: {runtime.resume_command()}")
     print0(f"peak memory {runtime.peak_memory(dist.device) / 1e9:.2f} GB")
-
-
-def print_scores(scores: dict[str, tuple[float, float]], step: int) -> None:
-    print0(f"val at step {step:,} | " + " | ".join(
-        f"{lang} {nats:.4f} nats/token, {bpb:.4f} bits/byte" for lang, (nats, bpb) in scores.items()))
 
 
 @record
 def main() -> None:
     cfg = configure(Config)
-    try:
+    with runtime.errors_in_one_line(cfg.out_dir):
         dist = runtime.setup(cfg.device, cfg.dtype, cfg.dist_timeout)
-        train(cfg, dist)
+        (judge if cfg.eval_only else train)(cfg, dist)
         runtime.finish(dist)
-    except ValueError as error:
-        fail(f"{error}")
-    except FloatingPointError as error:
-        print0(f"{error}; the last good checkpoint is in {cfg.out_dir}; try a lower learning rate")
-        raise SystemExit(4) from None
-    except OSError as error:
-        print0(f"{error}")
-        raise SystemExit(3) from None
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        print0(f"out of memory: {LESS_MEMORY}")
-        raise SystemExit(5) from None
 
 
 if __name__ == "__main__":

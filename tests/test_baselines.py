@@ -4,7 +4,7 @@ import lzma
 import math
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +62,12 @@ def test_ngram_agrees_with_dictionaries(order):
     assert ngram_bits(train, val, order) == pytest.approx(slow, rel=1e-9)  # rounding of float64
 
 
-def test_discounts_are_estimated_from_enough_text():
-    """Else the comparison above would only ever see the stand-in of 0.5."""
-    found = [level.discount.tolist() for level in fit(random_text(1500, 1), 3)]
-    assert any(d != [0, 0.5, 0.5, 0.5] for d in found)
+def test_discounts_are_estimated_and_never_take_nothing():
+    """Y = 10/12; D(2) would be -248: a context could then give nothing to what it never saw."""
+    d = baselines.discounts(np.repeat([1, 2, 3, 4], [10, 1, 100, 1]))
+    assert d == pytest.approx([0, 1 - 2 / 12, 0.1, 3 - 4 / 120])
+    estimated = [level.discount.tolist() for level in fit(random_text(1500, 1), 3)]
+    assert any(d != [0, 0.5, 0.5, 0.5] for d in estimated)  # so the comparison above saw some
 
 
 def test_probabilities_sum_to_one_after_any_context():
@@ -80,7 +82,7 @@ def test_probabilities_sum_to_one_after_any_context():
 
 
 def test_order_0_costs_the_entropy():
-    """With every n_i = 0 the discount is 0.5: P(x) = (c - 0.5 + 3 * 0.5 / 257) / N for 3 symbols."""
+    """All n_i are 0, so D is 0.5: P(x) = (c - 0.5 + 3 * 0.5 / 257) / N for 3 symbols."""
     text = np.repeat(np.array([97, 98, 99], np.uint16), [5000, 3000, 2000])
     entropy = -sum(p * math.log2(p) for p in (0.5, 0.3, 0.2))
     assert ngram_bits(text, text, 0) / len(text) == pytest.approx(entropy, abs=1e-3)
@@ -90,11 +92,11 @@ def test_order_0_costs_the_entropy():
 
 def test_what_was_read_before_costs_little():
     rng = np.random.default_rng(4)
-    train = rng.integers(0, 256, 20_000).astype(np.uint16)  # 8 bits a byte to who has not read it
+    train = rng.integers(0, 256, 20_000).astype(np.uint16)  # 8 bits a byte to a first reader
     again, fresh = train[5000:9000], rng.integers(0, 256, 4000).astype(np.uint16)
     assert ngram_bits(train, again, 5) < 0.3 * 8 * len(again)
     assert ngram_bits(train, fresh, 5) > 0.98 * 8 * len(fresh)
-    assert xz_bits(train, again) < 0.1 * 8 * len(again)  # its copies are 273 bytes at most
+    assert xz_bits(train, again) < 0.1 * 8 * len(again)  # in pieces of 273
     assert xz_bits(train, fresh) > 0.98 * 8 * len(fresh)
 
 
@@ -123,6 +125,7 @@ def test_dictionary_of_xz_holds_a_text_longer_than_64_mb(monkeypatch):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A folder as data.py makes it, and the texts of its documents by (split, lang)."""
+    from corpus import Progress
     from tokenizer import PATTERN, count_pieces, dump, train_bpe
     folder = tmp_path_factory.mktemp("baselines")
     rng = np.random.default_rng(9)
@@ -133,25 +136,20 @@ def prepared(tmp_path_factory):
     ranks = train_bpe(count_pieces(t for _, t in texts), 300)
     (folder / "tok.txt").write_text(dump(ranks, PATTERN))
     data.prepare(data.Config(input=str(folder / "text.jsonl"), tokenizer=str(folder / "tok.txt"),
-                             out_dir=str(folder / "data"), val_fraction=0.2, workers=1))
+                             out_dir=str(folder / "data"), val_fraction=0.2, workers=1), Progress())
     return str(folder / "data"), [f"{t} {i}" for i, (_, t) in enumerate(texts)]
 
 
 def test_token_files_give_back_the_documents(prepared):
     folder, texts = prepared
     tok, splits = data.open_data(folder)
-    found = defaultdict(int)
+    found = []
     for file in splits["train"] + splits["val"]:
-        text = symbols(tok, file).tolist()
-        assert text[-1] == END and text.count(END) == file.n_docs
-        document = []
-        for s in text:
-            if s == END:
-                found[bytes(document).decode()] += 1
-                document = []
-            else:
-                document.append(s)
-    assert found == Counter(texts)
+        text = symbols(tok, file)
+        *documents, rest = np.split(text, np.flatnonzero(text == END) + 1)
+        assert len(documents) == file.n_docs and len(rest) == 0
+        found += [bytes(d[:-1].tolist()).decode() for d in documents]
+    assert sorted(found) == sorted(texts)
 
 
 def test_command_line_scores_both_languages(prepared):

@@ -1,4 +1,4 @@
-"""checkpoint.py keeps its promise: a file is whole or not there, and a damaged one is never used."""
+"""checkpoint.py keeps its promise: a file is whole or not there, a damaged one is never used."""
 import os
 import random
 import resource
@@ -12,7 +12,8 @@ import checkpoint
 
 def state(step: int, size: int = 300) -> dict:
     w = torch.arange(size, dtype=torch.float32) + step
-    return {"format": 1, "step": step, "model": {"w": w, "tied": w}, "optimizer": [{"m": w / 7}], "name": "小"}
+    return {"format": 1, "step": step, "model": {"w": w, "tied": w}, "optimizer": [{"m": w / 7}],
+            "name": "小"}
 
 
 def test_load_gives_back_every_bit_and_shared_storage(tmp_path):
@@ -142,7 +143,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     for value in (float("nan"), float("inf")):
         bad = state(1)
         bad["optimizer"][0]["m"][3] = value
-        with pytest.raises(ValueError, match=r"NOT written: state.optimizer.0.m is not finite"):
+        with pytest.raises(FloatingPointError, match=r"NOT written: state.optimizer.0.m is not"):
             checkpoint.save(tmp_path, 1, bad)
     assert not list(tmp_path.iterdir())
 

@@ -26,25 +26,27 @@ def test_wsd_is_level_and_decays_over_the_last_share_only():
 
 def test_guard_skips_and_stops_at_the_third_in_a_row(capsys):
     guard = runtime.GradientGuard()
-    answers = [guard.allows(n, 5, 1.0, "windows 0 to 3") for n in (1.0, math.nan, math.inf, 2.0, math.nan, math.nan)]
+    norms = (1.0, math.nan, math.inf, 2.0, math.nan, math.nan)
+    answers = [guard.allows(n, 5, 1.0, "windows 0 to 3") for n in norms]
     assert answers == [True, False, False, True, False, False]
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
         guard.allows(math.nan, 9, 1.0, "windows 4 to 7")
-    assert "step 9: gradient not finite (loss 1.0000, norm nan), windows 4 to 7, skipped 3/3" in capsys.readouterr().out
+    assert ("step 9: gradient not finite (loss 1.0000, norm nan), windows 4 to 7, skipped 3/3"
+            in capsys.readouterr().out)
 
 
 def test_log_drops_what_a_resumed_run_does_again(tmp_path):
-    log = runtime.Log(tmp_path, ALONE, 0)
+    log = runtime.Log(tmp_path, ALONE, 0, 9, 64, 10)
     for step in range(4):
         if step == 2:
             log.write(step=2, val={"en": 1})
         log.write(step=step, loss=0.1 * step)
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 4, "lo')  # killed while writing
-    runtime.Log(tmp_path, ALONE, 2).write(step=2, loss=9.0)
+    runtime.Log(tmp_path, ALONE, 2, 9, 64, 10).write(step=2, loss=9.0)
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
-    assert rows == [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.1}, {"step": 2, "val": {"en": 1}},
-                    {"step": 2, "loss": 9.0}]
+    assert rows == [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.1},
+                    {"step": 2, "val": {"en": 1}}, {"step": 2, "loss": 9.0}]
 
 
 def test_a_signal_is_remembered_not_obeyed_at_once():
