@@ -4,8 +4,8 @@ The whole ladder on a laptop: makes the toy world, trains on it, and reports wha
     make demo        or        python demo.py [--out_dir=out/demo]
 
 Each stage is a script of this folder, run by the command line that is printed before it; the same
-command again goes on where it was stopped. The report judges the model on documents about names that are in
-no training file (toyworld.py), beside the exact floor of their entropy and a control.
+command again goes on where it was stopped. The report judges the model on documents about names
+that are in no training file (toyworld.py), beside the exact floor of their entropy and a control.
 """
 import json
 import math
@@ -31,23 +31,30 @@ class Config:
     out_dir: str = "out/demo"  # everything the demo makes goes here
     seed: int = 0  # of the world and of the training
     config: str = "config/pt_micro.py"  # settings of the pre-training
+    n_train: int = 100_000  # documents of the world to train on
     max_steps: int | None = None  # shorter pre-training, to try things out; None: as in the config
 
 
 def run(script: str, *arguments: str) -> None:
     """Run a script of this folder as a user would; its failure ends the demo with its exit code."""
     print(f"\n$ python {script} {' '.join(arguments)}", flush=True)
-    done = subprocess.run([sys.executable, script, *arguments])
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    child = subprocess.Popen([sys.executable, script, *arguments])
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:  # the child has it too: let it save
+        child.wait()
+        print("stopped; the same command goes on from there")
+        code = 130
+    if code:
+        raise SystemExit(code)
 
 
 @torch.inference_mode()
 def judge(model: Transformer, tok: Tokenizer, documents: list[dict],
           first_half: bool = True) -> dict[str, float]:
     """Bits per byte of the documents, and the share of restated values whose tokens are all the
-    most likely ones. Without `first_half` the model does not see the facts: the control, which can only
-    guess."""
+    most likely ones. Without `first_half` the model does not see the facts: the control, which
+    can only guess."""
     bits = n_bytes = right = total = 0
     for at in range(0, len(documents), 64):
         texts = [d["text"] for d in documents[at:at + 64]]
@@ -86,8 +93,8 @@ def report(cfg: Config, seconds: float) -> str:
              "of values restated right in a document's second half; in the control the model does "
              "not see the first half and can only guess. The floor is the entropy of the documents "
              "to a reader who knows how they are made but not which names are held out.", "",
-             "| language | bits/byte before | after | floor | after / floor | values before | after "
-             "| control | 95 % ± |", "|---|---|---|---|---|---|---|---|---|"]
+             "| language | bits/byte before | after | floor | after / floor | values before "
+             "| after | control | 95 % ± |", "|---|---|---|---|---|---|---|---|---|"]
     for lang in ("en", "zh", "all"):
         docs = [d for d in documents if lang in (d["lang"], "all")]
         before, after = judge(untrained, tok, docs[:200]), judge(model, tok, docs)
@@ -110,7 +117,7 @@ def main() -> None:
     tok = os.path.join(cfg.out_dir, "tokenizer.txt")
     text = f"{world}/pt.jsonl"
     if not os.path.exists(f"{world}/floor.json"):
-        run("toyworld.py", f"--out_dir={world}", f"--seed={cfg.seed}")
+        run("toyworld.py", f"--out_dir={world}", f"--seed={cfg.seed}", f"--n_train={cfg.n_train}")
     if not os.path.exists(tok):
         run("tokenizer.py", f"--input={text},{world}/chat.jsonl", "--vocab_size=512",
             f"--out={tok}")

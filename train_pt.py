@@ -159,7 +159,8 @@ def check(cfg: Config, world: int) -> int:
     if cfg.batch_tokens % unit or cfg.batch_tokens < unit:
         raise ValueError(f"batch_tokens {cfg.batch_tokens} must be a multiple of batch_size x "
                          f"processes x max_seq_len = {cfg.batch_size} x {world} x "
-                         f"{cfg.max_seq_len} = {unit}; try {max(1, round(cfg.batch_tokens / unit)) * unit}")
+                         f"{cfg.max_seq_len} = {unit}; try "
+                         f"{max(1, round(cfg.batch_tokens / unit)) * unit}")
     for name in ("max_steps", "eval_every", "eval_tokens", "save_every", "log_every",
                  "sample_tokens"):
         if getattr(cfg, name) < 1:

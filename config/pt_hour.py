@@ -5,7 +5,7 @@ Real bilingual text on 2 CPU cores in under an hour: 5M parameters, vocabulary 8
     python data.py --input=PATHS --tokenizer=out/real/tokenizer.txt --out_dir=out/real/data
     python train_pt.py config/pt_hour.py
 
-A budget of 10^14.5 FLOPs wants a model this small. The rate is level until the last 30 % of the
+A budget of 10^14.5 FLOPs wants a model this small. The rate is level until the last 40 % of the
 steps, so a run can be prolonged: --resume --max_steps=MORE, before it starts to fall.
 """
 data_dir = "out/real/data"
@@ -20,12 +20,12 @@ max_seq_len = 256
 
 batch_tokens = 4096
 batch_size = 16
-max_steps = 1300
+max_steps = 1000
 optimizer = "muon"
 learning_rate = 5e-3
 muon_lr = 0.02
 schedule = "wsd"
-decay_fraction = 0.3
+decay_fraction = 0.4
 final_lr = 0.0
 warmup_steps = 20
 eval_every = 250
