@@ -101,16 +101,18 @@ def read_batches(files: list[str], text_field: str = "text",
     """The files' raw contents in batches of about BATCH_BYTES, in constant memory.
     Raises ValueError naming the file when one cannot be read to its end."""
     sizes = [os.path.getsize(path) for path in files]
-    for i, path in enumerate(files):
+    before, total = 0, max(sum(sizes), 1)
+    for path, size in zip(files, sizes):
         try:
             batches = (_read_parquet(path, text_field) if path.endswith(".parquet") else
                        _read_text(path, max_line_mb << 20))
             for batch, position in batches:  # in the file, so compressed bytes of a .gz
-                batch.share = (sum(sizes[:i]) + position) / max(sum(sizes), 1)
+                batch.share = (before + position) / total
                 yield batch
         except (OSError, EOFError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"{path}: cannot be read to its end: {reason}") from None
+        before += size
 
 
 def _read_text(path: str, max_line: int) -> Iterator[tuple[Batch, int]]:
@@ -169,7 +171,7 @@ def _read_parquet(path: str, text_field: str) -> Iterator[tuple[Batch, int]]:
         for name in names:
             if types[name] not in (pyarrow.string(), pyarrow.large_string()):
                 raise ValueError(f"{path}: column '{name}' must be of strings, is {types[name]}")
-        for part in table.iter_batches(batch_size=1024, columns=names):
+        for part in table.iter_batches(1024, columns=names, use_threads=False):  # workers do that
             texts = part.column(text_field).cast(pyarrow.large_binary()).to_pylist()
             langs = part.column("lang").to_pylist() if len(names) > 1 else [None] * len(texts)
             batch = Batch(path, row, list(zip(texts, langs)), part.nbytes)
@@ -182,7 +184,7 @@ def _read_parquet(path: str, text_field: str) -> Iterator[tuple[Batch, int]]:
 # ---------------------------------------------------------------------------- parsing
 
 class _Bad(Exception):
-    """(column, what, detail) of what is wrong with an item, and on which line of it if not the 1st."""
+    """(column, what, detail) of what is wrong, and how many lines further on if any."""
 
 
 def parse(batch: Batch, text_field: str = "text",
@@ -379,7 +381,7 @@ class BadLines:
         n = self.kinds.total()
         if n:
             kinds = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.most_common())
-            print(f"skipped {n:,} bad lines: {kinds}")
+            print(f"bad lines skipped: {n:,} ({kinds})")
         if n > max_fraction * (n + n_good):
             raise ValueError(f"{n:,} of {n + n_good:,} lines are bad, more than {max_fraction:.1%} "
                              "(--max_bad_fraction)")

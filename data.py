@@ -106,7 +106,7 @@ def open_token_file(path: str, verify: Literal["auto", "full", "fast"] = "auto")
 
 
 def read_json(path: str) -> dict | None:
-    """What meta.json or progress.json says, None without it. Raises ValueError for a damaged one."""
+    """What meta.json or progress.json says, None without it. Raises ValueError if damaged."""
     try:
         with open(path, encoding="utf-8") as f:
             found = json.load(f)
@@ -314,22 +314,25 @@ class Writer:
         return count
 
 
-def describe(files: list[str]) -> list:
-    """What tells whether the input is still the same."""
-    return [[f, os.path.getsize(f), os.stat(f).st_mtime_ns] for f in files]
+def describe(files: list[str]) -> str:
+    """A hash that tells whether the input is still the same."""
+    stats = [(os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def begin(cfg: Config, job: dict) -> dict | None:
     """Where to go on: at the start, or where an earlier run of the same job was stopped. None if
     the folder holds the result already. Raises ValueError if it holds something else."""
     os.makedirs(cfg.out_dir, exist_ok=True)
+    journal = os.path.join(cfg.out_dir, JOURNAL)
     if meta := read_json(os.path.join(cfg.out_dir, "meta.json")):
         if meta["job"] != job:
             raise ValueError(f"{cfg.out_dir} holds data made from other input or settings: delete "
                              "it, or give another --out_dir")
         open_data(cfg.out_dir, "fast")
+        with suppress(FileNotFoundError):
+            os.unlink(journal)  # left by a run that was killed after its last step but one
         return None
-    journal = os.path.join(cfg.out_dir, JOURNAL)
     state = read_json(journal)
     if state and state["job"] == job:
         print(f"going on at {state['share']:.1%}, where an earlier run was stopped")
@@ -397,7 +400,7 @@ def finish(cfg: Config, job: dict, tok: Tokenizer, writers: dict[str, Writer]) -
     for w in writers.values():
         os.replace(w.part, w.path)
     write_text(os.path.join(cfg.out_dir, "meta.json"),
-               json.dumps({"files": sorted(writers), "job": job}, indent=1))
+               json.dumps({"input": cfg.input, "files": sorted(writers), "job": job}, indent=1))
     os.unlink(os.path.join(cfg.out_dir, JOURNAL))
 
 

@@ -55,7 +55,7 @@ def sample(logits: Tensor, seen: list[list[int]], temperature: float = 1.0, top_
     if repetition_penalty != 1.0:
         logits = logits.clone()
         for row, ids in zip(logits, seen):
-            at = torch.tensor(sorted(set(ids)), device=row.device)
+            at = torch.tensor(sorted(set(ids)), dtype=torch.long, device=row.device)
             was = row[at]
             row[at] = torch.where(was > 0, was / repetition_penalty, was * repetition_penalty)
     if temperature < 1e-5:  # 0, or so low that the division could overflow

@@ -100,7 +100,7 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, H, T, D) keys and values behind `length`; all so far, (B, H, length + T, D)."""
         end = self.length + k.size(2)
-        keys, values = self.kv[layer].unbind()
+        keys, values = self.kv[layer, 0], self.kv[layer, 1]
         keys[:, :, self.length:end] = k
         values[:, :, self.length:end] = v
         return keys[:, :, :end], values[:, :, :end]

@@ -96,7 +96,7 @@ def test_bad_lines_stop_or_are_counted(capsys):
     counted.add(bad)
     counted.finish(n_good=792, max_fraction=0.01)  # 8 of 800 is not more than 1 %
     out = capsys.readouterr().out
-    assert out.count("skipped f:") == 5 and "skipped 8 bad lines: not JSON 7, empty text 1" in out
+    assert out.count("skipped f:") == 5 and "bad lines skipped: 8 (not JSON 7, empty text 1)" in out
     with pytest.raises(ValueError, match="8 of 799 lines are bad, more than 1.0%"):
         counted.finish(n_good=791, max_fraction=0.01)
 

@@ -1,23 +1,13 @@
-"""The model against formulas typed from the papers, torch's own counters, and transformers."""
+"""The model against formulas typed from the papers, and against Qwen3 in transformers."""
 import math
-import multiprocessing
-import runpy
-import sys
-from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.testing import assert_close
 
-import train_pt
-from model import (KVCache, ModelConfig, Transformer, count_parameters, flops_per_token,
-                   rope_table, rotate, training_memory)
+from model import KVCache, ModelConfig, Transformer, rope_table, rotate
 
-CONFIGS = Path(__file__).parent.parent / "config"
 SMALL = dict(vocab_size=96, n_layer=3, n_head=4, n_kv_head=2, n_embd=48, head_dim=16,
              n_hidden=80, max_seq_len=32, rope_theta=100.0, norm_eps=1e-3)
 
@@ -25,7 +15,7 @@ SMALL = dict(vocab_size=96, n_layer=3, n_head=4, n_kv_head=2, n_embd=48, head_di
 def make(std=0.2, **changes):
     """A model with weights so large, and gains so uneven, that every part shows in the logits."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**SMALL | changes)).eval()
+    model = Transformer(ModelConfig(**SMALL | changes))
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=p.dim() == 1, std=std)
     return model
@@ -66,10 +56,10 @@ def textbook(model, idx):
 
 @pytest.mark.parametrize("n_kv_head, tied", [(4, True), (2, False), (1, True)])
 def test_logits_are_those_of_the_textbook(n_kv_head, tied):
-    """With as many key heads as query heads this is plain attention. 1e-5 of logits up to 8: fp32."""
+    """4 key heads for 4 query heads is plain attention. fp32 has 7 digits of logits up to 8."""
     model, idx = make(n_kv_head=n_kv_head, tied=tied), ids(2, 20)
     want = torch.stack([textbook(model, row) for row in idx]).float()
-    torch.testing.assert_close(model(idx), want, atol=3e-5, rtol=1e-5)
+    assert_close(model(idx), want, atol=3e-5, rtol=1e-5)
 
 
 def test_loss_before_training_is_ln_V():
@@ -80,11 +70,11 @@ def test_loss_before_training_is_ln_V():
 
 
 def test_residual_branches_start_smaller():
-    """2 n_layer branches add up to one variance. 2,304 numbers give their spread to 1.5 %."""
+    """2 n_layer branches add up to one variance. 1,536 numbers give their spread to 2 %."""
     torch.manual_seed(0)
     for name, p in Transformer(ModelConfig(**SMALL)).named_parameters():
         std = 0.02 / math.sqrt(6) if "o_proj" in name or "down_proj" in name else 0.02
-        assert p.dim() == 1 or p.std().item() == pytest.approx(std, rel=0.06), name
+        assert p.dim() == 1 or p.std().item() == pytest.approx(std, rel=0.08), name
 
 
 def test_future_tokens_do_not_leak():
@@ -104,7 +94,7 @@ def test_rope_scores_depend_on_distance_only():
     for distance in (0, 1, 7):
         scores = [(rotate(q, *rope_table(torch.tensor([t]), 16, 100.0)) * rotate(
             k, *rope_table(torch.tensor([t + distance]), 16, 100.0))).sum() for t in (0, 50, 200)]
-        torch.testing.assert_close(torch.stack(scores), scores[0].expand(3), atol=1e-4, rtol=0)
+        assert_close(torch.stack(scores), scores[0].expand(3), atol=1e-4, rtol=0)
         assert distance == 0 or abs(scores[0] - (q * k).sum()) > 0.01
 
 
@@ -116,24 +106,21 @@ def test_cached_equals_uncached(size):
     for sizes in (size, [size, 12 - size]):
         cache = KVCache(model.config, 2)
         parts = [model(part, cache) for part in idx.split(sizes, dim=1) if part.numel()]
-        torch.testing.assert_close(torch.cat(parts, 1), model(idx), atol=1e-5, rtol=1e-5)
+        assert_close(torch.cat(parts, 1), model(idx), atol=1e-5, rtol=1e-5)
 
 
 def test_too_many_tokens_are_refused_with_both_numbers():
     """A write past the end of a preallocated cache is otherwise dropped without a word."""
     model, cache = make(), KVCache(ModelConfig(**SMALL), 1, max_len=5)
-    with pytest.raises(ValueError, match=r"reads 32 tokens at most, got 0 \+ 33"):
-        model(ids(1, 33))
     model(ids(1, 4), cache)
-    with pytest.raises(ValueError, match="holds 5 tokens: 4 are in it, 2 more do not fit"):
-        model(ids(1, 2), cache)
-    with pytest.raises(ValueError, match="holds 1 rows, got a batch of 2"):
-        model(ids(2, 1), cache)
+    for idx, into, message in (
+            (ids(1, 2), cache, "holds 5 tokens: 4 are in it, 2 more do not fit"),
+            (ids(2, 1), cache, "holds 1 rows, got a batch of 2"),
+            (ids(1, 33), None, r"reads 32 tokens at most, got 0 \+ 33"),
+            (ids(1, 33), KVCache(model.config, 1, 40), r"reads 32 tokens at most, got 0 \+ 33")):
+        with pytest.raises(ValueError, match=message):
+            model(idx, into)
     model(ids(1, 1), cache)  # the refused tokens have left no trace: one place is free
-    cache = KVCache(model.config, 1, max_len=40)
-    model(ids(1, 32), cache)
-    with pytest.raises(ValueError, match=r"reads 32 tokens at most, got 32 \+ 1"):
-        model(ids(1, 1), cache)
 
 
 @pytest.mark.parametrize("sizes", [(9, 1, 1), (2, 3, 4, 1, 1), (1,) * 11])
@@ -143,91 +130,14 @@ def test_a_left_padded_row_gets_what_it_gets_alone(sizes):
     cache = KVCache(model.config, 3, pad=pads)
     got = torch.cat([model(part, cache) for part in padded.split(sizes, dim=1)], 1)
     for row, pad, logits in zip(rows, pads, got):
-        torch.testing.assert_close(logits[pad:], model(row[None])[0], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name, vocab_size, billions, within", [
-    ("124m", 50_257, 0.124, 0.05), ("1b", 65_536, 1, 0.05), ("7b", 65_536, 7, 0.1),
-    ("13b", 65_536, 13, 0.1)])
-def test_a_config_has_the_size_of_its_name(name, vocab_size, billions, within):
-    settings = runpy.run_path(str(CONFIGS / f"pt_{name}.py"))
-    cfg = train_pt.Config(**{k: v for k, v in settings.items() if k[0] != "_"})
-    n = count_parameters(train_pt.shape(cfg, vocab_size))
-    assert n == pytest.approx(billions * 1e9, rel=within)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_flops_are_those_the_counter_of_torch_sees(tied):
-    """The counter has no formula for the CPU's fused attention, so that runs as two products,
-    which are counted whole: the masked half too. Gains of norms, 6 each for us, it leaves out."""
-    model, T = make(tied=tied), 24
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        F.cross_entropy(model(ids(2, T)).flatten(0, 1), ids(2 * T)).backward()
-    gains = sum(p.numel() for p in model.parameters() if p.dim() == 1)
-    assert counter.get_total_flops() / (2 * T) == flops_per_token(model.config, T) - 6 * gains
-
-
-@pytest.mark.parametrize("width", [4, 2])
-@pytest.mark.parametrize("B, T, changes", [
-    (2, 64, dict(n_embd=128, head_dim=32, n_hidden=352)),
-    (3, 96, dict(n_head=6, n_kv_head=1, n_embd=64, head_dim=64, tied=False))])
-def test_activations_are_what_autograd_keeps(B, T, changes, width):
-    """2 %: norms and attention keep a number per token and head too, which we leave out."""
-    model, kept = Transformer(ModelConfig(**SMALL | changes | dict(max_seq_len=T))), {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(t):  # kept alive, so that no other gets its address
-        kept[t.untyped_storage().data_ptr()] = t
-        return t
-
-    autocast = torch.autocast("cpu", torch.bfloat16) if width == 2 else nullcontext()
-    with saved_tensors_hooks(pack, lambda t: t), autocast:
-        model(ids(B, T), hidden=True)
-    n_bytes = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
-    of_loss = 2 * 4 * (96 + B * T) * model.config.n_embd  # two gradients of head and hidden states
-    ours = training_memory(model.config, B, T, accumulate=2, width=width)["activations"]
-    assert ours - of_loss == pytest.approx(n_bytes, rel=0.02)
-
-
-def two_steps(shape, B, T, accumulate):
-    """Bytes by which this process grew at most. VmHWM: a child inherits its parent's ru_maxrss."""
-    def kilobytes(key):
-        return int(Path("/proc/self/status").read_text().split(key)[1].split()[0])
-
-    torch.set_num_threads(1)
-    for n_layer in (1, shape["n_layer"]):  # the first loads torch's code
-        before = kilobytes("VmRSS:")
-        model = Transformer(ModelConfig(**shape | dict(n_layer=n_layer)))
-        optimizer, = train_pt.make_optimizers(model, train_pt.Config())
-        for micro_step in range(2 * accumulate):
-            hidden = model(x := torch.zeros(B, T, dtype=torch.long), hidden=True)
-            train_pt.pt_loss(hidden, model.lm_head.weight, x).backward()
-            if micro_step % accumulate == accumulate - 1:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-        del model, optimizer, hidden
-    return 1024 * (kilobytes("VmHWM:") - before)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("B, T, accumulate, changes", [
-    (1, 32, 1, dict(n_layer=6, n_head=6, n_embd=384, n_hidden=1024)),  # state: 12 bytes a weight
-    (8, 128, 2, dict(n_layer=4, n_head=4, n_embd=256, n_hidden=704))])  # activations
-def test_training_memory_is_what_two_steps_take(B, T, accumulate, changes, monkeypatch):
-    """With this threshold malloc gives back what is freed; else it holds up to a third more."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    shape = SMALL | dict(vocab_size=8192, head_dim=64, max_seq_len=T) | changes
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        grown = pool.apply(two_steps, (shape, B, T, accumulate))
-    parts = training_memory(ModelConfig(**shape), B, T, accumulate)
-    assert sum(parts.values()) == pytest.approx(grown, rel=0.15)
+        assert_close(logits[pad:], model(row[None])[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("n_kv_head, tied", [(4, True), (2, False)])
 def test_logits_are_those_of_qwen3_in_transformers(n_kv_head, tied):
     transformers = pytest.importorskip("transformers")
-    model = make(0.1, n_kv_head=n_kv_head, tied=tied)
+    model, to_qwen3 = make(0.1, n_kv_head=n_kv_head, tied=tied), lambda name: (
+        name if name.startswith("lm_head") else f"model.{name}")
     c = model.config
     twin = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
@@ -235,6 +145,5 @@ def test_logits_are_those_of_qwen3_in_transformers(n_kv_head, tied):
         num_key_value_heads=c.n_kv_head, max_position_embeddings=c.max_seq_len,
         rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})).eval()
-    twin.load_state_dict({name if name.startswith("lm_head") else f"model.{name}": p
-                          for name, p in model.state_dict().items()})
-    torch.testing.assert_close(model(ids(2, 24)), twin(ids(2, 24)).logits, atol=1e-5, rtol=1e-5)
+    twin.load_state_dict({to_qwen3(name): p for name, p in model.state_dict().items()})
+    assert_close(model(ids(2, 24)), twin(ids(2, 24)).logits, atol=1e-5, rtol=1e-5)

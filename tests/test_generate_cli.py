@@ -1,0 +1,106 @@
+"""The command line of generate.py, from a checkpoint on disk to text on the screen."""
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import torch
+from test_generate import PROMPTS, model, tok  # noqa: F401, the last two are fixtures
+
+import checkpoint
+import generate as script
+from generate import complete, load_model
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def saved(tok, model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    checkpoint.save(str(folder), 0, {
+        "format": 1, "kind": "pt", "step": 0, "model": model.state_dict(), "optimizer": [],
+        "model_config": asdict(model.config), "config": {}, "tokenizer": tok.text})
+    return str(folder)
+
+
+def test_a_loaded_model_has_one_matrix_for_embedding_and_head(saved, model):
+    """load_state_dict(assign=True) makes two parameters, and .to(bfloat16) then two matrices."""
+    loaded, _ = load_model(saved, torch.device("cpu"), torch.bfloat16)
+    assert loaded.lm_head.weight is loaded.embed_tokens.weight and not loaded.training
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+
+
+def cli(*args, text="", code=0):
+    """What generate.py prints behind its settings, and on stderr."""
+    run = subprocess.run([sys.executable, ROOT / "generate.py", *args, "--max_tokens=20"],
+                         input=text.encode(), capture_output=True, timeout=300,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == code, run.stderr.decode()
+    n = len(fields(script.Config))
+    return run.stdout.decode().split("\n", n)[n], run.stderr.decode()
+
+
+@pytest.mark.parametrize("args", [
+    ("--prompt=The cat",), ("--file=-",), ("--file={file}", "--stream"),
+    ("--prompt=The cat", "--cache=False")])
+def test_the_command_writes_the_same_text_however_asked(args, tok, model, saved, tmp_path):
+    (tmp_path / "prompt.txt").write_text("\ufeffThe cat\n", encoding="utf-8")
+    args = [a.format(file=tmp_path / "prompt.txt") for a in args]
+    shown, _ = cli(*args, f"--checkpoint={saved}", "--top_p=0.9", "--seed=5", text="The cat\n")
+    stop = tok.endoftext, tok.im_end
+    settings = dict(stop=stop, temperature=0.8, top_p=0.9, seed=5)
+    text, = complete(model, tok, [tok.encode_ordinary("The cat")], 20, **settings)
+    assert shown == f"The cat{text}\n"
+
+
+def test_a_batch_is_a_prompt_per_line(tok, model, saved, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS), encoding="utf-8")
+    shown, timing = cli(f"--file={tmp_path / 'prompts.txt'}", "--batch", "--temperature=0",
+                        f"--checkpoint={saved}", "--stop=", "--timing")
+    texts = complete(model, tok, [tok.encode_ordinary(p) for p in PROMPTS], 20, temperature=0.0)
+    assert shown == "".join(f"{p}{text}\n" for p, text in zip(PROMPTS, texts))
+    n = sum(len(tok.encode_ordinary(p)) for p in PROMPTS)
+    assert re.fullmatch(rf"read {n} tokens at [\d,]+ tok/s, wrote 60 at [\d,.]+ tok/s\n", timing)
+
+
+def test_interactive_answers_each_line_and_outlives_a_mistake(tok, model, saved):
+    shown, _ = cli("--interactive", f"--checkpoint={saved}", "--temperature=0", "--stop=",
+                   text="The cat\n\n" + "cat " * 64 + "\na")
+    a, b = (complete(model, tok, [tok.encode_ordinary(p)], 20, temperature=0.0)[0]
+            for p in ("The cat", "a"))
+    assert re.fullmatch(re.escape(f"\n> The cat{a}\n\n> \n> a prompt of ") + r"\d+ tokens.*prompt\n"
+                        + re.escape(f"\n> a{b}\n\n> \n"), shown)
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(saved, monkeypatch, capsys):
+    """Bad settings, files and checkpoints alike, and never a traceback."""
+    broken = {"format": 1, "model": {}, "model_config": {"vocab_size": 5}}
+    torch.save(broken, Path(saved).parent / "broken.pt")
+    prompt, model = "--prompt=a", f"--checkpoint={saved}"
+    for args, message in [
+            ([prompt, model, "--stop=<|end|>"], "--stop: <|end|> is none of <|endoftext|>"),
+            ([prompt, model, "--max_tokens=64"], "--max_tokens=63 fits"),
+            ([prompt, "--checkpoint=no/such"], "no/such: no such file"),
+            ([prompt, f"--checkpoint={ROOT}"], "no checkpoint in this folder"),
+            ([prompt, f"--checkpoint={saved}/../broken.pt"], "holds no language model"),
+            ([], "give one of"), ([prompt, "--interactive"], "give one of"),
+            ([prompt, "--batch"], "--batch takes its prompts from the lines of a file"),
+            (["--file=x", "--batch", "--stream"], "choose one"),
+            (["--file=no/such"], "no/such: "), ([f"--file={os.devnull}"], "no prompt in it"),
+            ([prompt, "--temperature=-1"], "--temperature=-1.0 must lie between 0 and 100"),
+            ([prompt, "--top_k=-1"], "--top_k=-1 must"), ([prompt, "--top_p=0"], "--top_p=0.0"),
+            ([prompt, "--min_p=1.1"], "--min_p=1.1 must"),
+            ([prompt, "--max_tokens=0"], "--max_tokens=0 must"),
+            ([prompt, "--repetition_penalty=0"], "--repetition_penalty=0.0 must"),
+            ([prompt, "--device=tpu"], "'device' must be"),
+            ([prompt, "--tempratur=1"], "did you mean")]:
+        monkeypatch.setattr(sys, "argv", ["generate.py", *args])
+        with pytest.raises(SystemExit) as exit:
+            script.main()
+        shown = capsys.readouterr().err
+        assert exit.value.code == 2 and shown.count("\n") == 1 and message in shown, (args, shown)
+    shown, line = cli("--file=-", model, "--stop=", text="cat " * 64, code=2)
+    assert shown == "" and re.fullmatch(r"a prompt of \d+ tokens .*; shorten the prompt\n", line)
