@@ -3,8 +3,9 @@ The demo: 0.23M parameters on the toy world, 2 CPU cores, about 6 minutes.
 
     python train_pt.py config/pt_micro.py --data_dir=out/demo/data --out_dir=out/demo/pt
 
-Small model, small vocabulary and a high rate are what lets the copying circuit form quickly: the
-loss falls to "format known, values guessed" within 200 steps and then, slowly, below it.
+Small model, small vocabulary, a high rate and Muon are what lets the copying circuit form quickly:
+the loss falls to "format known, values guessed" within 200 steps and then, slowly, below it. With
+AdamW alone 2,400 steps restate 71 % of the values, with Muon 2,000 steps 97 %.
 """
 data_dir = "out/demo/data"
 out_dir = "out/demo/pt"
@@ -18,8 +19,10 @@ max_seq_len = 128
 
 batch_tokens = 4096
 batch_size = 32
-max_steps = 2400
+max_steps = 2000
+optimizer = "muon"
 learning_rate = 1e-2
+muon_lr = 0.02
 warmup_steps = 50
 eval_every = 400
 save_every = 400

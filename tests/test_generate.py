@@ -99,8 +99,8 @@ def test_greedy_is_the_limit_of_top_k_and_temperature(tok, model):
 
 
 @pytest.mark.parametrize("logits, seen, want", [
-    ([2.0, 1.5], [], 0), ([2.0, 1.5], [0], 1), ([-1.0, -1.5], [0], 1), ([2.0, 0.9], [0, 0], 0),
-    ([2.0, 0.9], [1], 0)])
+    ([2.0, 1.5], [], 0), ([2.0, 1.5], [0], 1), ([-1.0, -1.5], [0], 1), ([2.0, 0.75], [0, 0], 0),
+    ([2.0, 0.75], [1], 0)])
 def test_repetition_penalty_by_hand(logits, seen, want):
     """Penalty 2 halves 2.0 and doubles -1.0 of tokens seen, once however often they were."""
     batch = torch.tensor([logits, [1.0, 0.0]])
