@@ -81,7 +81,8 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_len: int | None = None,
-                 pad: list[int] | None = None, device=None, dtype=None):
+                 pad: list[int] | None = None, device: torch.device | None = None,
+                 dtype: torch.dtype | None = None):
         self.max_len = max_len or config.max_seq_len
         shape = (config.n_layer, 2, batch_size, config.n_kv_head, self.max_len, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)

@@ -12,7 +12,7 @@ from test_generate import PROMPTS, model, tok  # noqa: F401, the last two are fi
 
 import checkpoint
 import generate as script
-from generate import complete, load_model
+from generate import Config, answer, complete, load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,13 +33,33 @@ def test_a_loaded_model_has_one_matrix_for_embedding_and_head(saved, model):
     assert loaded.lm_head.weight.dtype == torch.bfloat16
 
 
+def test_what_is_printed_ends_as_the_text_does(tok, model, capsys):
+    """Of 40 lengths some end within a character, which shows as U+FFFD."""
+    for n in range(1, 40):
+        text, = complete(model, tok, [tok.encode_ordinary("a")], n, temperature=0.0)
+        for stream in (False, True):
+            cfg = Config(max_tokens=n, temperature=0.0, stream=stream)
+            answer(model, tok, ["a"], cfg, ())
+            assert capsys.readouterr().out == f"a{text}\n"
+
+
+def test_without_max_tokens_a_text_has_the_room_there_is(tok, model, capsys):
+    """The model reads 64 tokens: 200, the usual length, would be refused."""
+    ids = tok.encode_ordinary("The cat")
+    text, = complete(model, tok, [ids], 64 - len(ids), temperature=0.0)
+    answer(model, tok, ["The cat"], Config(temperature=0.0), ())
+    assert capsys.readouterr().out == f"The cat{text}\n"
+    with pytest.raises(ValueError, match="a prompt of 66 tokens .* shorten the prompt"):
+        answer(model, tok, ["a\n" * 33], Config(), ())
+
+
 def cli(*args, text="", code=0):
     """What generate.py prints behind its settings, and on stderr."""
     run = subprocess.run([sys.executable, ROOT / "generate.py", *args, "--max_tokens=20"],
                          input=text.encode(), capture_output=True, timeout=300,
                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == code, run.stderr.decode()
-    n = len(fields(script.Config))
+    n = len(fields(Config))
     return run.stdout.decode().split("\n", n)[n], run.stderr.decode()
 
 
@@ -78,7 +98,7 @@ def test_interactive_answers_each_line_and_outlives_a_mistake(tok, model, saved)
 def test_a_mistake_is_one_line_and_exit_code_2(saved, monkeypatch, capsys):
     """Bad settings, files and checkpoints alike, and never a traceback."""
     broken = {"format": 1, "model": {}, "model_config": {"vocab_size": 5}}
-    torch.save(broken, Path(saved).parent / "broken.pt")
+    torch.save(broken, f"{saved}/../broken.pt")
     prompt, model = "--prompt=a", f"--checkpoint={saved}"
     for args, message in [
             ([prompt, model, "--stop=<|end|>"], "--stop: <|end|> is none of <|endoftext|>"),

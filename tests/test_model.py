@@ -123,14 +123,24 @@ def test_too_many_tokens_are_refused_with_both_numbers():
     model(ids(1, 1), cache)  # the refused tokens have left no trace: one place is free
 
 
-@pytest.mark.parametrize("sizes", [(9, 1, 1), (2, 3, 4, 1, 1), (1,) * 11])
+@pytest.mark.parametrize("sizes", [(9, 1, 1), (2, 3, 4, 1, 1), (1,) * 11, (2000, 11)])
 def test_a_left_padded_row_gets_what_it_gets_alone(sizes):
-    model, rows, pads = make(), [ids(11), ids(5), ids(8)], [0, 6, 3]
+    """With positions that count the padding too, angles of 2,000 radians would cost 1e-4."""
+    model, n = make(max_seq_len=2048), sum(sizes)
+    rows, pads = [ids(n), ids(5), ids(8)], [0, n - 5, n - 8]
     padded = torch.stack([F.pad(row, (pad, 0), value=7) for row, pad in zip(rows, pads)])
     cache = KVCache(model.config, 3, pad=pads)
-    got = torch.cat([model(part, cache) for part in padded.split(sizes, dim=1)], 1)
-    for row, pad, logits in zip(rows, pads, got):
-        assert_close(logits[pad:], model(row[None])[0], atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        got = torch.cat([model(part, cache) for part in padded.split(sizes, dim=1)], 1)
+        for row, pad, logits in zip(rows, pads, got):
+            assert_close(logits[pad:], model(row[None])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_no_token_is_left_without_a_key():
+    """What attention makes of an empty row depends on the kernel: NaN, which spreads, or 0."""
+    cache = KVCache(ModelConfig(**SMALL), 2, pad=[0, 6])
+    _, mask = Transformer.place(torch.arange(9), cache)
+    assert mask.any(-1).all() and mask[1, 0, 8].tolist() == [False] * 6 + [True] * 3
 
 
 @pytest.mark.parametrize("n_kv_head, tied", [(4, True), (2, False)])
