@@ -423,8 +423,7 @@ def prepare(cfg: Config, progress: Progress) -> None:
         finish(cfg, job, tok, writers)
     finally:
         for w in writers.values():
-            with suppress(OSError):  # of a full disk, once more
-                w.file.close()
+            w.file.close()
 
 
 def main() -> None:

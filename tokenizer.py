@@ -58,7 +58,8 @@ class Config:
 # ---------------------------------------------------------------------------- training
 
 def count_pieces(texts: Iterable[str], pattern: str = PATTERN) -> Counter[bytes]:
-    """How often each piece occurs, as UTF-8."""
+    """How often each piece occurs, as UTF-8. The regex module cuts as tiktoken will, but for
+    characters too new for the Unicode tables of either."""
     cut = regex.compile(pattern).findall
     counts: Counter[str] = Counter()
     for text in texts:
@@ -78,7 +79,7 @@ def train_bpe(counts: Counter[bytes], n_tokens: int,
     is right or too high, and is put back when it turns out too high. No pair ever spells a token
     that exists: where that token's bytes stand apart, its own merges have joined them before.
     """
-    pieces = sorted(counts)  # a fixed order, whatever order the workers counted in
+    pieces = list(counts)
     ids = np.frombuffer(b"\0" + b"\0".join(pieces) + b"\0", np.uint8).astype(np.int64)
     ends = np.cumsum([0] + [len(p) + 1 for p in pieces])  # where the separators are
     weight = np.repeat(np.array([0] + [counts[p] for p in pieces]), np.diff(ends, prepend=-1))
@@ -293,7 +294,7 @@ def train(cfg: Config, progress: Progress) -> tuple[list[bytes], dict[str, str]]
     bad_lines.finish(n_texts, cfg.max_bad_fraction)
     if not counts:
         raise ValueError(f"{cfg.input}: no text in it")
-    some = f" (every {every:,}th batch: --max_mb)" if every > 1 else ""
+    some = f" (of {every:,} batches one: --max_mb)" if every > 1 else ""
     print(f"read {n_bytes / 1e6:,.1f} MB{some}, {len(counts):,} different pieces, "
           f"{time.time() - start:.1f} s")
     if cfg.kind == "char":

@@ -43,6 +43,7 @@ def test_flops_are_those_the_counter_of_torch_sees(tied):
     assert counter.get_total_flops() / (2 * T) == flops_per_token(model.config, T) - 6 * gains
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of RMSNorm under the CPU's autocast
 @pytest.mark.parametrize("width", [4, 2])
 @pytest.mark.parametrize("B, T, changes", [
     (2, 64, dict(n_embd=128, head_dim=32, n_hidden=352)),
@@ -89,10 +90,11 @@ def two_steps(shape, B, T, accumulate):
     (1, 32, 1, dict(n_layer=6, n_head=6, n_embd=384, n_hidden=1024)),  # state: 12 bytes a weight
     (8, 128, 2, dict(n_layer=4, n_head=4, n_embd=256, n_hidden=704))])  # activations
 def test_training_memory_is_what_two_steps_take(B, T, accumulate, changes, monkeypatch):
-    """With this threshold malloc gives back what is freed; else it holds up to a third more."""
+    """With this threshold malloc gives back what is freed; else it holds up to a third more. A
+    forgotten gradient of the head would be 7 %, the code that a step loads makes 2 %."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    shape = SMALL | dict(vocab_size=8192, head_dim=64, max_seq_len=T) | changes
+    shape = SMALL | dict(vocab_size=16_384, head_dim=64, max_seq_len=T) | changes
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         grown = pool.apply(two_steps, (shape, B, T, accumulate))
     parts = training_memory(ModelConfig(**shape), B, T, accumulate)
-    assert sum(parts.values()) == pytest.approx(grown, rel=0.15)
+    assert sum(parts.values()) == pytest.approx(grown, rel=0.05)

@@ -1,0 +1,95 @@
+"""Token files as a model reads them: refused when damaged, windows in an order that is a pure
+function of seed and index, and passages that score every token once."""
+import hashlib
+
+import numpy as np
+import pytest
+
+from data import (IGNORE, Windows, mix, open_token_file, pack_header, passages, shuffled)
+
+
+def write(path, ids, vocab_size=100, lang="en"):
+    raw = np.asarray(ids, "<u2").tobytes()
+    path.write_bytes(pack_header(2, len(ids), vocab_size, 7, 3, "00" * 32,
+                                 hashlib.sha256(raw).digest(), lang) + raw)
+    return open_token_file(str(path), "fast")
+
+
+def test_any_damage_to_a_token_file_is_refused_by_name(tmp_path):
+    path = tmp_path / "x.bin"
+    file = write(path, range(90), lang="zh-hant")
+    assert (file.vocab_size, file.n_bytes, file.n_docs, file.lang) == (100, 7, 3, "zh-hant")
+    assert file.ids.tolist() == list(range(90)) and path.stat().st_size == 256 + 2 * 90
+    good = path.read_bytes()
+    bad = [good[:n] for n in range(0, len(good), 5)] + [good + b"\0\0", b"x" * len(good)]
+    for raw in bad + [good[:i] + bytes([good[i] ^ 4]) + good[i + 1:] for i in range(len(good))]:
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match="x.bin: "):
+            open_token_file(str(path))
+    open_token_file(str(path), "fast")  # as it says: header and size, and it is the last id
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 100, 1000, 1024, 65537])
+def test_an_epoch_is_a_permutation_and_any_is_about_as_likely(n):
+    orders = [shuffled(np.arange(n), n, mix(1, epoch)) for epoch in range(4)]
+    assert all(sorted(order.tolist()) == list(range(n)) for order in orders)
+    assert shuffled(np.array([n - 1]), n, mix(1, 0)) == orders[0][-1]  # each by itself
+    assert n < 64 or max((a == b).mean() for a in orders for b in orders if a is not b) < 0.1
+    if n <= 100:  # chi² of where each window comes, over its degrees of freedom: 1 by chance
+        counts = np.zeros((n, n))
+        for key in range(20 * n):
+            counts[np.arange(n), shuffled(np.arange(n), n, mix(key))] += 1
+        chi2 = ((counts - 20) ** 2 / 20).sum() / max(1, n - 1) ** 2
+        assert chi2 < (1.15 if n >= 64 else 4)  # of few windows some come 20 % too often
+
+
+@pytest.mark.parametrize("length", [1, 7, 16])
+def test_windows_stay_in_their_file_and_cover_it(tmp_path, length):
+    for size in (length + 1, 2 * length, 2 * length + 1, 3 * length - 1, 5 * length + 3):
+        windows = Windows([write(tmp_path / "a.bin", np.arange(size)),
+                           write(tmp_path / "b.bin", np.arange(length)),  # too short for a window
+                           write(tmp_path / "c.bin", np.arange(1000, 1001 + length), 2000)],
+                          length, seed=3)
+        assert windows.n == max(size // length - 1, 1) + 1
+        offsets = set()
+        for epoch in range(200):
+            x, y = windows.batch(epoch * windows.n, windows.n)
+            *firsts, last = sorted(x[:, 0].tolist())
+            assert last == 1000 and firsts == list(range(firsts[0], size - length, length))[
+                :windows.n - 1]  # each window once
+            assert ((x - x[:, :1]).numpy() == np.arange(length)).all() and (y == x + 1).all()
+            offsets.add(firsts[0])
+        assert len(offsets) == min(length, size - length)  # all that there is room for
+
+
+def test_a_batch_depends_on_seed_and_index_only(tmp_path):
+    r = np.random.default_rng(0)
+    files = [write(tmp_path / f"{n}.bin", r.integers(0, 100, n)) for n in (40_000, 9_000)]
+    windows, again = Windows(files, 32, seed=1), Windows(files, 32, seed=1)
+    assert all(np.shares_memory(ids, f.ids) for ids, f in zip(windows.ids, files))  # no copy
+    for start in (0, windows.n - 5, 3 * windows.n - 1, 1020):  # also across epochs and blocks
+        x, y = windows.batch(start, 8)
+        parts = [again.batch(start + 3, 5), again.batch(start, 3)]  # two ranks, in any order
+        assert (x[3:] == parts[0][0]).all() and (y[:3] == parts[1][1]).all()
+    for other in (Windows(files, 32, seed=2).batch(0, 8), windows.batch(windows.n, 8)):
+        assert not (other[0] == windows.batch(0, 8)[0]).all()
+
+
+def test_bad_ids_and_too_short_files_are_refused_by_name(tmp_path):
+    good, bad = write(tmp_path / "a.bin", [0] * 99), write(tmp_path / "b.bin", [100] * 99)
+    for use in (lambda: Windows([good, bad], 7, 0).batch(0, 99), lambda: [*passages(bad, 7, 2)]):
+        with pytest.raises(ValueError, match="b.bin: holds the id 100, outside its vocabulary"):
+            use()
+    with pytest.raises(ValueError, match=f"{tmp_path}: the training split is shorter than one"):
+        Windows([good], 99, 0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 15, 16, 17, 100])
+def test_passages_score_every_token_but_the_first_once(tmp_path, size):
+    file, n = write(tmp_path / "a.bin", np.arange(size) % 50 + 1), max(size - 1, 0)
+    batches = list(passages(file, 5, batch_size=2))
+    assert all(x.shape == y.shape == (len(x), 5) and len(x) <= 2 for x, y in batches)
+    inputs, targets = ([t for xy in batches for t in xy[i].flatten().tolist()] for i in (0, 1))
+    assert targets == file.ids[1:].tolist() + [IGNORE] * (-n % 5)
+    assert inputs[:n] == file.ids[:n].tolist() and min(inputs, default=0) >= 0
+    assert sum(len(x) for x, _ in passages(file, 5, 2, max_tokens=25)) == min(-(-n // 5), 5)
