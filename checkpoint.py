@@ -162,3 +162,29 @@ def load(where: str, device: str | torch.device = "cpu") -> tuple[dict, Path]:
             print(f"{path}: {wrong}; passed over")
     raise ValueError(f"{where}: damaged or not a checkpoint: {wrong}" if len(paths) == 1
                      else f"{where}: none of its {len(paths)} checkpoints is valid")
+
+
+def restore(cfg, kind: str, optimizers: list, tokenizer: str) -> tuple[int, dict]:
+    """Where a run of a later stage goes on: the step and the state that `cfg.resume` asks for, with
+    the optimizers loaded; (0, {}) for a fresh start. Raises ValueError if the newest checkpoint in
+    `cfg.out_dir` does not fit, or if a fresh run would be mixed with an older one."""
+    found = list_checkpoints(cfg.out_dir)
+    if found and not cfg.resume:
+        raise ValueError(f"{cfg.out_dir} holds a run already: go on with --resume, or give another "
+                         "--out_dir")
+    if not found:
+        if cfg.resume:
+            print(f"nothing to resume in {cfg.out_dir}: starting at step 0")
+        return 0, {}
+    state, path = load(cfg.out_dir)
+    if state["kind"] != kind:
+        raise ValueError(f"{path}: is a checkpoint of stage {state['kind']}, not of {kind}")
+    if state["tokenizer"] != tokenizer:
+        raise ValueError(f"{path}: made with another tokenizer than {cfg.init_from}")
+    for key, value in state["config"].items():
+        if getattr(cfg, key) != value and key not in ("resume", "device"):
+            print(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
+    for optimizer, saved in zip(optimizers, state["optimizer"]):
+        optimizer.load_state_dict(saved)
+    print(f"loaded {path}")
+    return state["step"], state

@@ -239,8 +239,45 @@ def _object(pairs: list) -> dict:
 _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
+class FieldError(Exception):
+    """FieldError(field, what, detail): a field of a record is not as it should be."""
+
+
+def parse_records(batch: Batch, read: Callable[[dict], Any]) -> Iterator[Any | BadLine]:
+    """What `read` makes of each object of a batch of JSONL lines; a BadLine for everything else,
+    and for a record of which `read` raises FieldError."""
+    for number, raw in enumerate(batch.items, batch.first):
+        try:
+            if not batch.path.endswith((".jsonl", ".jsonl.gz")):
+                raise ValueError(f"{batch.path}: not a .jsonl or .jsonl.gz file")
+            if raw is None:
+                raise _Bad(1, "line too long", "more than 16 MB")
+            if not raw.removeprefix(BOM).strip():
+                continue
+            record, line = _parse_object(raw)
+            try:
+                yield read(record)
+            except FieldError as error:
+                field, what, detail = error.args
+                raise _Bad(_column(line, field), what, detail) from None
+        except _Bad as bad:
+            yield BadLine(f"{batch.path}:{number}:{bad.args[0]}", *bad.args[1:])
+
+
 def _parse_line(raw: bytes, text_field: str, chats: bool) -> tuple[str, str | None]:
     """(text, lang) of a JSONL line, lang None where it says none. Raises _Bad."""
+    record, line = _parse_object(raw)
+    text, lang = record.get(text_field), record.get("lang")
+    if text_field not in record:
+        if not chats or (text := _chat_text(record)) is None:
+            start = len(line) - len(line.lstrip()) + 1
+            raise _Bad(start, "field missing", f"'{text_field}'" + " or a chat" * chats)
+    _check(text, lang, text_field, line)
+    return text, lang
+
+
+def _parse_object(raw: bytes) -> tuple[dict, str]:
+    """The JSON object of a line, and the line. Raises _Bad."""
     line = _decode(raw.removeprefix(BOM).rstrip(b"\r\n"))
     try:
         record = _decoder.decode(line)
@@ -251,15 +288,10 @@ def _parse_line(raw: bytes, text_field: str, chats: bool) -> tuple[str, str | No
         raise _Bad(1, "not JSON", str(error)) from None
     if line.count("[") + line.count("{") > MAX_DEPTH:  # perhaps in strings only
         _inspect(line)
-    start = len(line) - len(line.lstrip()) + 1
     if not isinstance(record, dict):
+        start = len(line) - len(line.lstrip()) + 1
         raise _Bad(start, "not an object", f"but {type(record).__name__}")
-    text, lang = record.get(text_field), record.get("lang")
-    if text_field not in record:
-        if not chats or (text := _chat_text(record)) is None:
-            raise _Bad(start, "field missing", f"'{text_field}'" + " or a chat" * chats)
-    _check(text, lang, text_field, line)
-    return text, lang
+    return record, line
 
 
 def _check(text: object, lang: object, text_field: str, line: str = "") -> None:

@@ -41,7 +41,6 @@ class Config:
     stop: str = "<|endoftext|>,<|im_end|>"  # special tokens that end the text, comma-separated
     cache: bool = True  # keep keys and values; --cache=False recomputes all of them for each token
     timing: bool = False  # print tokens/s of reading the prompt and of writing
-    compile: bool = False  # compile the model first (needs a C++ compiler; slow start)
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on cuda
 
@@ -136,11 +135,15 @@ def load_model(where: str, device: torch.device,
                dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint, ready to write. Raises ValueError naming the file."""
     state, path = checkpoint.load(where, device)
+    if state.get("kind") == "rm":
+        raise ValueError(f"{path}: a reward model gives scores, it cannot write; give a checkpoint "
+                         "of another stage")
     try:
         with torch.device("meta"):
             model = Transformer(ModelConfig(**state["model_config"]))
         model.load_state_dict(state["model"], assign=True)
         tok = Tokenizer(state["tokenizer"], str(path))
+        model.kind, model.path = state["kind"], str(path)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: holds no language model of this program: "
                          f"{str(error)[:200]}") from None
@@ -231,8 +234,6 @@ def main() -> None:
                 raise ValueError(f"--stop: {name} is none of "
                                  f"{', '.join(sorted(tok.special_tokens_set))}")
         stop = tuple(tok.encode_single_token(name) for name in names)
-        if cfg.compile:
-            model.forward = torch.compile(model.forward, dynamic=True)
         if prompts:
             answer(model, tok, prompts, cfg, stop)
     except (ValueError, RuntimeError) as error:

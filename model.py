@@ -45,6 +45,26 @@ class ModelConfig:
             raise ValueError(f"head_dim {self.head_dim} must be even: RoPE turns pairs")
 
 
+class Linear(nn.Linear):
+    """x W^T. To write a token, W must come out of the memory once for the few rows of x, but BLAS
+    then works with one thread or copies W. A slice of W for each thread is read at full speed:
+    at one row 3 times as fast, at 8 still faster (2 cores, fp32; `bench.py --only=decode`)."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n_out, n_in = self.weight.shape
+        rows = x.numel() // n_in
+        if rows > 32 or torch.is_grad_enabled() or x.device.type != "cpu" or (
+                self.weight.dtype != torch.float32):
+            return super().forward(x)
+        slices = self.weight.view(math.gcd(n_out, torch.get_num_threads()), -1, n_in)
+        columns = x.reshape(rows, n_in).t().expand(len(slices), -1, -1)
+        y = torch.bmm(slices, columns)  # (threads, n_out / threads, rows)
+        return y.view(n_out, rows).t().reshape(*x.shape[:-1], n_out)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension."""
 
@@ -112,10 +132,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         C, D = config.n_embd, config.head_dim
-        self.q_proj = nn.Linear(C, config.n_head * D, bias=False)
-        self.k_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
-        self.v_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
-        self.o_proj = nn.Linear(config.n_head * D, C, bias=False)
+        self.q_proj = Linear(C, config.n_head * D)
+        self.k_proj = Linear(C, config.n_kv_head * D)
+        self.v_proj = Linear(C, config.n_kv_head * D)
+        self.o_proj = Linear(config.n_head * D, C)
         self.q_norm = RMSNorm(D, config.norm_eps)
         self.k_norm = RMSNorm(D, config.norm_eps)
 
@@ -138,9 +158,9 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
-        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+        self.gate_proj = Linear(config.n_embd, config.n_hidden)
+        self.up_proj = Linear(config.n_embd, config.n_hidden)
+        self.down_proj = Linear(config.n_hidden, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -169,7 +189,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
         for name, p in self.named_parameters():
@@ -179,10 +199,12 @@ class Transformer(nn.Module):
                 std = 0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02
                 nn.init.normal_(p, std=std)
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None, hidden: bool = False) -> Tensor:
+    def forward(self, idx: Tensor, cache: KVCache | None = None, hidden: bool = False,
+                segments: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for token ids (B, T), or with `hidden` the normed last states (B, T, C),
         for a head of another kind. With a cache, `idx` continues what is in it, in chunks of any
-        size. Raises ValueError past `max_seq_len` or the end of the cache."""
+        size. `segments` (B, T) numbers the texts packed into a row: none sees another, and each
+        has positions from 0. Raises ValueError past `max_seq_len` or the end of the cache."""
         B, T = idx.shape
         start = cache.length if cache is not None else 0
         if start + T > self.config.max_seq_len:
@@ -193,6 +215,8 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.check_room(B, T)
             positions, mask = self.place(positions, cache)
+        elif segments is not None:
+            positions, mask = self.isolate(positions, segments)
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         rope = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (T, D) or (B, T, D) -> (…, 1, T, D)
         x = self.embed_tokens(idx)  # (B, T) -> (B, T, C)
@@ -219,6 +243,16 @@ class Transformer(nn.Module):
         return positions, mask
 
 
+    @staticmethod
+    def isolate(index: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions (B, T) within each segment, and which keys (B, 1, T, T) a token may see, for
+        indices (T,) and segments (B, T) whose equal numbers stand together."""
+        begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+        first = torch.where(begins, index, 0).cummax(dim=1).values  # of the segment, (B, T)
+        same = segments[:, None, :, None] == segments[:, None, None, :]
+        return index - first, same & (index <= index[:, None])
+
+
 def count_parameters(config: ModelConfig) -> int:
     """Number of parameters, counted on the meta device: nothing is allocated."""
     with torch.device("meta"):
@@ -235,10 +269,11 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 
 def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumulate: int = 1,
-                    width: int = 4) -> dict[str, int]:
+                    width: int = 4, learnt: int | None = None) -> dict[str, int]:
     """Bytes at the fullest moment of an AdamW step on one device, by what takes them. `width` is
     bytes per activation: 4, or 2 under autocast, which leaves norms and the sum x in fp32. Counted
-    is what autograd keeps of each line above on a CPU; a fused RMSNorm keeps one tensor less."""
+    is what autograd keeps of each line above on a CPU; a fused RMSNorm keeps one tensor less.
+    `learnt` parameters have gradients, None: all."""
     c, n, tokens = config, count_parameters(config), batch_size * seq_len
     heads = (c.n_head + c.n_kv_head) * c.head_dim
     head = c.vocab_size * c.n_embd
@@ -248,10 +283,12 @@ def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumula
     kept = tokens * (c.n_layer * (4 * exact + width * rounded) + 5 * 4 * c.n_embd)
     if width < 4:
         kept += width * (n - (1 if c.tied else 2) * head)  # autocast's copies of the weights
-    grads = 4 * n
+    learnt = n if learnt is None else learnt
+    grads = 4 * learnt
     # where backward starts, the head has its gradient and autograd's zeros of the same size; on
     # the way activations go as gradients come; the two gradients of a tied matrix meet at the end
-    start = kept + 2 * 4 * head + (grads if accumulate > 1 else 0)
-    end = grads + (4 * head if c.tied else 0)
-    return {"parameters": 4 * n, "optimizer": 8 * n, "gradients": grads,
+    spare = 4 * head if learnt == n else 0
+    start = kept + 2 * spare + (grads if accumulate > 1 else 0)
+    end = grads + (spare if c.tied else 0)
+    return {"parameters": 4 * n, "optimizer": 8 * learnt, "gradients": grads,
             "activations": max(start, end) - grads}

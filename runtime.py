@@ -83,6 +83,16 @@ def wrap(model: nn.Module, dist: Dist) -> nn.Module:
     return DistributedDataParallel(model, device_ids=ids)
 
 
+@contextmanager
+def first_rank_first(dist: Dist) -> Iterator[None]:
+    """The others wait until rank 0 has done the work, and find it done."""
+    if dist.rank and dist.world > 1:
+        torch.distributed.barrier()
+    yield
+    if not dist.rank and dist.world > 1:
+        torch.distributed.barrier()
+
+
 def print0(*args) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         print(*args, flush=True)
@@ -168,18 +178,22 @@ class Log:
 
     def start_clock(self) -> None:
         """The time since then is spread over the steps of the next line."""
-        self.since, self.steps = time.perf_counter(), 0
+        self.since, self.steps, self.seen = time.perf_counter(), 0, 0
 
     def write(self, **record) -> None:
+        """A record with a loss is that of a step; its `tokens`, if not always the same, too."""
         self.steps += "loss" in record
+        self.seen += record.get("tokens", self.tokens) * ("loss" in record)
         if self.file:
             self.file.write(json.dumps(record) + "\n")
 
-    def line(self, step: int, loss: float, lr: float, norm: float) -> None:
+    def line(self, step: int, loss: float, lr: float, norm: float, **more: float) -> None:
+        """`more` are figures of the stage, printed behind the loss."""
         seconds = (time.perf_counter() - self.since) / self.steps
-        speed = self.tokens / seconds
+        speed = self.seen / self.steps / seconds
         mfu = f"{speed * self.mfu:.0%}" if self.mfu else "n/a"
-        print0(f"step {step:>6,}/{self.max_steps:,} | loss {loss:.4f} | lr {lr:.1e} | "
+        stage = "".join(f"{name} {value:.3f} | " for name, value in more.items())
+        print0(f"step {step:>6,}/{self.max_steps:,} | loss {loss:.4f} | {stage}lr {lr:.1e} | "
                f"norm {norm:.2f} | {1000 * seconds:,.0f} ms | {speed:,.0f} tok/s | mfu {mfu} | "
                f"eta {eta(seconds * (self.max_steps - step))}")
         self.start_clock()

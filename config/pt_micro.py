@@ -15,10 +15,10 @@ n_head = 4
 n_kv_head = 2
 n_embd = 64
 n_hidden = 176
-max_seq_len = 128
+max_seq_len = 256
 
 batch_tokens = 4096
-batch_size = 32
+batch_size = 16
 max_steps = 2000
 optimizer = "muon"
 learning_rate = 1e-2

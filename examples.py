@@ -1,0 +1,379 @@
+"""
+Chats, preference pairs and prompts: JSON lines -> token rows, mapped from disk -> batches.
+
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    {"prompt": [… up to a user's message], "chosen": "good", "rejected": "bad", "margin": 1.0}
+    {"prompt": […], "ranking": ["best", …, "worst"]}                    expands to all its pairs
+    {"prompt": […]}
+
+Roles are system, user and assistant; "margin" and "lang" may be missing, other fields are ignored.
+A row is what `render` makes of a chat: token ids, and for each whether it is to be learnt. A pair
+is two rows, chosen and rejected, that end at the reply's <|im_end|>. Rows are made once, in a
+folder whose meta.json says from what, and are read as they are used: a corpus of any size works.
+"""
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from corpus import (BadLine, BadLines, Batch, FieldError, Progress, find_files, language, parallel,
+                    parse_records, read_batches, write_text)
+from data import BLOCK, IGNORE, cached_tokenizer, mix, shuffled
+from tokenizer import ROLES, Tokenizer, render
+
+Kind = Literal["chat", "pair", "prompt"]
+ROW = np.dtype([("end", "<i8"), ("lang", "S8"), ("margin", "<f4")])  # of words.bin: where it ends
+LEARN = np.uint32(1 << 31)  # flag on a token id in words.bin: to be learnt
+
+
+class Row(NamedTuple):
+    ids: list[int]
+    mask: list[int]  # 1: to be learnt
+
+
+# ---------------------------------------------------------------------------- reading
+
+def read_messages(record: dict, field: str, last: str) -> list[dict]:
+    """The messages in a field, which must end with a message of role `last`. Raises FieldError."""
+    messages = record.get(field)
+    if not isinstance(messages, list) or not messages:
+        raise FieldError(field, "field missing" if field not in record else "field of a wrong type",
+                         f"'{field}' must be a list of messages")
+    for i, m in enumerate(messages):
+        if not isinstance(m, dict) or m.get("role") not in ROLES:
+            raise FieldError(field, "bad message", f"{field}[{i}] must be an object with a role of "
+                             f"{', '.join(ROLES)}")
+        if not isinstance(m.get("content"), str):
+            raise FieldError(field, "bad message", f"{field}[{i}]['content'] must be a string")
+    if messages[-1]["role"] != last:
+        raise FieldError(field, "bad message", f"{field} must end with a message of role '{last}', "
+                         f"ends with '{messages[-1]['role']}'")
+    return messages
+
+
+def read_reply(record: dict, field: str) -> str:
+    if not isinstance(record.get(field), str):
+        raise FieldError(field, "field missing" if field not in record else "field of a wrong type",
+                         f"'{field}' must be a string")
+    return record[field]
+
+
+def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str, list, Counter]:
+    """What one record gives: the text that decides its split, [(lang, margin, rows)] with one row
+    for a chat or prompt and two for a pair, and how often something was dropped or cut."""
+    lang = record.get("lang")
+    if lang is not None and not isinstance(lang, str):
+        raise FieldError("lang", "field of a wrong type", "'lang' must be a string")
+    counts: Counter = Counter()
+    if kind == "chat":
+        messages = read_messages(record, "messages", "assistant")
+        row = fit_chat(tok, messages, max_len, counts)
+        key = next((m["content"] for m in messages if m["role"] == "user"), "")
+        groups = [(0.0, [row])] if row else []
+    elif kind == "prompt":
+        messages = read_messages(record, "prompt", "user")
+        row = Row(*render(tok, messages, add_generation_prompt=True))
+        key, groups = messages[-1]["content"], [(0.0, [row])]
+        if len(row.ids) > max_len:
+            groups = []
+            counts["prompts dropped: too long"] += 1
+    else:
+        messages = read_messages(record, "prompt", "user")
+        key, groups = messages[-1]["content"], []
+        margin = record.get("margin", 0.0)
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+            raise FieldError("margin", "field of a wrong type", "'margin' must be a number")
+        if "ranking" in record:
+            replies = record["ranking"]
+            if not isinstance(replies, list) or len(replies) < 2 or not all(
+                    isinstance(r, str) for r in replies):
+                raise FieldError("ranking", "field of a wrong type",
+                                 "'ranking' must be a list of at least two strings, best first")
+            pairs = [(a, b) for i, a in enumerate(replies) for b in replies[i + 1:]]
+        else:
+            pairs = [(read_reply(record, "chosen"), read_reply(record, "rejected"))]
+        for pair in pairs:
+            rows = [reply_row(tok, messages, reply) for reply in pair]
+            if rows[0] == rows[1]:
+                counts["pairs dropped: both replies are the same"] += 1
+            elif max(len(row.ids) for row in rows) > max_len:
+                counts["pairs dropped: too long"] += 1
+            else:
+                groups.append((float(margin), rows))
+    lang = lang or language(" ".join(m["content"] for m in messages))
+    return key, [(lang, margin, rows) for margin, rows in groups], counts
+
+
+def reply_row(tok: Tokenizer, prompt: list[dict], reply: str) -> Row:
+    """A prompt and one reply to it; it ends at the reply's <|im_end|>, where a score is read."""
+    ids, mask = render(tok, [*prompt, {"role": "assistant", "content": reply}])
+    start = len(render(tok, prompt)[0])  # earlier turns of the assistant are no part of the reply
+    last = len(mask) - mask[::-1].index(1)
+    return Row(ids[:last], [0] * start + mask[start:last])
+
+
+def fit_chat(tok: Tokenizer, messages: list[dict], max_len: int, counts: Counter) -> Row | None:
+    """A chat in at most `max_len` tokens: trailing exchanges are dropped whole; the reply of a
+    single one is cut, without a false <|im_end|>. None if nothing is left to learn."""
+    ids, mask = render(tok, messages)
+    cut = False
+    while len(ids) > max_len and sum(m["role"] == "assistant" for m in messages) > 1:
+        messages = messages[:-1]
+        while messages[-1]["role"] != "assistant":
+            messages = messages[:-1]
+        ids, mask = render(tok, messages)
+        cut = True
+    counts["chats shortened: last turns dropped"] += cut
+    counts["chats shortened: reply cut"] += len(ids) > max_len
+    ids, mask = ids[:max_len], mask[:max_len]
+    if not any(mask):
+        counts["chats dropped: nothing to learn"] += 1
+        return None
+    return Row(ids, mask)
+
+
+# ---------------------------------------------------------------------------- preparing
+
+def encode_batch(batch: Batch, kind: Kind, tokenizer: str, max_len: int, val_fraction: float):
+    """A worker's share: {split: (words, rows)} as bytes, bad lines, counts, records."""
+    tok = cached_tokenizer(tokenizer)
+    parts: dict[str, tuple[list, list]] = {"train": ([], []), "val": ([], [])}
+    bad, counts, n = [], Counter(), 0
+    for item in parse_records(batch, partial(rows_of, kind=kind, tok=tok, max_len=max_len)):
+        if isinstance(item, BadLine):
+            bad.append(item)
+            continue
+        key, groups, found = item
+        counts, n = counts + found, n + 1
+        digest = hashlib.blake2b(key.encode(errors="replace"), digest_size=8).digest()
+        draw = int.from_bytes(digest, "little") / 2**64
+        words, rows = parts["val" if draw < val_fraction else "train"]
+        for lang, margin, group in groups:
+            for ids, mask in group:
+                learn = np.where(np.array(mask, bool), LEARN, np.uint32(0))
+                words.append(np.array(ids, np.uint32) | learn)
+                rows.append((len(ids), lang.encode()[:8], margin))
+    return {split: (b"".join(w.tobytes() for w in words), np.array(rows, ROW))
+            for split, (words, rows) in parts.items()}, bad, counts, n, batch.share
+
+
+@dataclass
+class Rows:
+    """Examples of a folder: each has `per` rows (2 for pairs). Nothing is in memory until used."""
+    words: np.ndarray  # (tokens,) uint32: id, and LEARN
+    table: np.ndarray  # (rows,) of ROW
+    per: int
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.table) // self.per
+
+    def example(self, i: int) -> list[Row]:
+        """The rows of example i."""
+        found = []
+        for r in range(i * self.per, (i + 1) * self.per):
+            words = self.words[self.table["end"][r - 1] if r else 0:self.table["end"][r]]
+            found.append(Row((words & ~LEARN).tolist(), (words >= LEARN).astype(int).tolist()))
+        return found
+
+    def margin(self, i: int) -> float:
+        return float(self.table["margin"][i * self.per])
+
+    def lang(self, i: int) -> str:
+        return self.table["lang"][i * self.per].decode()
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self.table["end"], prepend=0)
+
+
+def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: str,
+                  val_fraction: float = 0.0, on_bad_line: str = "stop") -> dict[str, Rows]:
+    """{"train": Rows, "val": Rows} of JSONL files; made in `folder` unless it already holds just
+    these, checked against their sha256 if it does. An example belongs to val by a hash of its
+    user's first (chats) or last message. Raises ValueError for what a user can mend."""
+    files = find_files(paths)
+    job = {"files": [(f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files], "kind": kind,
+           "tokenizer": tok.sha256, "settings": [max_len, val_fraction, on_bad_line], "version": 1}
+    job = json.loads(json.dumps(job))  # as it will be read back
+    meta_path = os.path.join(folder, "meta.json")
+    meta = None
+    if os.path.exists(meta_path):
+        with open(meta_path, encoding="utf-8") as f:
+            meta = json.load(f)
+    if not meta or meta["job"] != job:
+        meta = prepare(files, kind, tok, job, folder)
+    found = {}
+    for split in ("train", "val"):
+        arrays = []
+        for part, dtype in (("words", np.dtype("<u4")), ("rows", ROW)):
+            name = os.path.join(folder, f"{split}.{part}")
+            with open(name, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != meta["sha256"][f"{split}.{part}"]:
+                    raise ValueError(f"{name}: damaged: its contents do not match their sha256; "
+                                     f"delete {folder}")
+            size = os.path.getsize(name) // dtype.itemsize
+            arrays.append(np.memmap(name, dtype, "r", shape=(size,)) if size
+                          else np.zeros(0, dtype))
+        found[split] = Rows(*arrays, 2 if kind == "pair" else 1, f"{paths} ({split})")
+    return found
+
+
+def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str) -> dict:
+    """Write the rows beside `folder`, then give it its name; what meta.json says."""
+    max_len, val_fraction, on_bad_line = job["settings"]
+    temporary = f"{folder}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    tok_path = os.path.join(temporary, "tokenizer.txt")
+    write_text(tok_path, tok.text)
+    progress = Progress()
+    bad_lines = BadLines(on_bad_line, progress)
+    names = [f"{split}.{part}" for split in ("train", "val") for part in ("words", "rows")]
+    outs = {name: open(os.path.join(temporary, name), "wb") for name in names}
+    hashes = {name: hashlib.sha256() for name in names}
+    ends, counts, n = Counter(), Counter(), 0
+    work = partial(encode_batch, kind=kind, tokenizer=tok_path, max_len=max_len,
+                   val_fraction=val_fraction)
+    workers = 1 if sum(map(os.path.getsize, files)) < 16 << 20 else 0
+    try:
+        for parts, bad, found, n_new, share in parallel(work, read_batches(files), workers):
+            bad_lines.add(bad)
+            counts, n = counts + found, n + n_new
+            for split, (words, rows) in parts.items():
+                rows = rows.copy()
+                rows["end"] = np.cumsum(rows["end"]) + ends[split]
+                ends[split] += len(words) // 4
+                for name, raw in ((f"{split}.words", words), (f"{split}.rows", rows.tobytes())):
+                    outs[name].write(raw)
+                    hashes[name].update(raw)
+            progress.show(f"{share:6.1%} | {n:,} records")
+        for f in outs.values():
+            f.flush()
+            os.fsync(f.fileno())
+        progress.end()
+        bad_lines.finish(n, 0.01)
+        if not sum(ends.values()):
+            raise ValueError(f"{', '.join(files)}: no usable example in it; "
+                             + "; ".join(f"{k}: {v:,}" for k, v in counts.items()))
+        per = 2 if kind == "pair" else 1
+        sizes = {split: os.path.getsize(os.path.join(temporary, f"{split}.rows")) // ROW.itemsize
+                 for split in ("train", "val")}
+        notes = "".join(f"; {what}: {many:,}" for what, many in sorted(counts.items()) if many)
+        print(f"{n:,} records -> {sizes['train'] // per:,} {kind}s to train on, "
+              f"{sizes['val'] // per:,} held out{notes}")
+        meta = {"job": job, "sha256": {name: h.hexdigest() for name, h in hashes.items()}}
+        write_text(os.path.join(temporary, "meta.json"), json.dumps(meta, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        return meta
+    finally:
+        progress.end()
+        for f in outs.values():
+            f.close()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------- batches
+
+class Order:
+    """An endless stream of range(n), in a new order each epoch: a pure function of (seed, place).
+    Raises ValueError when there is nothing to draw from."""
+
+    def __init__(self, n: int, seed: int, name: str = "the data"):
+        if not n:
+            raise ValueError(f"{name}: no example to train on")
+        self.n, self.seed = n, seed
+        self.block = lru_cache(maxsize=2)(self.block)
+
+    def take(self, start: int, size: int) -> list[int]:
+        """Places start … start + size - 1 of the stream."""
+        places = (divmod(i, self.n) for i in range(start, start + size))
+        return [self.block(epoch, i // BLOCK)[i % BLOCK] for epoch, i in places]
+
+    def block(self, epoch: int, block: int) -> list[int]:
+        index = np.arange(block * BLOCK, min((block + 1) * BLOCK, self.n))
+        return shuffled(index, self.n, mix(self.seed, epoch)).tolist()
+
+
+def pack(lengths: list[int], size: int) -> list[list[int]]:
+    """Numbers of rows in bins of `size` tokens, best fit decreasing: the longest first, each into
+    the fullest bin that still holds it. O(n log n): the bins wait in a stack per free length, and
+    a bit for each stack that is not empty finds the next one."""
+    bins: list[list[int]] = []
+    waiting: list[list[int]] = [[] for _ in range(size + 1)]
+    open_bits = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = open_bits >> lengths[i] << lengths[i]
+        if fitting:
+            free = (fitting & -fitting).bit_length() - 1
+            at = waiting[free].pop()
+            if not waiting[free]:
+                open_bits &= ~(1 << free)
+            bins[at].append(i)
+            free -= lengths[i]
+        else:
+            at, free = len(bins), size - lengths[i]
+            bins.append([i])
+        if free:
+            waiting[free].append(at)
+            open_bits |= 1 << free
+    return bins
+
+
+class Packed:
+    """Rows of chats packed whole into windows of `length` tokens; or one row each, unpacked."""
+
+    def __init__(self, rows: Rows, length: int, seed: int, packed: bool = True):
+        self.rows, self.length = rows, length
+        n = len(rows)
+        self.bins = pack(rows.lengths().tolist(), length) if packed else [[i] for i in range(n)]
+        self.order = Order(len(self.bins), seed, rows.name)
+
+    def batch(self, start: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Windows start … start + size - 1 of the endless stream: see `window_batch`."""
+        return self.make([self.bins[i] for i in self.order.take(start, size)])
+
+    def make(self, bins: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        return window_batch([[self.rows.example(i)[0] for i in one] for one in bins], self.length)
+
+
+def window_batch(bins: list[list[Row]], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, targets (IGNORE where nothing is to be learnt) and the number of the row each
+    token belongs to (1, 2, …; 0 is padding), all (len(bins), length) int64."""
+    idx = np.zeros((len(bins), length), np.int64)
+    targets, segments = np.full_like(idx, IGNORE), np.zeros_like(idx)
+    for b, rows in enumerate(bins):
+        at = 0
+        for number, (ids, mask) in enumerate(rows, 1):
+            end = at + len(ids)
+            idx[b, at:end], segments[b, at:end] = ids, number
+            # position t predicts token t + 1, in its own row only
+            targets[b, at:end - 1] = np.where(np.array(mask[1:], bool), ids[1:], IGNORE)
+            at = end
+    return torch.from_numpy(idx), torch.from_numpy(targets), torch.from_numpy(segments)
+
+
+def pad_right(rows: list[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids and targets (B, T), and lengths (B,). What stands right of a row is never seen by
+    it, so `pad` can be any id: nothing compares ids with it."""
+    length = max(len(row.ids) for row in rows)
+    idx, targets, _ = window_batch([[row] for row in rows], length)
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    idx[torch.arange(length) >= lengths[:, None]] = pad
+    return idx, targets, lengths
+
+
+def in_batches(examples: Iterator[int] | list[int], size: int) -> Iterator[list[int]]:
+    examples = list(examples)
+    for at in range(0, len(examples), size):
+        yield examples[at:at + size]
