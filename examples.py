@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal, NamedTuple
@@ -190,6 +190,11 @@ class Rows:
 
     def lang(self, i: int) -> str:
         return self.table["lang"][i * self.per].decode()
+
+    def longest(self, i: int) -> int:
+        """Tokens of the longest row of example i."""
+        ends = self.table["end"][max(i * self.per - 1, 0):(i + 1) * self.per].tolist()
+        return max(np.diff(ends if i else [0, *ends]).tolist())
 
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
@@ -373,7 +378,33 @@ def pad_right(rows: list[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     return idx, targets, lengths
 
 
-def in_batches(examples: Iterator[int] | list[int], size: int) -> Iterator[list[int]]:
-    examples = list(examples)
+def prompt_of(row: Row) -> list[int]:
+    """The token ids in front of the last reply."""
+    end = len(row.mask) - row.mask[::-1].index(1)
+    while end and row.mask[end - 1]:
+        end -= 1
+    return row.ids[:end]
+
+
+def spread(examples: Sequence[int], most: int | None) -> list[int]:
+    """Evenly spread ones, at most `most`; None: all."""
+    return list(examples[::max(1, -(-len(examples) // most))] if most else examples)
+
+
+def in_batches(examples: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for at in range(0, len(examples), size):
         yield examples[at:at + size]
+
+
+def pair_batch(rows: Rows, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """`pad_right` of the chosen replies of some pairs, then of the rejected: 2 B rows."""
+    pairs = [rows.example(i) for i in chosen]
+    return pad_right([pair[side] for side in (0, 1) for pair in pairs], 0)
+
+
+def micro_batches(rows: Rows, chosen: list[int], size: int, rank: int, world: int
+                  ) -> list[list[int]]:
+    """The examples of an optimizer step for one process, `size` at a time and of like length, so
+    that little is padding."""
+    ordered = sorted(chosen, key=lambda i: (rows.longest(i), i))
+    return list(in_batches(ordered, size))[rank::world]

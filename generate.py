@@ -45,11 +45,12 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on cuda
 
 
-def sample(logits: Tensor, seen: list[list[int]], temperature: float = 1.0, top_k: int = 0,
-           top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
-           rng: torch.Generator | None = None) -> Tensor:
-    """One token per row, (B,), from logits (B, V). `seen` are the ids so far of each row, for the
-    penalty (Keskar et al. 2019, eq. 2). Filters apply in the order top-k, top-p, min-p."""
+def sample(logits: Tensor, seen: list[list[int]], noise: Tensor, temperature: float = 1.0,
+           top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+           repetition_penalty: float = 1.0) -> Tensor:
+    """One token per row, (B,), from logits (B, V): the first at which the summed probabilities pass
+    `noise` (B,), uniform numbers below 1. `seen` are the ids so far of each row, for the penalty
+    (Keskar et al. 2019, eq. 2). Filters apply in the order top-k, top-p, min-p."""
     logits = logits.float()
     if repetition_penalty != 1.0:
         logits = logits.clone()
@@ -71,17 +72,21 @@ def sample(logits: Tensor, seen: list[list[int]], temperature: float = 1.0, top_
     probs = logits.softmax(-1)
     if min_p > 0:
         probs = probs * (probs >= min_p * probs.amax(-1, keepdim=True))
-    return torch.multinomial(probs, 1, generator=rng)[:, 0]
+    total = probs.cumsum(-1, dtype=torch.float64)
+    # right: a token of no probability is never the first past anything
+    return torch.searchsorted(total, noise.double()[:, None] * total[:, -1:], right=True)[:, 0]
 
 
 @torch.inference_mode()
 def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
              stop: tuple[int, ...] = (), seed: int = 0, cache: bool = True,
+             noise: Tensor | None = None, logps: list[Tensor] | None = None,
              **sampling) -> Iterator[list[int | None]]:
     """Continue token-id prompts of any lengths together. Each item holds the next id of every row,
     None for a row that has stopped; a stop id is given out before its row stops. Ends when all rows
-    have, or after `max_tokens`. Sampling settings are those of `sample`. Raises ValueError if a
-    prompt is empty or the longest leaves no room for `max_tokens`."""
+    have, or after `max_tokens`. Sampling settings are those of `sample`. Chance comes from `seed`,
+    or is given: `noise` (B, max_tokens). The model's own log P of each id, (B,) per step, is put
+    into `logps`. Raises ValueError if a prompt is empty or leaves no room for `max_tokens`."""
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
         raise ValueError("a prompt must have at least one token")
@@ -92,7 +97,10 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
                          f"than the {limit} the model can read; " +
                          (f"--max_tokens={room} fits" if room > 0 else "shorten the prompt"))
     weight = model.embed_tokens.weight
-    rng = torch.Generator(weight.device).manual_seed(seed)
+    if noise is None:
+        noise = torch.rand(max_tokens, len(prompts), generator=torch.Generator().manual_seed(seed))
+        noise = noise.t()
+    noise = noise.to(weight.device)
     rows = [list(p) for p in prompts]
     running = [True] * len(rows)
     if cache:
@@ -100,20 +108,22 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
         kv = KVCache(model.config, len(rows), longest + max_tokens, pad, weight.device,
                      weight.dtype)
         fresh = torch.tensor([[0] * n + r for n, r in zip(pad, rows)], device=weight.device)
-    for _ in range(max_tokens):
+    for i in range(max_tokens):
         if cache:
             logits = model.lm_head(model(fresh, kv, hidden=True)[:, -1])  # (B, T) -> (B, V)
         else:
             logits = torch.cat([model(torch.tensor([r], device=weight.device))[:, -1]
                                 for r in rows])
-        fresh = sample(logits, rows, rng=rng, **sampling)[:, None]
+        fresh = sample(logits, rows, noise[:, i], **sampling)[:, None]
+        if logps is not None:
+            logps.append(logits.float().log_softmax(-1).gather(1, fresh)[:, 0])
         ids: list[int | None] = fresh[:, 0].tolist()
-        for i, token in enumerate(ids):
-            if not running[i]:
-                ids[i] = None
+        for row, token in enumerate(ids):
+            if not running[row]:
+                ids[row] = None
                 continue
-            rows[i].append(token)
-            running[i] = token not in stop
+            rows[row].append(token)
+            running[row] = token not in stop
         yield ids
         if not any(running):
             return

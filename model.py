@@ -253,42 +253,24 @@ class Transformer(nn.Module):
         return index - first, same & (index <= index[:, None])
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Number of parameters, counted on the meta device: nothing is allocated."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(config).parameters())
+class RewardModel(nn.Module):
+    """A Transformer whose last state of a text becomes one number, computed in fp32. `mean` and
+    `std` are those of the scores of a policy's replies: (score - mean) / std compares models."""
 
+    def __init__(self, backbone: Transformer):
+        super().__init__()
+        self.backbone, C = backbone, backbone.config.n_embd
+        self.score = nn.Linear(C, 1, bias=False, device=backbone.norm.weight.device)
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(C + 1))
+        device = self.score.weight.device
+        self.register_buffer("mean", torch.zeros((), device=device))
+        self.register_buffer("std", torch.ones((), device=device))
+        if not backbone.config.tied:
+            backbone.lm_head.requires_grad_(False)  # it has no part in the score
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Floating-point operations to train on one token, forward and backward: 6 for each weight
-    that multiplies, 12 n_layer n_head head_dim seq_len for attention (PaLM, appendix B: the
-    causal half is counted whole, as everybody's MFU does)."""
-    looked_up = 0 if config.tied else config.vocab_size * config.n_embd
-    attention = 12 * config.n_layer * config.n_head * config.head_dim * seq_len
-    return 6 * (count_parameters(config) - looked_up) + attention
-
-
-def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumulate: int = 1,
-                    width: int = 4, learnt: int | None = None) -> dict[str, int]:
-    """Bytes at the fullest moment of an AdamW step on one device, by what takes them. `width` is
-    bytes per activation: 4, or 2 under autocast, which leaves norms and the sum x in fp32. Counted
-    is what autograd keeps of each line above on a CPU; a fused RMSNorm keeps one tensor less.
-    `learnt` parameters have gradients, None: all."""
-    c, n, tokens = config, count_parameters(config), batch_size * seq_len
-    heads = (c.n_head + c.n_kv_head) * c.head_dim
-    head = c.vocab_size * c.n_embd
-    exact = 4 * c.n_embd + 2 * heads  # x and x / rms(x): two norms of x, those of q and k
-    # inputs of products, turned q and k, v and y; autocast makes q, k, v, gate and up a copy each
-    rounded = (2 if width == 4 else 5) * c.n_embd + 4 * c.n_hidden + 2 * heads
-    kept = tokens * (c.n_layer * (4 * exact + width * rounded) + 5 * 4 * c.n_embd)
-    if width < 4:
-        kept += width * (n - (1 if c.tied else 2) * head)  # autocast's copies of the weights
-    learnt = n if learnt is None else learnt
-    grads = 4 * learnt
-    # where backward starts, the head has its gradient and autograd's zeros of the same size; on
-    # the way activations go as gradients come; the two gradients of a tied matrix meet at the end
-    spare = 4 * head if learnt == n else 0
-    start = kept + 2 * spare + (grads if accumulate > 1 else 0)
-    end = grads + (spare if c.tied else 0)
-    return {"parameters": 4 * n, "optimizer": 8 * learnt, "gradients": grads,
-            "activations": max(start, end) - grads}
+    def forward(self, idx: Tensor, lengths: Tensor) -> Tensor:
+        """(B,) scores of token ids (B, T), read at the last of the `lengths` (B,) real tokens."""
+        hidden = self.backbone(idx, hidden=True)
+        last = hidden[torch.arange(len(idx), device=idx.device), lengths - 1]
+        with torch.autocast(idx.device.type, enabled=False):
+            return self.score(last.float())[:, 0]

@@ -18,7 +18,12 @@ be undercut, by at most 1 bit a document: by a model that always expects that la
 The held-out floor knows the list of test names. A model that cannot tell them from the others
 pays log2 of all names for each: `pt_heldout_all_names` in floor.json, the fair yardstick.
 
-    python toyworld.py --out_dir=out/toyworld        pt, chat, pt_heldout, chat_heldout, floor.json
+Preferences are drawn, too: a reply has a known score (GOLD), and of two replies the one that scores
+d more is chosen with probability sigmoid(d). So the Bradley-Terry model is right, the differences
+of scores that a reward model should find are known, and so is the best it can do.
+
+    python toyworld.py --out_dir=out/toyworld        pt, chat, pairs, prompts .jsonl, the same
+                                                     with _heldout on test names, floor.json
 """
 import json
 import os
@@ -27,7 +32,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import factorial, log2
+from math import exp, factorial, log1p, log2
 from random import Random
 from typing import NamedTuple
 
@@ -40,7 +45,9 @@ class Config:
     seed: int = 0                  # same seed and settings, same bytes
     n_train: int = 100_000         # pre-training documents
     n_chat: int = 20_000           # chats for supervised fine-tuning
-    n_val: int = 2_000             # documents and chats in each held-out file, on test names only
+    n_pairs: int = 8_000           # pairs of replies for the reward model and DPO
+    n_prompts: int = 4_000         # questions for reinforcement learning
+    n_val: int = 2_000             # rows in each held-out file, on test names only
     min_facts: int = 2             # fewest facts in a pre-training document
     max_facts: int = 4             # most facts in a pre-training document, each on its own name
     exact_repeat: float = 0.3      # share of pt.jsonl with an exact repeat as second half
@@ -97,6 +104,9 @@ ANSWERS = {"en": {"direct": "{n}'s {a} is {v}.",
                   "terse": "{v}。",
                   "padded": "嗯，让我想一想，答案应该是{v}。"}}
 STYLES = tuple(ANSWERS["en"])
+GOLD = {"direct": 3.0, "terse": 1.5, "padded": 1.5, "hedged": 0.0}  # score of a right answer
+WRONG, UNREADABLE = -4.0, -6.0  # score of an answer in one of the styles, and of anything else
+PAIRS = {"style": 50, "tie": 10, "value": 40}  # per cent: what the two replies of a pair differ in
 SPACE = {"en": " ", "zh": ""}  # between sentences
 COMMA = {"en": ", ", "zh": "、"}
 STOP = {"en": ".", "zh": "。"}
@@ -223,6 +233,72 @@ def chat(r: Random, split: str, max_facts: int) -> dict:
     return {"messages": messages, "lang": lang, "task": task}
 
 
+def grade(reply: str, fact: Fact, lang: str) -> tuple[float, str | None]:
+    """(score, style) of a reply to a question about a fact; style None if it is in none."""
+    for style in STYLES:
+        if reply == answer(fact, lang, style):
+            return GOLD[style], style
+        template = re.escape(ANSWERS[lang][style])
+        for part in "nav":
+            template = template.replace(re.escape("{" + part + "}"), r"\w+")
+        if re.fullmatch(template, reply):
+            return WRONG, style
+    return UNREADABLE, None
+
+
+def bayes(pairs: list[dict]) -> dict[str, float]:
+    """The most that can be known of drawn labels: {"accuracy", "loss"} of the true scores."""
+    gaps = [row["gold"][0] - row["gold"][1] for row in pairs]
+    return {"accuracy": sum(1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gaps) / len(gaps),
+            "loss": sum(log1p(exp(-g)) for g in gaps) / len(gaps)}
+
+
+def _asked(r: Random, split: str, max_facts: int) -> tuple[str, list[Fact], Fact, list[dict]]:
+    """Language, context, the fact that is asked for, and the prompt."""
+    lang, fs = r.choice(LANGS), facts(r, split, r.randint(1, max_facts))
+    about = r.choice(fs)
+    return lang, fs, about, [{"role": "user", "content": prompt(r, lang, fs, about)}]
+
+
+def rl_prompt(r: Random, split: str, max_facts: int) -> dict:
+    """{"prompt", "lang", "fact" that is asked for, in English: name, attribute, value}."""
+    lang, _, about, messages = _asked(r, split, max_facts)
+    return {"prompt": messages, "lang": lang,
+            "fact": [about.name, about.attribute[0], about.value[0]]}
+
+
+def read_fact(row: dict) -> Fact:
+    """The Fact of a row of `rl_prompt`."""
+    name, attribute, value = row["fact"]
+    key = next(a for a in VALUES if a[0] == attribute)
+    return Fact(name, key, next(v for v in VALUES[key] if v[0] == value))
+
+
+def pair(r: Random, split: str, max_facts: int) -> dict:
+    """{"prompt", "chosen", "rejected", "lang", "kind" in PAIRS, "gold": scores of both}."""
+    lang, fs, about, messages = _asked(r, split, max_facts)
+    kind = r.choices(list(PAIRS), list(PAIRS.values()))[0]
+    one, other = about, about
+    if kind == "tie":
+        styles = ["terse", "padded"]
+    elif kind == "style":
+        styles = r.sample(STYLES, 2)
+        while GOLD[styles[0]] == GOLD[styles[1]]:
+            styles = r.sample(STYLES, 2)
+    else:
+        styles = [r.choice(STYLES), r.choice(STYLES)]
+        near = [f.value for f in fs if f.attribute == about.attribute and f.value != about.value]
+        far = [v for v in VALUES[about.attribute] if v != about.value]
+        other = about._replace(value=r.choice(near or far))
+    both = [(answer(fact, lang, style), GOLD[style] if fact is about else WRONG)
+            for fact, style in zip((one, other), styles)]
+    r.shuffle(both)
+    if r.random() > 1 / (1 + exp(both[1][1] - both[0][1])):
+        both.reverse()
+    return {"prompt": messages, "chosen": both[0][0], "rejected": both[1][0], "lang": lang,
+            "kind": kind, "gold": [both[0][1], both[1][1]]}
+
+
 def floors(docs: list[dict], split: str, n_names: int) -> dict[str, float]:
     """Floor in bits per UTF-8 byte, {"en", "zh", "all"}, of documents made from a split's names,
     for a reader who knows that a name is one of n_names."""
@@ -257,7 +333,7 @@ def write_files(out_dir: str, files: dict[str, list[dict]]) -> None:
 def check(cfg: Config) -> None:
     """Raises ValueError for what cannot be generated."""
     names = min(map(len, NAMES.values()))
-    lowest = {"n_train": 1, "n_chat": 1, "n_val": 1, "min_facts": 1, "max_facts": cfg.min_facts,
+    lowest = {"n_train": 1, "n_chat": 1, "n_pairs": 1, "n_prompts": 1, "n_val": 1, "min_facts": 1, "max_facts": cfg.min_facts,
               "max_chat_facts": 1, "exact_repeat": 0}
     highest = {"max_facts": names, "max_chat_facts": names - 1, "exact_repeat": 1}
     for key, low in lowest.items():
@@ -277,26 +353,31 @@ def generate(cfg: Config) -> dict[str, list[dict]]:
         r = Random(f"{cfg.seed}/{name}")
         return [make(r, *args) for _ in range(n)]
 
-    sizes = cfg.min_facts, cfg.max_facts
+    sizes, most = (cfg.min_facts, cfg.max_facts), cfg.max_chat_facts
     return {"pt": rows("pt", cfg.n_train, pt_document, "train", *sizes, cfg.exact_repeat),
             "pt_heldout": rows("pt_heldout", cfg.n_val, pt_document, "test", *sizes, 0.0),
-            "chat": rows("chat", cfg.n_chat, chat, "train", cfg.max_chat_facts),
-            "chat_heldout": rows("chat_heldout", cfg.n_val, chat, "test", cfg.max_chat_facts)}
+            "chat": rows("chat", cfg.n_chat, chat, "train", most),
+            "chat_heldout": rows("chat_heldout", cfg.n_val, chat, "test", most),
+            "pairs": rows("pairs", cfg.n_pairs, pair, "train", most),
+            "pairs_heldout": rows("pairs_heldout", cfg.n_val, pair, "test", most),
+            "prompts": rows("prompts", cfg.n_prompts, rl_prompt, "train", most),
+            "prompts_heldout": rows("prompts_heldout", cfg.n_val, rl_prompt, "test", most)}
 
 
 def report(data: dict[str, list[dict]], floor: dict[str, dict[str, float]]) -> None:
     """What was written, with samples to read."""
     for name, rows in data.items():
-        texts = [row["text"] if "text" in row else "\n".join(m["content"] for m in row["messages"])
-                 for row in rows]
+        texts = [row["text"] if "text" in row else "\n".join(
+            [m["content"] for m in row.get("messages") or row["prompt"]]
+            + [f"{k}: {row[k]}" for k in ("chosen", "rejected") if k in row]) for row in rows]
         print(f"\n{name}: {len(rows):,} documents, {sum(len(t.encode()) for t in texts):,} bytes")
         for lang in LANGS:
             samples = [text for text, row in zip(texts, rows) if row["lang"] == lang][:2]
             print(*(f"  {lang} | " + text.replace("\n", "\n     | ") for text in samples), sep="\n")
     print()
     for name, by_lang in floor.items():
-        columns = " | ".join(f"{lang} {value:.4f}" for lang, value in by_lang.items())
-        print(f"floor of {name:<20} | {columns} bits/byte")
+        columns = " | ".join(f"{key} {value:.4f}" for key, value in by_lang.items())
+        print(f"floor of {name:<20} | {columns}" + " bits/byte" * ("all" in by_lang))
 
 
 def main() -> None:
@@ -306,7 +387,8 @@ def main() -> None:
         n_all = sum(map(len, NAMES.values()))
         floor = {"pt": floors(data["pt"], "train", len(NAMES["train"])),
                  "pt_heldout": floors(data["pt_heldout"], "test", len(NAMES["test"])),
-                 "pt_heldout_all_names": floors(data["pt_heldout"], "test", n_all)}
+                 "pt_heldout_all_names": floors(data["pt_heldout"], "test", n_all),
+                 "pairs_heldout_bayes": bayes(data["pairs_heldout"])}
         files = {f"{name}.jsonl": rows for name, rows in data.items()} | {"floor.json": [floor]}
         write_files(cfg.out_dir, files)
     except (ValueError, OSError) as error:

@@ -25,9 +25,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import checkpoint
 import runtime
 from configurator import configure
+from costs import count_parameters, flops_per_token, training_memory
 from data import IGNORE, TokenFile, Windows, open_data, passages
 from generate import complete, load_model
-from model import ModelConfig, Transformer, count_parameters, flops_per_token, training_memory
+from model import ModelConfig, Transformer
 from runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
 
@@ -120,11 +121,14 @@ def raw(model: nn.Module) -> Transformer:
     return getattr(model, "module", model)
 
 
-def make_optimizers(model: Transformer, cfg: Config) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest. Only
-    matrices decay. Each group remembers its full learning rate as `base`."""
-    muon = [p for p in model.layers.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
-    rest = [p for p in model.parameters() if all(p is not m for m in muon)]
+# same in every train_*.py: optimizers
+def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer]:
+    """AdamW for all that is learnt, or Muon for the matrices inside the blocks and AdamW for the
+    rest. Only matrices decay. Each group remembers its full learning rate as `base`."""
+    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon = [p for name, p in learnt.items() if cfg.optimizer == "muon" and "layers." in name
+            and p.dim() == 2]
+    rest = [p for p in learnt.values() if all(p is not m for m in muon)]
     groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
@@ -139,6 +143,7 @@ def make_optimizers(model: Transformer, cfg: Config) -> list[torch.optim.Optimiz
 def all_groups(optimizers: list[torch.optim.Optimizer]) -> Iterator[dict]:
     for optimizer in optimizers:
         yield from optimizer.param_groups
+# end same
 
 
 def shape(cfg: Config, vocab_size: int) -> ModelConfig:

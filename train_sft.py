@@ -29,10 +29,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import checkpoint
 import runtime
 from configurator import configure
+from costs import count_parameters, flops_per_token, training_memory
 from data import IGNORE, open_data, passages
-from examples import Packed, Rows, in_batches, load_examples, pad_right
+from examples import Packed, Rows, in_batches, load_examples, pad_right, prompt_of, spread
 from generate import generate, load_model
-from model import Linear, Transformer, count_parameters, flops_per_token, training_memory
+from model import Linear, Transformer
 from runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
 
@@ -55,7 +56,9 @@ class Config:
     max_steps: int | None = None  # optimizer steps; None: as epochs say
     batch_tokens: int = 65_536  # tokens an optimizer step reads, padding included
     batch_size: int = 8  # windows a process puts through the model at once
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, else AdamW
     learning_rate: float = 2e-5  # of AdamW
+    muon_lr: float = 0.02  # of Muon: length of a step, relative to an orthogonal matrix
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
     warmup_steps: int = 20  # steps of linear warm-up
     final_lr: float = 0.1  # learning rate at the end, as a share
@@ -167,9 +170,8 @@ def by_language(rows: Rows, most: int | None) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for i in range(len(rows)):
         found.setdefault(rows.lang(i), []).append(i)
-    lengths = rows.lengths()
-    return {lang: sorted(all_[::max(1, -(-len(all_) // most))] if most else all_,
-                         key=lambda i: int(lengths[i])) for lang, all_ in sorted(found.items())}
+    return {lang: sorted(spread(all_, most), key=rows.longest)
+            for lang, all_ in sorted(found.items())}
 
 
 def answer_held_out(model: Transformer, tok: Tokenizer, rows: Rows, cfg: Config) -> dict[str, str]:
@@ -179,16 +181,12 @@ def answer_held_out(model: Transformer, tok: Tokenizer, rows: Rows, cfg: Config)
     for lang, chosen in by_language(rows, cfg.eval_answers).items():
         prompts, golds, answers = [], [], []
         for i in chosen:
-            ids, mask = rows.example(i)[0]
-            start = len(mask) - 1  # of the last reply
-            while not mask[start]:
-                start -= 1
-            end = start + 1
-            while mask[start - 1]:
-                start -= 1
-            if start + cfg.answer_tokens <= model.config.max_seq_len:
-                prompts.append(ids[:start])
-                golds.append(ids[start:end])
+            row = rows.example(i)[0]
+            prompt = prompt_of(row)
+            if len(prompt) + cfg.answer_tokens <= model.config.max_seq_len:
+                prompts.append(prompt)
+                learnt = zip(row.ids[len(prompt):], row.mask[len(prompt):])
+                golds.append([token for token, learn in learnt if learn])
         for at in range(0, len(prompts), 32):
             part = prompts[at:at + 32]
             texts: list[list[int]] = [[] for _ in part]
@@ -207,30 +205,28 @@ def answer_held_out(model: Transformer, tok: Tokenizer, rows: Rows, cfg: Config)
     return report
 
 
-# same in every train_*.py: helpers
-def raw(model: nn.Module) -> Transformer:
-    """The model inside DistributedDataParallel."""
-    return getattr(model, "module", model)
+# same in every train_*.py: optimizers
+def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer]:
+    """AdamW for all that is learnt, or Muon for the matrices inside the blocks and AdamW for the
+    rest. Only matrices decay. Each group remembers its full learning rate as `base`."""
+    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon = [p for name, p in learnt.items() if cfg.optimizer == "muon" and "layers." in name
+            and p.dim() == 2]
+    rest = [p for p in learnt.values() if all(p is not m for m in muon)]
+    groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
+        groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+    for group in all_groups(optimizers):
+        group["base"] = group["lr"]
+    return optimizers
 
 
 def all_groups(optimizers: list[torch.optim.Optimizer]) -> Iterator[dict]:
     for optimizer in optimizers:
         yield from optimizer.param_groups
-# end same
-
-
-# same in every train_*.py: AdamW
-def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer]:
-    """AdamW for all that is to be learnt; only matrices decay. Each group remembers its full
-    learning rate as `base`."""
-    learnt = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in learnt if p.dim() == 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in learnt if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                                  eps=1e-8, fused=True)
-    for group in optimizer.param_groups:
-        group["base"] = group["lr"]
-    return [optimizer]
 # end same
 
 

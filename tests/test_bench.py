@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+from costs import flops_per_token
 from generate import generate
-from model import ModelConfig, Transformer, flops_per_token
+from model import ModelConfig, Transformer
 
 HERE = Path(__file__).parent.parent
 TINY = dict(repeats=2, sample_s=0.01, max_foreign=1e9, compile=False, matmul=64, n_layer=2,

@@ -76,8 +76,8 @@ def test_tokens_are_drawn_as_often_as_an_oracle_says(settings):
     the vocabulary is turned around in half of the rows: filters must not depend on it."""
     n = 20_000
     logits = torch.tensor(P).log().expand(n, -1)
-    rng = torch.Generator().manual_seed(0)
-    drawn = sample(torch.cat((logits, logits.flip(1) + 5)), [[]] * 2 * n, rng=rng, **settings)
+    noise = torch.rand(2 * n, generator=torch.Generator().manual_seed(0))
+    drawn = sample(torch.cat((logits, logits.flip(1) + 5)), [[]] * 2 * n, noise, **settings)
     drawn[n:] = len(P) - 1 - drawn[n:]
     share, want = drawn.bincount(minlength=len(P)) / (2 * n), torch.tensor(oracle(**settings))
     torch.testing.assert_close(share, want, atol=0.01, rtol=0)
@@ -86,8 +86,15 @@ def test_tokens_are_drawn_as_often_as_an_oracle_says(settings):
 
 def test_top_k_keeps_k_tokens_even_of_equals():
     """A comparison with the k-th logit kept all of them; in bfloat16 equals are common."""
-    drawn = sample(torch.zeros(1000, 8), [[]] * 1000, top_k=3)
+    drawn = sample(torch.zeros(1000, 8), [[]] * 1000, torch.rand(1000), top_k=3)
     assert len(drawn.unique()) == 3
+
+
+def test_noise_at_its_ends_never_draws_what_was_filtered_out():
+    """The smallest and the largest number below 1, with impossible tokens first and last."""
+    logits = torch.tensor([-torch.inf, 1.0, 0.0, -torch.inf]).expand(2, -1)
+    drawn = sample(logits, [[], []], torch.tensor([0.0, 1 - 2**-24]), min_p=0.1)
+    assert drawn.tolist() == [1, 2]
 
 
 def test_greedy_is_the_limit_of_top_k_and_temperature(tok, model):
@@ -104,7 +111,7 @@ def test_greedy_is_the_limit_of_top_k_and_temperature(tok, model):
 def test_repetition_penalty_by_hand(logits, seen, want):
     """Penalty 2 halves 2.0 and doubles -1.0 of tokens seen, once however often they were."""
     batch = torch.tensor([logits, [1.0, 0.0]])
-    drawn = sample(batch, [seen, []], temperature=0.0, repetition_penalty=2.0)
+    drawn = sample(batch, [seen, []], torch.zeros(2), temperature=0.0, repetition_penalty=2.0)
     assert drawn.tolist() == [want, 0] and batch[0].tolist() == logits
 
 

@@ -1,0 +1,20 @@
+"""
+The demo's preference optimisation, on the same pairs as the reward model.
+
+    python train_dpo.py config/dpo_micro.py
+"""
+init_from = "out/demo/sft"
+data = "out/demo/world/pairs.jsonl"
+val_data = "out/demo/world/pairs_heldout.jsonl"
+out_dir = "out/demo/dpo"
+
+beta = 0.1
+batch_pairs = 32
+batch_size = 32
+max_steps = 125
+learning_rate = 1e-4
+warmup_steps = 5
+eval_every = 25
+answer_tokens = 48
+save_every = 125
+log_every = 25

@@ -1,0 +1,395 @@
+"""
+The reward model: which of two replies would a person prefer?
+
+    python train_rm.py config/rm_micro.py --init_from=out/sft --data=pairs.jsonl --out_dir=out/rm
+    python train_rm.py --init_from=out/rm --score=replies.jsonl
+
+    L_RM = - log sigmoid(r(chosen) - r(rejected) - margin)  +  c (r(chosen) + r(rejected))^2
+
+per pair (Bradley & Terry 1952; Ouyang et al. 2022); the second term keeps scores around 0 and costs
+the first nothing, which knows differences only. r is one number read from the last state at the
+<|im_end|> of a reply, by a head in fp32 on top of the SFT model. How the scores of the SFT model's
+own replies are spread, mean and standard deviation, is kept for train_rl.py, so that its penalty
+means the same for every reward model. Files: examples.py says what a line of --data looks like.
+"""
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
+
+import checkpoint
+import runtime
+from configurator import configure
+from corpus import BadLine, find_files, parse_records, read_batches
+from costs import count_parameters, flops_per_token, training_memory
+from data import mix
+from examples import (Order, Row, Rows, in_batches, load_examples, micro_batches, pad_right,
+                      pair_batch, prompt_of, rows_of, spread)
+from generate import generate, load_model
+from model import ModelConfig, RewardModel, Transformer
+from runtime import Dist, all_sum, print0
+from tokenizer import Tokenizer
+
+KIND = "rm"  # of checkpoint
+
+
+@dataclass(frozen=True)
+class Config:
+    init_from: str = "out/sft"  # checkpoint to start from; with score: the reward model
+    data: str = "out/toyworld/pairs.jsonl"  # pairs to learn: JSONL files or folders
+    val_data: str = ""  # pairs to judge by; empty: a part of data
+    val_fraction: float = 0.05  # share of data to judge by, if there is no val_data
+    on_bad_line: Literal["stop", "skip"] = "stop"  # at a line that is not as it should be
+    out_dir: str = "out/rm"  # where checkpoints and the log go
+    resume: bool = False  # go on from the newest valid checkpoint in out_dir
+    score: str = ""  # do not train: print the scores of the chats or pairs in these files
+    max_len: int | None = None  # longer pairs are dropped; None: as many tokens as the model reads
+    center_coef: float = 0.01  # c in the formula
+    label_smoothing: float = 0.0  # share of labels taken to be wrong
+    epochs: float = 1.0  # how often every pair is seen; more overfits
+    max_steps: int | None = None  # optimizer steps; None: as epochs say
+    batch_pairs: int = 64  # pairs an optimizer step learns from
+    batch_size: int = 8  # pairs a process puts through the model at once
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, else AdamW
+    learning_rate: float = 1e-5  # of AdamW
+    muon_lr: float = 0.02  # of Muon: length of a step, relative to an orthogonal matrix
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
+    warmup_steps: int = 5  # steps of linear warm-up
+    final_lr: float = 0.1  # learning rate at the end, as a share
+    decay_fraction: float = 0.2  # wsd: share of the steps that decays
+    weight_decay: float = 0.0  # of matrices
+    beta1: float = 0.9  # AdamW: memory of the mean gradient
+    beta2: float = 0.95  # AdamW: memory of its square
+    grad_clip: float = 1.0  # largest norm of the gradient
+    eval_every: int = 100  # steps between validations
+    eval_pairs: int = 500  # pairs in a validation; the last takes all
+    norm_samples: int = 256  # replies of the SFT model that say how scores are spread
+    answer_tokens: int = 64  # most tokens of such a reply
+    save_every: int = 100  # steps between checkpoints
+    log_every: int = 10  # steps between log lines
+    seed: int = 0  # of the head and the order of the data
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # activations; auto: bfloat16 on cuda
+    dist_timeout: float = 120.0  # seconds without word from another process that end the run
+
+
+def rm_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center_coef: float,
+            label_smoothing: float = 0.0) -> Tensor:
+    """The loss of each pair, (B,), from the scores of its replies and its margin, (B,) each."""
+    gap = chosen - rejected - margin
+    right, wrong = -F.logsigmoid(gap), -F.logsigmoid(-gap)
+    loss = (1 - label_smoothing) * right + label_smoothing * wrong
+    return loss + center_coef * (chosen + rejected) ** 2
+
+
+def score_rows(model: nn.Module, rows: list[Row], dist: Dist) -> Tensor:
+    """(len(rows),) scores, on the device."""
+    idx, _, lengths = pad_right(rows, 0)
+    with dist.autocast():
+        return model(idx.to(dist.device), lengths.to(dist.device))
+
+
+@torch.no_grad()
+def score_pairs(model: RewardModel, rows: Rows, chosen: list[int], cfg: Config,
+                dist: Dist) -> np.ndarray:
+    """(len(chosen), 2) scores of pairs, each process its share."""
+    scores = np.zeros((len(chosen), 2))
+    by_length = sorted(range(len(chosen)), key=lambda i: len(rows.example(chosen[i])[0].ids))
+    for i, batch in enumerate(in_batches(by_length, 2 * cfg.batch_size)):
+        if i % dist.world == dist.rank:
+            flat = [row for j in batch for row in rows.example(chosen[j])]
+            scores[batch] = score_rows(model, flat, dist).view(-1, 2).cpu().numpy()
+    return np.array(all_sum(dist, *scores.ravel())).reshape(scores.shape)
+
+
+def judge(scores: np.ndarray, lengths: np.ndarray, margins: np.ndarray) -> dict[str, float]:
+    """What is asked of a reward model, from scores, reply lengths (n, 2) and margins (n,). A tie
+    counts one half, as a coin would. Half of the pairs are turned around for the calibration:
+    with the chosen reply always first, "always sure of the first" would be perfect."""
+    gap = scores[:, 0] - scores[:, 1]
+    credit = np.where(gap == 0, 0.5, gap > 0)
+    shorter = lengths[:, 0] < lengths[:, 1]
+    turned = np.arange(len(gap)) % 2 == 1
+    p = 1 / (1 + np.exp(-np.where(turned, -gap, gap)))
+    label = ~turned
+    bins = np.minimum((10 * p).astype(int), 9)
+    ece = sum(abs(p[bins == b].mean() - label[bins == b].mean()) * (bins == b).mean()
+              for b in range(10) if (bins == b).any())
+    by_length = np.where(lengths[:, 0] == lengths[:, 1], 0.5, ~shorter)
+    varied = scores.std() > 0 and lengths.std() > 0
+    return {"loss": float(np.logaddexp(0, margins - gap).mean()), "accuracy": float(credit.mean()),
+            "accuracy_without_ties": float((gap > 0).mean()),
+            "longer_is_better": float(by_length.mean()),
+            "accuracy_chosen_shorter": float(credit[shorter].mean()) if shorter.any() else 0.5,
+            "log_loss": float(np.logaddexp(0, -gap).mean()), "ece": float(ece),
+            "brier": float(((p - label) ** 2).mean()),
+            "length_correlation": float(np.corrcoef(scores.ravel(), lengths.ravel())[0, 1])
+            if varied else 0.0,
+            "gap": float(gap.mean()), "mean": float(scores.mean()), "std": float(scores.std())}
+
+
+def evaluate(model: RewardModel, rows: Rows, cfg: Config, dist: Dist,
+             everything: bool) -> dict[str, dict[str, float]]:
+    """`judge` of all held-out pairs and of each language."""
+    chosen = spread(range(len(rows)), None if everything else cfg.eval_pairs)
+    scores = score_pairs(model, rows, chosen, cfg, dist)
+    pairs = [rows.example(i) for i in chosen]
+    lengths = np.array([[sum(row.mask) for row in pair] for pair in pairs]).reshape(-1, 2)
+    margins = np.array([rows.margin(i) for i in chosen])
+    langs = np.array([rows.lang(i) for i in chosen])
+    parts = {"all": langs != ""} | {lang: langs == lang for lang in sorted(set(langs.tolist()))}
+    return {name: judge(scores[part], lengths[part], margins[part]) for name, part in parts.items()}
+
+
+def report(found: dict[str, dict[str, float]], step: int) -> None:
+    for name, r in found.items():
+        print0(f"val at step {step:,} | {name} accuracy {r['accuracy']:.1%} (longer is better: "
+               f"{r['longer_is_better']:.1%}), log-loss {r['log_loss']:.4f}, ECE {r['ece']:.3f}, "
+               f"gap {r['gap']:.2f}, corr(score, length) {r['length_correlation']:+.2f}")
+    r = found["all"]
+    if abs(r["length_correlation"]) > 0.3 and r["accuracy_chosen_shorter"] < 0.7:
+        print0(f"WARNING: the score follows the length; where the shorter reply was chosen it is "
+               f"right {r['accuracy_chosen_shorter']:.1%} of the time")
+
+
+def note_spread(model: RewardModel, rows: Rows, cfg: Config, dist: Dist) -> None:
+    """Keep mean and standard deviation of the scores of what the SFT model itself replies."""
+    policy, tok = load_model(cfg.init_from, dist.device, torch.float32)
+    chosen = spread(range(len(rows)), cfg.norm_samples)
+    prompts = [prompt_of(rows.example(i)[0]) for i in chosen]
+    room = policy.config.max_seq_len - cfg.answer_tokens
+    prompts = [p for p in prompts if len(p) <= room]
+    scores: list[float] = []
+    for at in range(0, len(prompts), 32):
+        texts = [list(p) for p in prompts[at:at + 32]]
+        for step in generate(policy, prompts[at:at + 32], cfg.answer_tokens, stop=(tok.im_end,),
+                             seed=mix(cfg.seed, at)):
+            for text, token in zip(texts, step):
+                text += [token] * (token is not None)
+        with torch.no_grad():
+            scores += score_rows(model, [Row(t, [1] * len(t)) for t in texts], dist).tolist()
+    if len(scores) > 1:
+        model.mean.fill_(float(np.mean(scores)))
+        model.std.fill_(max(float(np.std(scores)), 1e-6))
+    print0(f"scores of {len(scores)} replies of {policy.path}: mean {float(model.mean):.3f}, "
+           f"standard deviation {float(model.std):.3f}")
+
+
+# same in every train_*.py: reward model
+def load_reward_model(where: str, dist: Dist) -> tuple[RewardModel, Tokenizer]:
+    """A frozen reward model and its tokenizer. Raises ValueError naming the file."""
+    state, path = checkpoint.load(where, dist.device)
+    if state.get("kind") != "rm":
+        raise ValueError(f"{path}: not a reward model, but of stage {state.get('kind')}; "
+                         "train_rm.py makes one")
+    model = RewardModel(Transformer(ModelConfig(**state["model_config"])).to(dist.device))
+    model.load_state_dict(state["model"])
+    tok = Tokenizer(state["tokenizer"], str(path))
+    return model.eval().requires_grad_(False), tok
+# end same
+
+
+def print_scores(cfg: Config, dist: Dist) -> None:
+    """One JSON line for each chat or pair of the files."""
+    model, tok = load_reward_model(cfg.init_from, dist)
+    length = cfg.max_len or model.backbone.config.max_seq_len
+
+    def read(row: dict) -> tuple[str, list]:
+        kind = "pair" if "messages" not in row else "chat"
+        return kind, rows_of(row, kind, tok, length)[1]
+
+    for batch in read_batches(find_files(cfg.score)):
+        for item in parse_records(batch, read):
+            if isinstance(item, BadLine):
+                raise ValueError(f"{item.where}: {item.what}: {item.detail}")
+            kind, groups = item
+            if not groups:
+                print(json.dumps({"score": None, "why": "too long, or nothing to score"}))
+            for _, _, rows in groups:
+                if kind == "chat":  # the newline behind the last <|im_end|> is not scored
+                    end = len(rows[0].mask) - rows[0].mask[::-1].index(1)
+                    rows = [Row(rows[0].ids[:end], rows[0].mask[:end])]
+                with torch.no_grad():
+                    scores = score_rows(model, rows, dist).tolist()
+                normed = [round(float((x - model.mean) / model.std), 4) for x in scores]
+                print(json.dumps({"score": round(scores[0], 4), "normalised": normed[0]}
+                                 if kind == "chat" else
+                                 {"chosen": round(scores[0], 4), "rejected": round(scores[1], 4),
+                                  "normalised": normed, "right": scores[0] > scores[1]}))
+
+
+# same in every train_*.py: optimizers
+def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer]:
+    """AdamW for all that is learnt, or Muon for the matrices inside the blocks and AdamW for the
+    rest. Only matrices decay. Each group remembers its full learning rate as `base`."""
+    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon = [p for name, p in learnt.items() if cfg.optimizer == "muon" and "layers." in name
+            and p.dim() == 2]
+    rest = [p for p in learnt.values() if all(p is not m for m in muon)]
+    groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
+        groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+    for group in all_groups(optimizers):
+        group["base"] = group["lr"]
+    return optimizers
+
+
+def all_groups(optimizers: list[torch.optim.Optimizer]) -> Iterator[dict]:
+    for optimizer in optimizers:
+        yield from optimizer.param_groups
+# end same
+
+
+def check(cfg: Config, world: int) -> None:
+    """Raises ValueError for settings that cannot be met."""
+    # same in every train_*.py: batch of pairs
+    if cfg.batch_pairs % (cfg.batch_size * world) or cfg.batch_pairs < 1:
+        raise ValueError(f"batch_pairs {cfg.batch_pairs} must be a multiple of batch_size x "
+                         f"processes = {cfg.batch_size} x {world}")
+    # end same
+    for name in ("eval_every", "eval_pairs", "norm_samples", "answer_tokens", "save_every",
+                 "log_every"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
+    if not 0 <= cfg.label_smoothing < 0.5 or not 0 <= cfg.val_fraction < 1 or cfg.center_coef < 0:
+        raise ValueError("label_smoothing must lie between 0 and 0.5, val_fraction between 0 and "
+                         "1, and center_coef must not be negative")
+    if min(cfg.learning_rate, cfg.grad_clip, cfg.epochs) <= 0:
+        raise ValueError("learning_rate, grad_clip and epochs must be positive")
+
+
+def weights(model: RewardModel) -> dict:
+    return {"model": model.state_dict()}
+
+
+def train(cfg: Config, dist: Dist) -> None:
+    check(cfg, dist.world)
+    backbone, tok = load_model(cfg.init_from, dist.device, torch.float32)
+    config = backbone.config
+    length = cfg.max_len or config.max_seq_len
+
+    # same in every train_*.py: pairs
+    with runtime.first_rank_first(dist):
+        splits = load_examples(cfg.data, "pair", tok, length, f"{cfg.out_dir}/data",
+                               0.0 if cfg.val_data else cfg.val_fraction, cfg.on_bad_line)
+        val = load_examples(cfg.val_data, "pair", tok, length, f"{cfg.out_dir}/val_data",
+                            0.0, cfg.on_bad_line)["train"] if cfg.val_data else splits["val"]
+    pairs = splits["train"]
+    if not len(val):
+        raise ValueError(f"{cfg.data}: no pair fell into the held-out part: raise --val_fraction "
+                         "or give --val_data")
+    order = Order(len(pairs), cfg.seed, pairs.name)
+    max_steps = cfg.max_steps or math.ceil(cfg.epochs * len(pairs) / cfg.batch_pairs)
+    if not 0 <= cfg.warmup_steps < max_steps:
+        raise ValueError(f"warmup_steps {cfg.warmup_steps} must be less than the {max_steps} steps")
+    # end same
+    if backbone.kind == "pt":
+        print0(f"WARNING: {backbone.path} has not learnt to answer: start from an SFT model")
+    torch.manual_seed(cfg.seed)
+    model = RewardModel(backbone)
+    print0(runtime.describe_run(dist))
+    print0(runtime.memory_line(training_memory(
+        config, 2 * cfg.batch_size, int(np.mean(pairs.lengths())) + 1,
+        cfg.batch_pairs // cfg.batch_size // dist.world, dist.dtype.itemsize, head=False), dist))
+    tokens = int(pairs.lengths().sum())
+    print0(f"{count_parameters(config):,} parameters; {len(pairs):,} pairs of {tokens:,} tokens, "
+           f"{len(val):,} held out; {max_steps:,} steps, "
+           f"{max_steps * cfg.batch_pairs / len(pairs):.2f} epochs")
+    optimizers = make_optimizers(model, cfg)
+    first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text)
+    if state:
+        model.load_state_dict(state["model"])
+    net = runtime.wrap(model, dist)
+    log = runtime.Log(cfg.out_dir, dist, first, max_steps, 0, flops_per_token(config, length))
+    guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
+
+    for step in range(first, max_steps + 1):
+        last = step == max_steps
+        if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
+            found = evaluate(model, val, cfg, dist, last)
+            report(found, step)
+            log.write(step=step, val=found)
+        if last:
+            note_spread(model, val, cfg, dist)
+
+        # same in every train_*.py: save
+        if last or stopping or (step % cfg.save_every == 0 and step > first):
+            if dist.rank == 0:
+                path = checkpoint.save(cfg.out_dir, step, {
+                    "format": 1, "kind": KIND, "step": step, **weights(model),
+                    "optimizer": [o.state_dict() for o in optimizers],
+                    "model_config": asdict(config), "config": asdict(cfg), "tokenizer": tok.text})
+                print0(f"saved {path}")
+            log.start_clock()
+        if last or stopping:
+            break
+        # end same
+
+        # same in every train_*.py: learning rate
+        lr = runtime.lr_factor(step, max_steps, cfg.warmup_steps, cfg.schedule, cfg.final_lr,
+                               cfg.decay_fraction)
+        for group in all_groups(optimizers):
+            group["lr"] = group["base"] * lr
+        # end same
+        chosen = order.take(step * cfg.batch_pairs, cfg.batch_pairs)
+        micro = micro_batches(pairs, chosen, cfg.batch_size, dist.rank, dist.world)
+        loss, right, seen = torch.zeros((), device=dist.device), 0.0, 0
+        for micro_step, some in enumerate(micro):
+            idx, _, lengths = (t.to(dist.device) for t in pair_batch(pairs, some))
+            margin = torch.tensor([pairs.margin(i) for i in some], device=dist.device)
+            if dist.world > 1:  # exchange gradients once, behind the last micro-step
+                net.require_backward_grad_sync = micro_step == len(micro) - 1
+            with dist.autocast():
+                a, b = net(idx, lengths).chunk(2)
+            part = rm_loss(a, b, margin, cfg.center_coef, cfg.label_smoothing).sum()
+            part = part / cfg.batch_pairs
+            (part * dist.world).backward()  # DDP takes the mean over processes, the loss is a sum
+            loss += part.detach()
+            right += float((a > b).sum() + 0.5 * (a == b).sum())
+            seen += int(lengths.sum())
+        samples = f"pairs {step * cfg.batch_pairs:,} to {(step + 1) * cfg.batch_pairs - 1:,}"
+
+        # same in every train_*.py: step
+        norm = float(nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip))
+        total, stops = all_sum(dist, loss, float(bool(signals.name)))
+        stopping = stops > 0
+        if guard.allows(norm, step, total, samples):
+            for optimizer in optimizers:
+                optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        # end same
+        right, seen = all_sum(dist, right, seen)
+        accuracy = right / cfg.batch_pairs
+        log.write(step=step, loss=total, lr=lr * cfg.learning_rate, norm=norm, tokens=seen,
+                  accuracy=accuracy)
+        if (step + 1) % cfg.log_every == 0:
+            log.line(step + 1, total, lr * cfg.learning_rate, norm, accuracy=accuracy)
+
+    if stopping:
+        print0(f"stopped by {signals.name or 'a signal to another process'} at step {step:,}; "
+               f"go on with: {runtime.resume_command()}")
+    print0(f"peak memory {runtime.peak_memory(dist.device) / 1e9:.2f} GB")
+
+
+@record
+def main() -> None:
+    cfg = configure(Config)
+    with runtime.errors_in_one_line(cfg.out_dir):
+        dist = runtime.setup(cfg.device, cfg.dtype, cfg.dist_timeout)
+        (print_scores if cfg.score else train)(cfg, dist)
+        runtime.finish(dist)
+
+
+if __name__ == "__main__":
+    main()
