@@ -4,6 +4,7 @@ Let a checkpoint write.
     python generate.py --checkpoint=out/pt --prompt="从前有座山" --stream
     python generate.py --checkpoint=out/pt --file=prompts.txt --batch --temperature=0
     python generate.py --checkpoint=out/pt --interactive
+    python generate.py --checkpoint=out/sft --chat --stream
 
 One generator of token ids, `generate`, serves a single prompt, a batch, a stream, the samples of
 the training scripts and whoever imports it. A checkpoint carries its tokenizer: one file is enough.
@@ -20,7 +21,7 @@ from torch import Tensor
 import checkpoint
 from configurator import configure, fail
 from model import KVCache, ModelConfig, Transformer
-from tokenizer import StreamDecoder, Tokenizer
+from tokenizer import StreamDecoder, Tokenizer, render
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Config:
     file: str = ""  # read the prompt from this file; - is standard input
     batch: bool = False  # with --file: every line that is not empty is a prompt, all run together
     interactive: bool = False  # ask for one prompt after another
+    chat: bool = False  # prompts are messages to an assistant; without a prompt: a conversation
+    system: str = ""  # with --chat: what the assistant is told first
     stream: bool = False  # print each character as soon as it is whole
     max_tokens: int | None = None  # most tokens to write; None: 200, or as many as there is room
     temperature: float = 0.8  # 0: always the most likely token
@@ -164,12 +167,15 @@ def load_model(where: str, device: torch.device,
 
 def read_prompts(cfg: Config) -> list[str]:
     """The prompts of the command line. Raises ValueError if there are none, or two sources."""
-    if bool(cfg.prompt) + bool(cfg.file) + cfg.interactive != 1:
-        raise ValueError("give one of --prompt=TEXT, --file=FILE (- is standard input) and "
-                         "--interactive")
+    if cfg.system and not cfg.chat:
+        raise ValueError("--system belongs to --chat")
+    talk = cfg.interactive or cfg.chat and not cfg.prompt and not cfg.file
+    if bool(cfg.prompt) + bool(cfg.file) + talk != 1:
+        raise ValueError("give one of --prompt=TEXT, --file=FILE (- is standard input), "
+                         "--interactive and --chat")
     if cfg.batch and not cfg.file:
         raise ValueError("--batch takes its prompts from the lines of a file: give --file=FILE")
-    if cfg.interactive:
+    if talk:
         return []
     if cfg.prompt:
         return [cfg.prompt]
@@ -185,16 +191,15 @@ def read_prompts(cfg: Config) -> list[str]:
     return prompts
 
 
-def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config,
-           stop: tuple[int, ...]) -> None:
-    """Print the prompts and what follows each; with --stream as it is written."""
-    ids = [tok.encode_ordinary(p) for p in prompts]
-    room = model.config.max_seq_len - max(map(len, ids))
+def answer(model: Transformer, tok: Tokenizer, prompts: list[list[int]], heads: list[str],
+           cfg: Config, stop: tuple[int, ...]) -> list[str]:
+    """Print a head and what follows each prompt, with --stream as it is written; what follows."""
+    room = model.config.max_seq_len - max(map(len, prompts))
     max_tokens = cfg.max_tokens or max(1, min(200, room))
     decoders = [StreamDecoder(tok) for _ in prompts]
-    texts, shown, n = list(prompts), 0, 0
+    texts, shown, n = list(heads), 0, 0
     begin = first = last = time.perf_counter()
-    for step in generate(model, ids, max_tokens, stop=stop, seed=cfg.seed, cache=cfg.cache,
+    for step in generate(model, prompts, max_tokens, stop=stop, seed=cfg.seed, cache=cfg.cache,
                          temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
                          min_p=cfg.min_p, repetition_penalty=cfg.repetition_penalty):
         last = time.perf_counter()
@@ -206,13 +211,39 @@ def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config,
         if cfg.stream:
             print(texts[0][shown:], end="", flush=True)
             shown = len(texts[0])
-    for text, decoder in zip(texts, decoders):
-        print(text[shown:] + decoder.flush())
+    for i, decoder in enumerate(decoders):
+        texts[i] += decoder.flush()
+        print(texts[i][shown:])
     if cfg.timing:
-        n_read, n_more = sum(map(len, ids)), n - len(prompts)  # the prompt gives the first of a row
+        n_read, n_more = sum(map(len, prompts)), n - len(prompts)  # the prompt gives the first
         print(f"read {n_read} tokens at {n_read / (first - begin):,.0f} tok/s, "
               f"wrote {n} at {n_more / (last - first) if n_more else 0:,.1f} tok/s",
               file=sys.stderr)
+    return [text[len(head):] for text, head in zip(texts, heads)]
+
+
+def system_message(cfg: Config) -> list[dict]:
+    return [{"role": "system", "content": cfg.system}] if cfg.system else []
+
+
+def converse(model: Transformer, tok: Tokenizer, line: str, history: list[dict], cfg: Config,
+             stop: tuple[int, ...]) -> None:
+    """Answer a line, alone or, with --chat, as the next message of the history, which grows. What
+    no longer fits beside a reply is forgotten, oldest first."""
+    if not cfg.chat:
+        answer(model, tok, [tok.encode_ordinary(line)], [line], cfg, stop)
+        return
+    messages = [*history, {"role": "user", "content": line}]
+    room = model.config.max_seq_len - (cfg.max_tokens or min(200, model.config.max_seq_len // 2))
+    keep = len(system_message(cfg))
+    ids, _ = render(tok, messages, add_generation_prompt=True)
+    while len(ids) > room and len(messages) > keep + 1:
+        del messages[keep:keep + 2]  # a question and its reply
+        ids, _ = render(tok, messages, add_generation_prompt=True)
+    if len(messages) <= len(history):
+        print("(the oldest messages no longer fit and are forgotten)", file=sys.stderr)
+    reply, = answer(model, tok, [ids], [""], cfg, stop)
+    history[:] = [*messages, {"role": "assistant", "content": reply}]
 
 
 def check(cfg: Config) -> None:
@@ -244,18 +275,23 @@ def main() -> None:
                 raise ValueError(f"--stop: {name} is none of "
                                  f"{', '.join(sorted(tok.special_tokens_set))}")
         stop = tuple(tok.encode_single_token(name) for name in names)
-        if prompts:
-            answer(model, tok, prompts, cfg, stop)
+        if prompts and cfg.chat:
+            chats = [[*system_message(cfg), {"role": "user", "content": p}] for p in prompts]
+            ids = [render(tok, chat, add_generation_prompt=True)[0] for chat in chats]
+            answer(model, tok, ids, [""] * len(ids), cfg, stop)
+        elif prompts:
+            answer(model, tok, [tok.encode_ordinary(p) for p in prompts], prompts, cfg, stop)
     except (ValueError, RuntimeError) as error:
         fail(f"{error}")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    while cfg.interactive:
+    history = system_message(cfg)
+    while not prompts:
         line = None
         try:
             line = input("\n> ")
             if line:
-                answer(model, tok, [line], cfg, stop)
+                converse(model, tok, line, history, cfg, stop)
         except (ValueError, RuntimeError) as error:
             print(error)
         except (EOFError, KeyboardInterrupt):

@@ -182,6 +182,7 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """Decoder-only language model. Parameters are made in fp32 on the default device."""
+    kind = path = ""  # of the checkpoint it was loaded from: stage and file
 
     def __init__(self, config: ModelConfig):
         super().__init__()

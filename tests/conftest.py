@@ -1,8 +1,43 @@
 """For every test: the repository on sys.path, and one thread, so that sums round the same way."""
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import checkpoint  # noqa: E402
+import toyworld  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
+from tokenizer import PATTERN, Tokenizer, dump  # noqa: E402
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> SimpleNamespace:
+    """What the later stages start from: a byte-level checkpoint of stage pt with random weights
+    (`pt`), its tokenizer and model, and a folder with chats, pairs and prompts of the toy world."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tok = Tokenizer(dump([bytes([i]) for i in range(256)], PATTERN))
+    torch.manual_seed(0)
+    config = ModelConfig(tok.n_vocab, 2, 2, 1, 32, 16, 64, 256)
+    model = Transformer(config)
+    for p in model.parameters():
+        p.data *= 2  # random weights that say something
+    checkpoint.save(str(folder / "pt"), 0, {
+        "format": 1, "kind": "pt", "step": 0, "model": model.state_dict(), "optimizer": [],
+        "model_config": asdict(config), "config": {}, "tokenizer": tok.text})
+    r = Random(0)
+    for name, make in (("chat", toyworld.chat), ("pairs", toyworld.pair),
+                       ("prompts", toyworld.rl_prompt)):
+        rows = [make(r, "train", 1) for _ in range(120)]
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return SimpleNamespace(folder=folder, pt=str(folder / "pt"), tok=tok, model=model,
+                           chat=str(folder / "chat.jsonl"), pairs=str(folder / "pairs.jsonl"),
+                           prompts=str(folder / "prompts.jsonl"))
