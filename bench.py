@@ -37,10 +37,14 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
+import examples
 import runtime
+import train_dpo
 import train_pt
+import train_sft
 from configurator import configure, fail
 from corpus import Progress
+from examples import Row
 from generate import generate
 from model import ModelConfig, Transformer, rope_table, rotate
 from tokenizer import PATTERN, SPECIALS, count_pieces, dump, load_tokenizer, train_bpe
@@ -51,7 +55,7 @@ READ = 256 << 20  # bytes of the array whose sum measures the memory: more than 
 
 @dataclass(frozen=True)
 class Config:
-    only: str = "limits,train,decode,loader,data,resume"  # jobs to run, comma-separated
+    only: str = "limits,train,decode,stages,loader,data,resume"  # jobs to run, comma-separated
     repeats: int = 7  # good samples of each contender
     sample_s: float = 1.0  # seconds that a sample lasts at least; below 0.3 others go unnoticed
     max_foreign: float = 0.1  # part of a core that others may use during a good sample
@@ -253,6 +257,62 @@ def decode(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
             yield race
 
 
+def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+    """A training step of each stage, in real tokens: rows of T / 8 to T tokens, the second half to
+    be learnt. `learnt`: of the tokens the model reads, padding included. Then replies of 32 tokens,
+    64 at once and one by one."""
+    V, C, T, B, r = cfg.vocab_size, cfg.n_embd, cfg.seq_len, cfg.batch_size, Random(0)
+    c = ModelConfig(V, cfg.n_layer, C // 64, max(1, C // 128), C, 64, 4 * C, T + 48, tied=False)
+    alone = runtime.setup("cpu", "float32")
+    sizes = sorted(r.randint(T // 8, T) for _ in range(8 * B))
+    rows = [Row([r.randrange(V) for _ in range(n)], [0] * (n // 2) + [1] * (n - n // 2))
+            for n in sizes]
+    packed = examples.window_batch([[rows[i] for i in one]
+                                    for one in examples.pack(sizes, T)[:B]], T)
+    padded = examples.pad_right(r.sample(rows, B), 0)
+    alike = examples.pad_right(rows[3 * B:4 * B], 0)  # as micro_batches puts pairs together
+    full = torch.randint(V, (2, B, T))
+    nothing = torch.zeros(B // 2)
+
+    def trained(make_loss: Callable[[Transformer], Tensor]) -> Callable[[], None]:
+        net = Transformer(c)
+        optimizer = train_pt.make_optimizers(net, train_pt.Config(learning_rate=1e-5))[0]
+
+        def step() -> None:
+            make_loss(net).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return step
+
+    def dpo(net: Transformer) -> Tensor:
+        logps, n = train_dpo.reply_logps(net, net.lm_head.weight, *alike[:2], alone)
+        return train_dpo.dpo_loss(*logps.chunk(2), nothing, nothing, *n.chunk(2)).mean()
+
+    losses = {
+        "PT": (lambda net: train_pt.pt_loss(net(full[0], hidden=True), net.lm_head.weight, full[1])
+               / full[1].numel(), full[0].numel(), 1.0),
+        "SFT, packed": (lambda net: train_sft.sft_loss(
+            net(packed[0], hidden=True, segments=packed[2]), net.lm_head.weight, packed[1]) / 1000,
+            int((packed[2] > 0).sum()), float((packed[1] >= 0).float().mean())),
+        "SFT, padded": (lambda net: train_sft.sft_loss(
+            net(padded[0], hidden=True), net.lm_head.weight, padded[1]) / 1000,
+            int(padded[2].sum()), float((padded[1] >= 0).float().mean())),
+        "DPO, reference kept": (dpo, int(alike[2].sum()), float((alike[1] >= 0).float().mean()))}
+    race = Race("stages", {name: trained(make) for name, (make, *_) in losses.items()}, cfg)
+    speed = {name: tokens / race.seconds[name] for name, (_, tokens, _) in losses.items()}
+    for name, (_, tokens, learnt) in losses.items():
+        race.row(name, speed[name], "tok/s", of_pt=speed[name] / speed["PT"], learnt=learnt)
+    yield race
+    net, prompts = Transformer(c).eval(), torch.randint(V, (64, 16)).tolist()
+    race = Race("stages", {f"{n} replies at once": partial(
+        lambda n: list(generate(net, prompts[:n], 32)), n) for n in (1, 64)}, cfg)
+    for (name, seconds), n in zip(race.seconds.items(), (1, 64)):
+        race.row(name, 32 * n / seconds, "tok/s", of_one=32 * n / seconds / (32 / next(
+            iter(race.seconds.values()))))
+    yield race
+
+
 def loader(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     """Making a batch of inputs and targets; share: of the time our eager model trains on it."""
     path, V = f"{folder}/random.bin", cfg.vocab_size
@@ -325,8 +385,8 @@ def resume(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     yield race
 
 
-JOBS = {"limits": limits, "train": train, "decode": decode, "loader": loader, "data": prepare,
-        "resume": resume}
+JOBS = {"limits": limits, "train": train, "decode": decode, "stages": stages, "loader": loader,
+        "data": prepare, "resume": resume}
 
 
 def main() -> None:

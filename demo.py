@@ -151,9 +151,10 @@ def judge_pt(world: Path, model: Transformer, tok: Tokenizer, seed: int) -> tupl
     return [*lines, ""], gates
 
 
-def judge_chats(world: Path, models: dict[str, tuple[Transformer, Tokenizer]]) -> list[str]:
+def judge_chats(world: Path, models: dict[str, tuple[Transformer, Tokenizer]],
+                n: int) -> list[str]:
     """Lines of the report: the tasks of the chats, answered greedily by each stage."""
-    rows = [r for r in read_rows(world / "chat_heldout.jsonl") if r["task"] != "qa"]
+    rows = [r for r in read_rows(world / "chat_heldout.jsonl") if r["task"] != "qa"][:n]
     tasks = sorted({row["task"] for row in rows})
     lines = ["## Other tasks, word for word right", "",
              "| stage | language | " + " | ".join(tasks) + " |", "|---" * (2 + len(tasks)) + "|"]
@@ -169,11 +170,11 @@ def judge_chats(world: Path, models: dict[str, tuple[Transformer, Tokenizer]]) -
     return [*lines, ""]
 
 
-def judge_answers(world: Path, models: dict[str, tuple[Transformer, Tokenizer]],
-                  seed: int) -> tuple[list[str], dict, list[Gate]]:
-    """Questions about held-out names: greedily, for the values, and sampled, for the styles.
-    (lines, figures of each stage, gates)."""
-    rows = read_rows(world / "prompts_heldout.jsonl")[:1000]
+def judge_answers(world: Path, models: dict[str, tuple[Transformer, Tokenizer]], n: int,
+                  seed: int) -> tuple[list[str], list[Gate]]:
+    """n questions about held-out names: greedily, for the values, and sampled, for the styles.
+    (lines, gates)."""
+    rows = read_rows(world / "prompts_heldout.jsonl")[:n]
     fact_of = [read_fact(row) for row in rows]
     prompts = [row["prompt"] for row in rows]
     figures: dict[str, dict] = {}
@@ -216,7 +217,7 @@ def judge_answers(world: Path, models: dict[str, tuple[Transformer, Tokenizer]],
         gates.append(Gate(stage.upper(), "right answers lost", drop, -1.0, 0.02, "greedy"))
     gates.append(Gate("RL", "score by the program", mean(figures["rl"]["gold"]), 2.6, 3.0,
                       f"before: {mean(sft['gold']):.2f}"))
-    return [*lines, ""], figures, gates
+    return [*lines, ""], gates
 
 
 def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
@@ -301,9 +302,9 @@ def report(cfg: Config, seconds: float) -> tuple[str, list[Gate]]:
     models = {stage: load_model(str(out / stage), torch.device("cpu"), torch.float32)
               for stage in WRITERS}
     lines, gates = judge_pt(world, *models["pt"], cfg.seed)
-    said, _, found = judge_answers(world, models, cfg.seed)
-    lines, gates = lines + said, gates + found
-    lines += judge_chats(world, models)
+    n = max(50, round(1000 * cfg.share))
+    said, found = judge_answers(world, models, n, cfg.seed)
+    lines, gates = [*lines, *said, *judge_chats(world, models, n)], gates + found
     for part, found in (judge_rm(out, world), judge_rl(out, runpy.run_path("config/rl_micro.py"))):
         lines, gates = lines + part, gates + found
     gates.sort(key=lambda gate: STAGES.index(gate.stage.lower()))

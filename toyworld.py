@@ -186,50 +186,55 @@ def prompt(r: Random, lang: str, context: list[Fact], about: Fact) -> str:
     return CONTEXT[lang].format(c=c, q=q) if context else q
 
 
-def _qa(r: Random, split: str, lang: str, max_facts: int) -> tuple[str, str]:
+def _qa(r: Random, split: str, lang: str, max_facts: int) -> list[str]:
+    """Up to six questions about the same context, which stands before the first, and answers."""
     fs = facts(r, split, r.randint(1, max_facts))
-    about = r.choice(fs)
-    return prompt(r, lang, fs, about), answer(about, lang, r.choice(STYLES))
+    said: list[str] = []
+    for _ in range(r.randint(1, 6)):
+        about = r.choice(fs)
+        said += [prompt(r, lang, [] if said else fs, about), answer(about, lang, r.choice(STYLES))]
+    return said
 
 
-def _abstain(r: Random, split: str, lang: str, max_facts: int) -> tuple[str, str]:
+def _abstain(r: Random, split: str, lang: str, max_facts: int) -> list[str]:
     about, *context = facts(r, split, 1 + r.choice((0, r.randint(1, max_facts))))
-    return prompt(r, lang, context, about), ABSTAIN[lang]
+    return [prompt(r, lang, context, about), ABSTAIN[lang]]
 
 
-def _copy(r: Random, split: str, lang: str, task: str) -> tuple[str, str]:
+def _copy(r: Random, split: str, lang: str, task: str) -> list[str]:
     """Say a list of words and a name again, or its first or last item."""
     i = LANGS.index(lang)
     items = [pair[i] for pair in r.sample(WORDS, r.randint(1, 3))] + [r.choice(NAMES[split])]
     r.shuffle(items)
     x, form, end = COMMA[lang].join(items), r.choice((0, 1)), r.choice((0, -1))
     if task == "echo":
-        return ECHO[lang][form].format(x=x), x
-    return ITEM[lang][form].format(w=WHICH[end][i], x=x), items[end] + STOP[lang]
+        return [ECHO[lang][form].format(x=x), x]
+    return [ITEM[lang][form].format(w=WHICH[end][i], x=x), items[end] + STOP[lang]]
 
 
-def _translate(r: Random, split: str, lang: str) -> tuple[str, str]:
+def _translate(r: Random, split: str, lang: str) -> list[str]:
     """Two words into the other language. No name is in it, so the split is by pair of words."""
     words = r.sample(WORDS, 2)
     while split_of(" ".join(sorted(en for en, _ in words))) != split:
         words = r.sample(WORDS, 2)
     en, zh = (COMMA[to].join(word) for to, word in zip(LANGS, zip(*words)))
     source, target = (en, zh) if lang == "en" else (zh, en)
-    return TRANSLATE[lang][r.choice((0, 1))].format(x=source), target
+    return [TRANSLATE[lang][r.choice((0, 1))].format(x=source), target]
 
 
 def chat(r: Random, split: str, max_facts: int) -> dict:
-    """{"messages": one question and its reply, "lang" of the question, "task"}."""
+    """{"messages": one question and its reply, or several, "lang" of the questions, "task"}."""
     lang, task = r.choice(LANGS), r.choices(list(TASKS), list(TASKS.values()))[0]
     if task == "qa":
-        user, reply = _qa(r, split, lang, max_facts)
+        said = _qa(r, split, lang, max_facts)
     elif task == "abstain":
-        user, reply = _abstain(r, split, lang, max_facts)
+        said = _abstain(r, split, lang, max_facts)
     elif task == "translate":
-        user, reply = _translate(r, split, lang)
+        said = _translate(r, split, lang)
     else:
-        user, reply = _copy(r, split, lang, task)
-    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": reply}]
+        said = _copy(r, split, lang, task)
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text}
+                for i, text in enumerate(said)]
     return {"messages": messages, "lang": lang, "task": task}
 
 

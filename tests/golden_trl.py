@@ -8,10 +8,9 @@ Made with trl 1.16.0, transformers 5.23.0 and torch 2.13.0 on the CPU:
     python tests/golden_trl.py
 
 Methods of TRL's trainers are called with a stand-in for `self` that holds the attributes they
-read; models and samplers are functions that return given numbers, in float64. All results come
-out of TRL, sums and means over tokens included, but for two steps before it: RLOO's loss takes old
-log P summed over the reply, and cDPO, gone from DPOTrainer, is CPOTrainer's loss of log-ratios.
-No KL with a reference: beta is 0 in RLOO and GRPO."""
+read; models and samplers are functions that return given numbers, in float64. What is not TRL's:
+the sum of old log P that RLOO's loss takes, the log-ratios that CPOTrainer's loss takes for cDPO
+(gone from DPOTrainer), and the mean over its pairs. No KL: beta is 0 in RLOO and GRPO."""
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -48,7 +47,7 @@ def pairs() -> dict[str, Tensor]:
 
 
 def replies() -> dict[str, Tensor]:
-    """Ratios mostly clipped from above, from below, and unclipped for the signs of the others."""
+    """Row 0 is clipped from above, row 1 from below, the others hardly."""
     old, change = numbers(B, T), numbers(B, T, low=-0.3, high=0.3)
     change[:2] += torch.tensor([[0.4], [-0.4]])
     return {"logps": (old + change).round(decimals=6), "old_logps": old, "mask": reply_mask(),

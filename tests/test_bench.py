@@ -45,6 +45,7 @@ def test_every_job_prints_its_figures_with_a_unit(rows):
         ("limits", "matmul 64 float32"): "GF/s", ("limits", "matmul 128 bfloat16"): "GF/s",
         ("limits", "read"): "GB/s", ("train", "ours, eager"): "tok/s",
         ("train", "plain Llama, eager"): "tok/s", ("decode", "ours"): "tok/s",
+        ("stages", "SFT, packed"): "tok/s", ("stages", "64 replies at once"): "tok/s",
         ("loader", "Windows.batch 16x256"): "us/batch", ("data", "prepare, 2 worker(s)"): "MB/s",
         ("loader", "nanoGPT's way 12x1024"): "us/batch", ("data", "prepare, 1 worker(s)"): "MB/s",
         ("data", "tiktoken alone, 1 thread"): "MB/s", ("resume", "at step 1,000,000"): "s"}

@@ -1,14 +1,17 @@
 """demo.py: the whole chain in small, by the command lines a user would type."""
+import json
 import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import demo
+from data import open_data
 from model import ModelConfig, Transformer
 from tokenizer import PATTERN, Tokenizer, dump
 from toyworld import restated_values
@@ -65,17 +68,40 @@ def test_without_the_first_half_only_the_second_is_judged(tok):
     assert half["values"] == 1.0 and half["n"] == 1
 
 
-def test_the_chain_runs_learns_and_goes_on(tmp_path):
-    """Toy world, tokenizer, data, pre-training, generation, report; then again, with nothing to do."""
-    command = [sys.executable, "demo.py", f"--out_dir={tmp_path}", "--n_train=4000", "--max_steps=60"]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert first.returncode == 0, first.stdout + first.stderr
-    table = (tmp_path / "report.md").read_text()
-    rows = re.findall(r"^\| (en|zh|all) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", table, re.M)
+def last(path: Path, key: str) -> dict:
+    """The last record of a log that has `key`."""
+    return [r for r in map(json.loads, path.read_text().splitlines()) if key in r][-1]
+
+
+def first(path: Path, key: str) -> dict:
+    return next(r for r in map(json.loads, path.read_text().splitlines()) if key in r)
+
+
+def test_the_ladder_is_climbed_in_small_and_the_same_command_goes_on(tmp_path):
+    """All stages at a twentieth of their steps, directions only: PT below the unigram entropy, SFT
+    loss down, RM better than at its start, a DPO margin, a KL that is none below 0 and J within
+    what the KL allows; then again, with nothing to do."""
+    command = [sys.executable, "demo.py", f"--out_dir={tmp_path}", "--n_train=4000", "--share=0.05"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    text = (tmp_path / "report.md").read_text()
+    rows = re.findall(r"^\| (en|zh|all) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.M)
     assert [row[0] for row in rows] == ["en", "zh", "all"]
     for _, before, after, floor in rows:
         assert float(before) > float(after) > float(floor)
-    assert "琪宁的号码是86" in first.stdout and "tok/s" in first.stdout + first.stderr
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0 and "is up to date" in again.stdout and "step " not in re.sub(
-        "at step|val at step", "", again.stdout.partition("$ python generate")[0])
+    for stage in ("PT", "SFT", "RM", "DPO", "RL"):
+        assert f"| {stage} | " in text
+    assert all(text.count(f"    {stage}: ") == 10 for stage in (" pt", " sft", " dpo", "  rl"))
+    ids = open_data(str(tmp_path / "data"))[1]["train"][0].ids
+    share = np.bincount(ids) / len(ids)
+    unigram = -(share[share > 0] * np.log(share[share > 0])).sum()
+    assert last(tmp_path / "pt/log.jsonl", "val")["val"]["en"]["loss"] < unigram
+    for stage, at in (("sft", lambda v: v["en"]), ("rm", lambda v: v["all"]["log_loss"])):
+        log = tmp_path / stage / "log.jsonl"
+        assert at(last(log, "val")["val"]) < at(first(log, "val")["val"])
+    assert last(tmp_path / "dpo/log.jsonl", "val")["val"]["pairs"]["all"]["margin"] > 0
+    end = last(tmp_path / "rl/log.jsonl", "val")["val"]
+    assert end["kl"] >= -3 * end["kl_error"]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 0 and "is up to date" in again.stdout
+    assert "| norm " not in again.stdout

@@ -13,6 +13,7 @@ from test_generate import PROMPTS, model, tok  # noqa: F401, the last two are fi
 import checkpoint
 import generate as script
 from generate import Config, answer, complete, load_model
+from tokenizer import render
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +40,7 @@ def test_what_is_printed_ends_as_the_text_does(tok, model, capsys):
         text, = complete(model, tok, [tok.encode_ordinary("a")], n, temperature=0.0)
         for stream in (False, True):
             cfg = Config(max_tokens=n, temperature=0.0, stream=stream)
-            answer(model, tok, ["a"], cfg, ())
+            answer(model, tok, [tok.encode_ordinary("a")], ["a"], cfg, ())
             assert capsys.readouterr().out == f"a{text}\n"
 
 
@@ -47,10 +48,10 @@ def test_without_max_tokens_a_text_has_the_room_there_is(tok, model, capsys):
     """The model reads 64 tokens: 200, the usual length, would be refused."""
     ids = tok.encode_ordinary("The cat")
     text, = complete(model, tok, [ids], 64 - len(ids), temperature=0.0)
-    answer(model, tok, ["The cat"], Config(temperature=0.0), ())
+    answer(model, tok, [ids], ["The cat"], Config(temperature=0.0), ())
     assert capsys.readouterr().out == f"The cat{text}\n"
     with pytest.raises(ValueError, match="a prompt of 66 tokens .* shorten the prompt"):
-        answer(model, tok, ["a\n" * 33], Config(), ())
+        answer(model, tok, [tok.encode_ordinary("a\n" * 33)], [""], Config(), ())
 
 
 def cli(*args, text="", code=0):
@@ -124,3 +125,37 @@ def test_a_mistake_is_one_line_and_exit_code_2(saved, monkeypatch, capsys):
         assert exit.value.code == 2 and shown.count("\n") == 1 and message in shown, (args, shown)
     shown, line = cli("--file=-", model, "--stop=", text="cat " * 64, code=2)
     assert shown == "" and re.fullmatch(r"a prompt of \d+ tokens .*; shorten the prompt\n", line)
+
+
+def test_a_conversation_remembers_and_forgets_the_oldest_first(tiny, capsys, monkeypatch):
+    """What the model is given is the rendered history; the system message is never forgotten, a
+    question goes with its reply, and what was dropped is said."""
+    given = []
+
+    def fake(model, prompts, max_tokens, **settings):
+        given.append(prompts[0])
+        yield [ord("y")]
+        yield [tiny.tok.im_end]
+
+    monkeypatch.setattr(script, "generate", fake)
+    cfg = Config(chat=True, system="be kind", max_tokens=100)
+    history = script.system_message(cfg)
+    for line in ("one", "two", "三"):
+        script.converse(tiny.model, tiny.tok, line, history, cfg, (tiny.tok.im_end,))
+    said = [m["content"] for m in history]
+    assert said[0] == "be kind" and said[-4:] == ["two", "y", "三", "y"] and "one" not in said
+    want = render(tiny.tok, history[:-1], add_generation_prompt=True)[0]
+    assert given[-1] == want and len(want) <= 256 - 100
+    shown = capsys.readouterr()
+    assert shown.out == "y\n" * 3 and "forgotten" in shown.err
+
+
+def test_chat_of_the_command_line_is_the_rendered_prompt(tiny):
+    """With a prompt: one reply, without the prompt; without: a conversation from standard input."""
+    ids, _ = render(tiny.tok, [{"role": "user", "content": "hi 你"}], add_generation_prompt=True)
+    want, = complete(tiny.model, tiny.tok, [ids], 20, temperature=0.0,
+                     stop=(tiny.tok.im_end, tiny.tok.endoftext))
+    args = f"--checkpoint={tiny.pt}", "--chat", "--temperature=0"
+    assert cli(*args, "--prompt=hi 你")[0] == want + "\n"
+    assert cli(*args, "--stream", text="hi 你\n")[0] == f"\n> {want}\n\n> \n"
+    assert "--system belongs to --chat" in cli("--system=x", "--prompt=y", code=2)[1]
