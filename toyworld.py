@@ -44,8 +44,8 @@ class Config:
     out_dir: str = "out/toyworld"  # where the files go
     seed: int = 0                  # same seed and settings, same bytes
     n_train: int = 100_000         # pre-training documents
-    n_chat: int = 20_000           # chats for supervised fine-tuning
-    n_pairs: int = 8_000           # pairs of replies for the reward model and DPO
+    n_chat: int = 40_000           # chats for supervised fine-tuning
+    n_pairs: int = 16_000          # pairs of replies for the reward model and DPO
     n_prompts: int = 4_000         # questions for reinforcement learning
     n_val: int = 2_000             # rows in each held-out file, on test names only
     min_facts: int = 2             # fewest facts in a pre-training document
@@ -187,12 +187,15 @@ def prompt(r: Random, lang: str, context: list[Fact], about: Fact) -> str:
 
 
 def _qa(r: Random, split: str, lang: str, max_facts: int) -> list[str]:
-    """Up to six questions about the same context, which stands before the first, and answers."""
-    fs = facts(r, split, r.randint(1, max_facts))
-    said: list[str] = []
-    for _ in range(r.randint(1, 6)):
-        about = r.choice(fs)
-        said += [prompt(r, lang, [] if said else fs, about), answer(about, lang, r.choice(STYLES))]
+    """Up to six questions about the same context, which stands before the first, and answers. Some
+    of those behind the first ask for what the context does not say."""
+    *fs, absent = facts(r, split, 1 + r.randint(1, max_facts))
+    about = r.choice(fs)
+    said = [prompt(r, lang, fs, about), answer(about, lang, r.choice(STYLES))]
+    for _ in range(r.randint(0, 5)):
+        about = absent if r.random() < 0.2 else r.choice(fs)
+        said += [prompt(r, lang, [], about),
+                 ABSTAIN[lang] if about is absent else answer(about, lang, r.choice(STYLES))]
     return said
 
 
@@ -258,16 +261,16 @@ def bayes(pairs: list[dict]) -> dict[str, float]:
             "loss": sum(log1p(exp(-g)) for g in gaps) / len(gaps)}
 
 
-def _asked(r: Random, split: str, max_facts: int) -> tuple[str, list[Fact], Fact, list[dict]]:
-    """Language, context, the fact that is asked for, and the prompt."""
+def _asked(r: Random, split: str, max_facts: int) -> tuple[str, Fact, list[dict]]:
+    """Language, the fact that is asked for, and the prompt with its context."""
     lang, fs = r.choice(LANGS), facts(r, split, r.randint(1, max_facts))
     about = r.choice(fs)
-    return lang, fs, about, [{"role": "user", "content": prompt(r, lang, fs, about)}]
+    return lang, about, [{"role": "user", "content": prompt(r, lang, fs, about)}]
 
 
 def rl_prompt(r: Random, split: str, max_facts: int) -> dict:
     """{"prompt", "lang", "fact" that is asked for, in English: name, attribute, value}."""
-    lang, _, about, messages = _asked(r, split, max_facts)
+    lang, about, messages = _asked(r, split, max_facts)
     return {"prompt": messages, "lang": lang,
             "fact": [about.name, about.attribute[0], about.value[0]]}
 
@@ -281,7 +284,7 @@ def read_fact(row: dict) -> Fact:
 
 def pair(r: Random, split: str, max_facts: int) -> dict:
     """{"prompt", "chosen", "rejected", "lang", "kind" in PAIRS, "gold": scores of both}."""
-    lang, fs, about, messages = _asked(r, split, max_facts)
+    lang, about, messages = _asked(r, split, max_facts)
     kind = r.choices(list(PAIRS), list(PAIRS.values()))[0]
     one, other = about, about
     if kind == "tie":
@@ -292,9 +295,8 @@ def pair(r: Random, split: str, max_facts: int) -> dict:
             styles = r.sample(STYLES, 2)
     else:
         styles = [r.choice(STYLES), r.choice(STYLES)]
-        near = [f.value for f in fs if f.attribute == about.attribute and f.value != about.value]
-        far = [v for v in VALUES[about.attribute] if v != about.value]
-        other = about._replace(value=r.choice(near or far))
+        others = [v for v in VALUES[about.attribute] if v != about.value]
+        other = about._replace(value=r.choice(others))
     both = [(answer(fact, lang, style), GOLD[style] if fact is about else WRONG)
             for fact, style in zip((one, other), styles)]
     r.shuffle(both)

@@ -145,20 +145,22 @@ def pair_logps(model: Transformer, rows: Rows, chosen: list[int], cfg: Config,
     return np.array(all_sum(dist, *found.ravel())).reshape(found.shape)
 
 
-def reference_logps(model: Transformer, rows: Rows, name: str, cfg: Config,
+def reference_logps(model: Transformer, rows: Rows, used: list[int], name: str, cfg: Config,
                     dist: Dist) -> np.ndarray:
-    """`pair_logps` of all pairs under the start weights: from out_dir if it holds those of just
-    these weights and pairs, else computed and kept. What was kept is tried on one batch. Raises
-    ValueError if that differs."""
+    """(len(rows), 2) `pair_logps` of the used pairs under the start weights, nan for others: from
+    out_dir if it holds those of just these weights and pairs, else computed and kept. What was kept
+    is tried on one batch. Raises ValueError if that differs."""
     path = Path(cfg.out_dir, f"{name}_ref_logps.npy")
     weights = hashlib.sha256(Path(model.path).read_bytes()).hexdigest()
     meta = Path(cfg.out_dir, "val_data" if name == "val" and cfg.val_data else "data", "meta.json")
-    key = json.dumps([weights, json.loads(meta.read_text())["sha256"], str(dist.dtype)])
+    key = json.dumps([weights, json.loads(meta.read_text())["sha256"], str(dist.dtype),
+                      hashlib.sha256(repr(used).encode()).hexdigest()])
     note = path.with_suffix(".json")
     with runtime.first_rank_first(dist):
         kept = path.exists() and note.exists() and note.read_text() == key
     if not kept:
-        found = pair_logps(model, rows, list(range(len(rows))), cfg, dist)
+        found = np.full((len(rows), 2), np.nan)
+        found[used] = pair_logps(model, rows, used, cfg, dist)
         if dist.rank == 0:
             temporary = f"{path}.tmp"
             with open(temporary, "wb") as f:
@@ -167,9 +169,9 @@ def reference_logps(model: Transformer, rows: Rows, name: str, cfg: Config,
             note.write_text(key)
         return found
     found = np.load(path)
-    some = list(range(min(2 * cfg.batch_size, len(rows))))
+    some = used[:2 * cfg.batch_size]
     tokens = np.array([[sum(row.mask) for row in rows.example(i)] for i in some])
-    if (np.abs(pair_logps(model, rows, some, cfg, dist) - found[some]) > 1e-3 * tokens).any():
+    if not (np.abs(pair_logps(model, rows, some, cfg, dist) - found[some]) <= 1e-3 * tokens).all():
         raise ValueError(f"{path}: not what {model.path} gives; delete it")
     print0(f"reference log-probabilities from {path}")
     return found
@@ -193,7 +195,7 @@ def evaluate(model: Transformer, rows: Rows, ref: np.ndarray, cfg: Config, dist:
         part = (langs == name) | (name == "all")
         found[name] = {
             "loss": float(loss[part].mean()), "margin": float(margin[part].mean()),
-            "accuracy": float(np.where(margin == 0, 0.5, margin > 0)[part].mean()),
+            "accuracy": float(np.where(abs(margin) < 1e-5, 0.5, margin > 0)[part].mean()),
             "chosen_reward": float(rewards[part, 0].mean()),
             "rejected_reward": float(rewards[part, 1].mean()),
             "chosen_logp": float(now[part, 0].sum() / tokens[part, 0].sum()),
@@ -335,9 +337,10 @@ def train(cfg: Config, dist: Dist) -> None:
     print0(f"{count_parameters(config):,} parameters; {len(pairs):,} pairs of {tokens:,} tokens, "
            f"{len(val):,} held out; {max_steps:,} steps, "
            f"{max_steps * cfg.batch_pairs / len(pairs):.2f} epochs")
-    ref_val = reference_logps(model, val, "val", cfg, dist)
+    ref_val = reference_logps(model, val, list(range(len(val))), "val", cfg, dist)
     if cfg.precompute_ref:
-        ref_train, reference = reference_logps(model, pairs, "train", cfg, dist), None
+        used = sorted(set(order.take(0, min(max_steps * cfg.batch_pairs, len(pairs)))))
+        ref_train, reference = reference_logps(model, pairs, used, "train", cfg, dist), None
     else:
         reference = load_model(cfg.init_from, dist.device, torch.float32)[0].requires_grad_(False)
     optimizers = make_optimizers(model, cfg)

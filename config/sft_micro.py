@@ -1,7 +1,12 @@
 """
 The demo's fine-tuning: questions about facts in the context, in two languages and four styles.
+2 CPU cores, about 5 minutes.
 
     python train_sft.py config/sft_micro.py
+
+What a chat teaches about reading its context is the value in each answer, one token of twenty:
+with one question to a context 800 steps left 20 % of the answers wrong, with up to six questions
+2,000 steps leave 5 %. AdamW did as well as Muon there.
 """
 init_from = "out/demo/pt"
 data = "out/demo/world/chat.jsonl"
@@ -11,11 +16,13 @@ out_dir = "out/demo/sft"
 
 batch_tokens = 4096
 batch_size = 16
-max_steps = 1200
+max_steps = 2000
+optimizer = "muon"
 learning_rate = 3e-3
+muon_lr = 0.01
 warmup_steps = 20
-eval_every = 400
+eval_every = 500
 eval_answers = 100
 answer_tokens = 48
-save_every = 400
+save_every = 500
 log_every = 50
