@@ -32,6 +32,8 @@ from model import ModelConfig, Transformer
 from runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
 
+KIND = "pt"  # of checkpoint
+
 
 @dataclass(frozen=True)
 class Config:
@@ -178,6 +180,10 @@ def check(cfg: Config, world: int) -> int:
     return cfg.batch_tokens // unit
 
 
+def weights(model: Transformer) -> dict:
+    return {"model": model.state_dict()}
+
+
 def judge(cfg: Config, dist: Dist) -> None:
     """--eval_only: the whole split scored by a finished model, whose shape the checkpoint knows."""
     if not cfg.init_from:
@@ -204,6 +210,8 @@ def restore(cfg: Config, model: Transformer, optimizers: list, tok: Tokenizer) -
     if not where:
         return 0
     state, path = checkpoint.load(where)
+    if state["kind"] == "rm" or cfg.resume and where == cfg.out_dir and state["kind"] != KIND:
+        raise ValueError(f"{path}: is a checkpoint of stage {state['kind']}, not of {KIND}")
     ours = asdict(model.config)
     differ = [f"{k} is {v}, asked for {ours[k]}" for k, v in state["model_config"].items()
               if v != ours[k]]
@@ -239,7 +247,7 @@ def write_samples(model: Transformer, tok: Tokenizer, files: list[TokenFile], cf
 def train(cfg: Config, dist: Dist) -> None:
     tok, splits = open_data(cfg.data_dir, cfg.verify)
     accumulate = check(cfg, dist.world)
-    config = shape(cfg, tok.n_vocab)
+    config, max_steps = shape(cfg, tok.n_vocab), cfg.max_steps
     print0(runtime.describe_run(dist))
     print0(runtime.memory_line(training_memory(config, cfg.batch_size, cfg.max_seq_len, accumulate,
                                                dist.dtype.itemsize), dist))
@@ -257,8 +265,8 @@ def train(cfg: Config, dist: Dist) -> None:
     log = runtime.Log(cfg.out_dir, dist, first, cfg.max_steps, cfg.batch_tokens, flops)
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
 
-    for step in range(first, cfg.max_steps + 1):
-        last = step == cfg.max_steps
+    for step in range(first, max_steps + 1):
+        last = step == max_steps
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
             scores = evaluate(net, splits["val"], tok_bytes, cfg.batch_size, dist,
                               None if last else cfg.eval_tokens)
@@ -268,21 +276,26 @@ def train(cfg: Config, dist: Dist) -> None:
         if cfg.sample_every and dist.rank == 0 and (
                 last or (step % cfg.sample_every == 0 and step > first)):
             write_samples(model, tok, splits["val"], cfg)
+
+        # same in every train_*.py: save
         if last or stopping or (step % cfg.save_every == 0 and step > first):
             if dist.rank == 0:
                 path = checkpoint.save(cfg.out_dir, step, {
-                    "format": 1, "kind": "pt", "step": step, "model": model.state_dict(),
+                    "format": 1, "kind": KIND, "step": step, **weights(model),
                     "optimizer": [o.state_dict() for o in optimizers],
                     "model_config": asdict(config), "config": asdict(cfg), "tokenizer": tok.text})
                 print0(f"saved {path}")
             log.start_clock()
         if last or stopping:
             break
+        # end same
 
-        lr = runtime.lr_factor(step, cfg.max_steps, cfg.warmup_steps, cfg.schedule, cfg.final_lr,
+        # same in every train_*.py: learning rate
+        lr = runtime.lr_factor(step, max_steps, cfg.warmup_steps, cfg.schedule, cfg.final_lr,
                                cfg.decay_fraction)
         for group in all_groups(optimizers):
             group["lr"] = group["base"] * lr
+        # end same
         loss = torch.zeros((), device=dist.device)
         for micro_step in range(accumulate):
             start = step * rows + (micro_step * dist.world + dist.rank) * cfg.batch_size
@@ -293,14 +306,18 @@ def train(cfg: Config, dist: Dist) -> None:
                 part = pt_loss(net(x, hidden=True), model.lm_head.weight, y) / cfg.batch_tokens
             (part * dist.world).backward()  # DDP takes the mean over processes, the loss is a sum
             loss += part.detach()
-        norm = float(nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
+        samples = f"windows {step * rows:,} to {(step + 1) * rows - 1:,}"
+
+        # same in every train_*.py: step
+        norm = float(nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip))
         total, stops = all_sum(dist, loss, float(bool(signals.name)))
         stopping = stops > 0
-        if guard.allows(norm, step, total, f"windows {step * rows:,} to {(step + 1) * rows - 1:,}"):
+        if guard.allows(norm, step, total, samples):
             for optimizer in optimizers:
                 optimizer.step()
         for optimizer in optimizers:
             optimizer.zero_grad()
+        # end same
         log.write(step=step, loss=total, lr=lr * cfg.learning_rate, norm=norm)
         if (step + 1) % cfg.log_every == 0:
             log.line(step + 1, total, lr * cfg.learning_rate, norm)

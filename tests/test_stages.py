@@ -188,6 +188,18 @@ def test_sigterm_saves_and_says_how_to_go_on(stage, tiny, reward, tmp_path):
     assert checkpoint.list_checkpoints(cfg.out_dir)
 
 
+def test_pre_training_refuses_other_stages(tiny, reward, tmp_path):
+    """A reward model to start from, and a run of another stage to go on with."""
+    model, _ = load_model(tiny.pt, torch.device("cpu"), torch.float32)
+    optimizers = train_pt.make_optimizers(model, train_pt.Config())
+    state = dict(checkpoint.load(tiny.pt)[0]) | {"kind": "sft"}
+    checkpoint.save(str(tmp_path / "sft"), 0, state)
+    for cfg, stage in ((train_pt.Config(init_from=reward, out_dir=str(tmp_path / "x")), "rm"),
+                       (train_pt.Config(out_dir=str(tmp_path / "sft"), resume=True), "sft")):
+        with pytest.raises(ValueError, match=f"of stage {stage}, not of pt"):
+            train_pt.restore(cfg, model, optimizers, tiny.tok)
+
+
 def test_pt_and_the_later_stages_load_in_generate(tiny, reward, tmp_path):
     for stage in ("sft", "dpo", "rl"):
         cfg = settings(stage, tiny, tmp_path / stage, reward, max_steps=2)

@@ -24,7 +24,8 @@ ASKED = (("na", r"What is (\w+)'s (\w+)\?"), ("an", r"Tell me the (\w+) of (\w+)
 
 @pytest.fixture(scope="module")
 def data():
-    return toyworld.generate(Config(n_train=3000, n_chat=4000, n_val=500))
+    return toyworld.generate(Config(n_train=3000, n_chat=4000, n_val=500, n_pairs=3000,
+                                    n_prompts=1000))
 
 
 def command(out_dir, *args, limit=None, **env):
@@ -39,7 +40,8 @@ def find(patterns, text):
 
 
 def texts(rows):
-    return [r.get("text") or "\n".join(m["content"] for m in r["messages"]) for r in rows]
+    return [r.get("text") or "\n".join(m["content"] for m in r.get("messages") or r["prompt"])
+            for r in rows]
 
 
 def shares_are(count, shares):
@@ -51,8 +53,9 @@ def shares_are(count, shares):
 class OnePath:
     """In the place of a Random: follows `taken`, then takes first options and notes the others."""
 
-    def __init__(self, taken, todo, repeat):
-        self.taken, self.todo, self.repeat, self.at, self.p = taken, todo, repeat, 0, 1.0
+    def __init__(self, taken, todo, repeat, slip):
+        self.taken, self.todo, self.at, self.p = taken, todo, 0, 1.0
+        self.chances = iter([repeat, slip, slip])  # of the questions that random() answers, in turn
 
     def choice(self, options, chances=None):
         if self.at == len(self.taken):
@@ -66,18 +69,20 @@ class OnePath:
         return list(self.choice(list(permutations(items, k))))
 
     def random(self):
-        return self.choice([0.0, 0.999999], [self.repeat, 1 - self.repeat])
+        p = next(self.chances)
+        return self.choice([0.0, 0.999999], [p, 1 - p])
 
 
-@pytest.mark.parametrize("repeat", [0.0, 0.3, 1.0])
-def test_bits_are_minus_log2_of_the_probability_of_the_text(monkeypatch, repeat):
-    """All paths of the real generator in a world of 3 names and 2 attributes, summed by text."""
-    monkeypatch.setattr(toyworld, "NAMES", {"train": ["Toba", "林苏", "Vemi"]})
-    monkeypatch.setattr(toyworld, "VALUES", {a: VALUES[a][:n] for a, n in zip(VALUES, (2, 1))})
+@pytest.mark.parametrize("repeat, slip", [(0.0, 0.0), (0.3, 0.2), (0.0, 0.5), (1.0, 0.5)])
+def test_bits_are_minus_log2_of_the_probability_of_the_text(monkeypatch, repeat, slip):
+    """All paths of the real generator in a world of 2 names and 2 attributes, summed by text. Seen
+    to fail without the slips' share of the probability."""
+    monkeypatch.setattr(toyworld, "NAMES", {"train": ["Toba", "林苏"]})
+    monkeypatch.setattr(toyworld, "VALUES", {a: VALUES[a][:n] for a, n in zip(VALUES, (3, 2))})
     chance, bits, todo = Counter(), {}, [[]]
     while todo:
-        r = OnePath(todo.pop(), todo, repeat)
-        doc = toyworld.pt_document(r, "train", 1, 2, repeat)
+        r = OnePath(todo.pop(), todo, repeat, slip)
+        doc = toyworld.pt_document(r, "train", 1, 2, repeat, slip)
         chance[doc["text"]] += r.p
         bits[doc["text"]] = doc["bits"]
     assert sum(chance.values()) == pytest.approx(1)
@@ -98,8 +103,21 @@ def test_every_restated_value_is_marked_and_holds_in_the_first_half(data):
                        for half in (first, second))
         spans = toyworld.restated_values(doc["text"])
         marked = [doc["text"][start:end] for start, end in spans]
-        assert told == again and all(start > len(first) for start, _ in spans)
+        assert again.items() <= told.items() and all(start > len(first) for start, _ in spans)
         assert sorted(marked) == sorted(f["v"] for f in find(SAID, second))
+        slips = re.findall(r"(\w+)(?:, no, |，不，)(\w+)[.。]", second)
+        assert len(told) == len(again) + len(slips)
+        for wrong, right in slips:
+            right = ENGLISH.get(right, right)
+            assert wrong != right and right in {v for _, v in told.values()}
+
+
+def test_slips_come_as_often_as_they_should(data):
+    for name, share in (("pt", .15 * .7), ("pt_heldout", .15)):
+        text = "".join(texts(data[name]))
+        slips = text.count(", no, ") + text.count("，不，")
+        facts = sum(len(find(SAID, doc.split("\n")[0])) for doc in texts(data[name]))
+        assert shares_are({"slip": slips, "": facts - slips}, {"slip": share})
 
 
 def test_test_names_are_in_no_training_file_and_alone_in_held_out_files(data):
@@ -109,26 +127,34 @@ def test_test_names_are_in_no_training_file_and_alone_in_held_out_files(data):
         seen[name] = {*re.findall("(?<![A-Za-z])[A-Z][a-z]{3}(?![A-Za-z])", text),
                       *map("".join, zip(text, text[1:]))}
     test, others = set(NAMES["test"]), {*NAMES["train"], *NAMES["val"]}
-    for name in ("pt", "chat"):
-        assert not seen[name] & test and len(seen[name] & others) > 3000
+    for name in ("pt", "chat", "pairs", "prompts"):
+        assert not seen[name] & test and len(seen[name] & others) > 1500
         assert not seen[name + "_heldout"] & others and len(seen[name + "_heldout"] & test) > 300
     assert not set(texts(data["chat"])) & set(texts(data["chat_heldout"]))
 
 
 def test_chat_replies_are_what_a_reader_of_the_question_says(data):
-    dictionary, styles = dict(WORDS) | ENGLISH, Counter()
+    dictionary, styles, turns = dict(WORDS) | ENGLISH, Counter(), Counter()
     for row in data["chat"] + data["chat_heldout"]:
-        (user, reply), lang = [m["content"] for m in row["messages"]], row["lang"]
+        said, lang = [m["content"] for m in row["messages"]], row["lang"]
+        user, reply = said[:2]
         listed = re.split("[：:?？] ?", user)[-1].split(COMMA[lang])
+        unknown = {"en": "I don't know.", "zh": "我不知道。"}[lang]
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * (len(said) // 2)
+        assert row["task"] == "qa" or len(said) == 2
         if row["task"] in ("qa", "abstain"):
-            [asked] = find(ASKED, user)
-            fact = {f["n"]: f for f in find(SAID, user)}.get(asked["n"])
-            if row["task"] == "qa":
-                right = [s for s, form in ANSWERS[lang].items() if reply == form.format(**fact)]
-                assert len(right) == 1 and fact["a"] == asked["a"]
+            known = {f["n"]: f for f in find(SAID, user)}
+            turns[len(said) // 2] += row["task"] == "qa"
+            for i in range(0, len(said), 2):
+                [asked] = find(ASKED, said[i])
+                fact = known.get(asked["n"])
+                if fact is None:
+                    assert said[i + 1] == unknown and (row["task"] == "abstain" or i > 0)
+                    continue
+                right = [s for s, form in ANSWERS[lang].items()
+                         if said[i + 1] == form.format(**fact)]
+                assert len(right) == 1 and fact["a"] == asked["a"] and row["task"] == "qa"
                 styles[right[0]] += 1
-            else:
-                assert fact is None and reply == {"en": "I don't know.", "zh": "我不知道。"}[lang]
         elif row["task"] == "echo":
             assert reply.split(COMMA[lang]) == listed
         elif row["task"] == "item":
@@ -136,6 +162,50 @@ def test_chat_replies_are_what_a_reader_of_the_question_says(data):
         else:
             assert re.split(", |、", reply) == [dictionary[word] for word in listed]
     assert shares_are(styles, dict.fromkeys(STYLES, .25))
+    assert shares_are(turns, dict.fromkeys(range(1, 7), 1 / 6))
+
+
+def test_pairs_are_drawn_from_the_known_scores(data):
+    """The programs' scores are those of `grade`, kinds and labels come with their probabilities,
+    and what a perfect judge could reach follows from the scores alone."""
+    rows = data["pairs"] + data["pairs_heldout"]
+    kinds, expected, right = Counter(), 0.0, 0
+    for row in rows:
+        user = row["prompt"][0]["content"]
+        [asked] = find(ASKED, user)
+        told = {f["n"]: f for f in find(SAID, user)}[asked["n"]]
+        key = next(a for a in VALUES if asked["a"] in a)
+        fact = toyworld.Fact(asked["n"], key, next(v for v in VALUES[key] if told["v"] in v))
+        scores = [toyworld.grade(row[k], fact, row["lang"])[0] for k in ("chosen", "rejected")]
+        assert scores == row["gold"]
+        kinds[row["kind"]] += 1
+        assert (min(scores) == -4) == (row["kind"] == "value")
+        assert (scores[0] == scores[1]) == (row["kind"] == "tie")
+        right += scores[0] > scores[1]
+        expected += 0 if row["kind"] == "tie" else 1 / (1 + 2.718281828 ** -abs(scores[0] - scores[1]))
+    assert shares_are(kinds, {"style": .5, "tie": .1, "value": .4})
+    assert abs(right - expected) < 4 * sqrt(expected * (1 - expected / len(rows)))
+    best = toyworld.bayes(rows)
+    assert best["accuracy"] == pytest.approx((right + kinds["tie"] / 2) / len(rows))
+
+
+def test_grades_by_hand():
+    fact = toyworld.Fact("琪宁", ("pet", "宠物"), ("cat", "猫"))
+    for reply, lang, want in (
+            ("琪宁's pet is cat.", "en", (3.0, "direct")), ("cat.", "en", (1.5, "terse")),
+            ("dog.", "en", (-4.0, "terse")), ("琪宁的宠物是狗。", "zh", (-4.0, "direct")),
+            ("我猜也许是猫吧。", "zh", (0.0, "hedged")), ("猫。", "en", (-6.0, None)),
+            ("嗯，让我想一想，答案应该是猫。", "zh", (1.5, "padded")), ("cat.…", "en", (-6.0, None)),
+            ("I don't know.", "en", (-6.0, None)), ("", "zh", (-6.0, None))):
+        assert toyworld.grade(reply, fact, lang) == want
+
+
+def test_a_prompt_knows_the_fact_it_asks_for(data):
+    for row in data["prompts"][:200] + data["prompts_heldout"][:200]:
+        fact, user = toyworld.read_fact(row), row["prompt"][0]["content"]
+        i = LANGS.index(row["lang"])
+        assert {"n": fact.name, "a": fact.attribute[i], "v": fact.value[i]} in find(SAID, user)
+        assert find(ASKED, user) == [{"n": fact.name, "a": fact.attribute[i]}]
 
 
 def test_tasks_and_languages_come_in_the_stated_shares(data):
@@ -147,8 +217,10 @@ def test_tasks_and_languages_come_in_the_stated_shares(data):
 
 def test_settings_set_sizes_facts_and_repeats():
     data = toyworld.generate(Config(n_train=40, n_chat=30, n_val=20, min_facts=3, max_facts=6,
-                                    exact_repeat=1.0, max_chat_facts=2))
-    assert [*map(len, data.values())] == [40, 20, 30, 20]
+                                    exact_repeat=1.0, max_chat_facts=2, slip=0.0, n_pairs=7,
+                                    n_prompts=6))
+    assert [*map(len, data.values())] == [40, 20, 30, 20, 7, 20, 6, 20]
+    assert not any(", no, " in text or "，不，" in text for text in texts(data["pt_heldout"]))
     halves = {name: [text.split("\n") for text in texts(data[name])] for name in data}
     assert {len(find(SAID, first)) for first, _ in halves["pt"]} == {3, 4, 5, 6}
     assert all(a == b for a, b in halves["pt"]) and any(a != b for a, b in halves["pt_heldout"])
@@ -164,17 +236,18 @@ def test_floor_json_is_bits_per_byte_of_the_files(tmp_path):
             rows = [d for d in docs if lang in (d["lang"], "all")]
             bits, size = sum(d["bits"] for d in rows), sum(len(d["text"].encode()) for d in rows)
             assert floor[name][lang] == pytest.approx(bits / size)
-    for k in (len(find(SAID, d["text"])) // 2 for d in rows):  # rows: all held-out documents
+    for k in (len(find(SAID, d["text"].split("\n")[0])) for d in rows):  # rows: all held-out documents
         bits += log2(perm(sum(map(len, NAMES.values())), k) / perm(len(NAMES["test"]), k))
     assert floor["pt_heldout_all_names"]["all"] == pytest.approx(bits / size)
 
 
 def test_a_seed_fixes_every_byte_and_larger_files_begin_with_the_smaller(tmp_path):
     for folder, seed, n in (("a", 7, 30), ("b", 7, 30), ("c", 8, 30), ("d", 7, 40)):
-        args = (f"--n_train={n}", f"--n_chat={n + 1}", f"--n_val={n + 2}", f"--seed={seed}")
+        args = (f"--n_train={n}", f"--n_chat={n + 1}", f"--n_val={n + 2}", f"--seed={seed}",
+                f"--n_pairs={n}", f"--n_prompts={n}")
         command(tmp_path / folder, *args, PYTHONHASHSEED=str(ord(folder)))
     a, b, c, d = ({p.name: p.read_bytes() for p in (tmp_path / f).iterdir()} for f in "abcd")
-    assert a == b and len(a) == 5 and all(a[name] != c[name] for name in a)
+    assert a == b and len(a) == 9 and all(a[name] != c[name] for name in a)
     assert all(d[name].startswith(a[name]) for name in a if name != "floor.json")
 
 

@@ -1,0 +1,255 @@
+"""RM, DPO and RL beyond their formulas: what is scored, what is kept, what is sampled."""
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_stages import ALONE, settings
+from torch.testing import assert_close
+
+import checkpoint
+import train_dpo
+import train_rl
+import train_rm
+from data import IGNORE
+from examples import Order, Row, load_examples, micro_batches, pad_right, pair_batch
+from generate import load_model
+from model import RewardModel
+
+ROOT = Path(train_rm.__file__).parent
+
+
+def last_val(out_dir) -> dict:
+    rows = [json.loads(line) for line in open(os.path.join(out_dir, "log.jsonl"))]
+    return [row["val"] for row in rows if "val" in row][-1]
+
+
+@pytest.fixture(scope="module")
+def few(tiny) -> str:
+    """20 pairs."""
+    path = tiny.folder / "few.jsonl"
+    lines = open(tiny.pairs, encoding="utf-8").readlines()[:20]
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
+
+
+# ---------------------------------------------------------------------------- reward model
+
+def test_a_score_is_read_at_the_end_of_the_reply(tiny):
+    """What stands behind it changes nothing, padding or not; what stands in front does."""
+    torch.manual_seed(0)
+    model = RewardModel(tiny.model)
+    rows = [Row(list(range(40, 40 + n)), [1] * n) for n in (5, 9, 3)]
+    idx, _, lengths = pad_right(rows, 0)
+    scores = model(idx, lengths)
+    for pad in (1, 250):
+        longer = torch.cat((pad_right(rows, pad)[0], torch.full((3, 17), pad)), 1)
+        assert_close(model(longer, lengths), scores, atol=1e-5, rtol=1e-5)
+    alone = [model(torch.tensor([row.ids]), torch.tensor([len(row.ids)])) for row in rows]
+    assert_close(torch.cat(alone), scores, atol=1e-5, rtol=1e-5)
+    changed = idx.clone()
+    changed[:, 0] += 1
+    assert not torch.allclose(model(changed, lengths), scores, atol=1e-4)
+
+
+def test_twenty_pairs_are_learnt_by_heart_and_scored_by_the_command(tiny, few, tmp_path):
+    """Right on all of them, and the command prints what the model gives, pair by pair."""
+    cfg = settings("rm", tiny, tmp_path / "run", "", data=few, val_data=few, max_steps=60,
+                   batch_pairs=20, batch_size=10, learning_rate=3e-3, eval_every=60, save_every=60)
+    train_rm.train(cfg, ALONE)
+    val = last_val(cfg.out_dir)["all"]
+    assert val["accuracy"] == 1.0 and val["loss"] < 0.1
+    done = subprocess.run([sys.executable, "train_rm.py", f"--init_from={cfg.out_dir}",
+                           f"--score={few}"], cwd=ROOT, capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0 and len(lines) == 20 and all(line["right"] for line in lines)
+    gap = np.mean([line["chosen"] - line["rejected"] for line in lines])
+    assert gap == pytest.approx(val["gap"], abs=1e-3)
+    chats = subprocess.run([sys.executable, "train_rm.py", f"--init_from={cfg.out_dir}",
+                            f"--score={tiny.chat}"], cwd=ROOT, capture_output=True, text=True)
+    assert chats.stdout.count('"normalised"') == 120
+    wrong = subprocess.run([sys.executable, "train_rm.py", f"--init_from={tiny.pt}",
+                            f"--score={few}"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "not a reward model" in wrong.stderr
+
+
+def test_mean_and_deviation_are_those_of_sampled_replies(tiny, tmp_path):
+    cfg = settings("rm", tiny, tmp_path / "run", "", norm_samples=12)
+    train_rm.train(cfg, ALONE)
+    model, _ = train_rm.load_reward_model(cfg.out_dir, ALONE)
+    assert float(model.std) > 1e-4 and float(model.mean) != 0.0
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+
+
+# ---------------------------------------------------------------------------- DPO
+
+def test_the_reference_is_kept_checked_and_remade(tiny, tmp_path, capsys):
+    """Kept for the same weights and pairs; damage is refused; live and kept give the same losses.
+    Seen to fail with the key of the weights left out."""
+    cfg = settings("dpo", tiny, tmp_path / "a", "")
+    train_dpo.train(cfg, ALONE)
+    live = replace(cfg, out_dir=str(tmp_path / "b"), precompute_ref=False)
+    train_dpo.train(live, ALONE)
+    both = [[json.loads(line)["loss"] for line in open(f"{c.out_dir}/log.jsonl") if '"loss": ' in
+             line and '"val"' not in line] for c in (cfg, live)]
+    assert both[0] == pytest.approx(both[1], abs=1e-6) and both[0][0] == pytest.approx(0.693147,
+                                                                                       abs=1e-5)
+    capsys.readouterr()
+    train_dpo.train(replace(cfg, resume=True), ALONE)
+    assert "reference log-probabilities from" in capsys.readouterr().out
+    state = dict(checkpoint.load(tiny.pt)[0])
+    state["model"] = {k: v * 1.1 for k, v in state["model"].items()}
+    checkpoint.save(str(tmp_path / "other"), 0, state)
+    model, _ = load_model(str(tmp_path / "other"), torch.device("cpu"), torch.float32)
+    rows = load_examples(cfg.data, "pair", tiny.tok, 256, f"{cfg.out_dir}/data", 0.2)["val"]
+    used = list(range(len(rows)))
+    old = np.load(f"{cfg.out_dir}/val_ref_logps.npy")
+    new = train_dpo.reference_logps(model, rows, used, "val", cfg, ALONE)
+    assert np.abs(new - old).max() > 0.01
+    np.save(f"{cfg.out_dir}/val_ref_logps.npy", new + 1)
+    with pytest.raises(ValueError, match="val_ref_logps.npy: not what .* gives; delete it"):
+        train_dpo.reference_logps(model, rows, used, "val", cfg, ALONE)
+
+
+@pytest.mark.parametrize("change", [dict(), dict(loss="ipo"), dict(loss="simpo", beta=2.0),
+                                    dict(label_smoothing=0.1), dict(nll_coef=0.5)])
+def test_every_loss_learns_twenty_pairs(tiny, few, tmp_path, change):
+    cfg = settings("dpo", tiny, tmp_path / "run", "", data=few, val_data=few, max_steps=40,
+                   batch_pairs=20, batch_size=10, learning_rate=2e-3, eval_every=40, save_every=40,
+                   eval_samples=0, **change)
+    train_dpo.train(cfg, ALONE)
+    val = last_val(cfg.out_dir)["pairs"]["all"]
+    assert val["accuracy"] == 1.0 and val["margin"] > 0.1
+
+
+def test_warnings_of_dpo():
+    def at(margin, logp, length=20.0, stops=1.0):
+        return {"pairs": {"all": {"margin": margin, "chosen_logp": logp}},
+                "samples": {"length": length, "stops": stops}}
+    cfg = train_dpo.Config()
+    start = at(0.0, -1.0)
+    for now, words in ((at(0.01, -1.0), "margin does not grow"), (at(1.0, -1.4), "less likely"),
+                       (at(1.0, -1.0, 40.0), "20 to 40 tokens"), (at(1.0, -1.0, 9.0), "20 to 9"),
+                       (at(1.0, -1.0, 20.0, 0.9), "90%")):
+        found = train_dpo.warnings(start, now, cfg, 50, 100)
+        assert len(found) == 1 and words in found[0]
+    assert not train_dpo.warnings(start, at(1.0, -0.9), cfg, 50, 100)
+
+
+def test_a_step_takes_its_pairs_once_in_batches_of_like_length(tiny, tmp_path):
+    rows = load_examples(tiny.pairs, "pair", tiny.tok, 256, str(tmp_path / "rows"))["train"]
+    chosen = Order(len(rows), 0).take(0, 16)
+    for world in (1, 2, 4):
+        parts = [micro_batches(rows, chosen, 2, rank, world) for rank in range(world)]
+        assert sorted(i for part in parts for some in part for i in some) == sorted(chosen)
+        assert {len(part) for part in parts} == {8 // world}
+    idx, targets, lengths = pair_batch(rows, chosen[:3])
+    assert idx.shape[0] == targets.shape[0] == 6
+    both = [rows.example(i) for i in chosen[:3]]
+    assert lengths.tolist() == [len(pair[side].ids) for side in (0, 1) for pair in both]
+    assert (targets != IGNORE).sum(1).tolist() == [sum(pair[side].mask)
+                                                   for side in (0, 1) for pair in both]
+
+
+# ---------------------------------------------------------------------------- RL
+
+@pytest.fixture(scope="module")
+def reward(tiny, tmp_path_factory) -> str:
+    out = str(tmp_path_factory.mktemp("rm"))
+    train_rm.train(settings("rm", tiny, out, ""), ALONE)
+    return out
+
+
+def rolled(tiny, reward, **changes) -> tuple[train_rl.Rollout, train_rl.Config]:
+    cfg = settings("rl", tiny, "unused", reward, **changes)
+    prompts = [tiny.tok.encode_ordinary(text) for text in ("abc", "你好吗")]
+    model, _ = load_model(tiny.pt, torch.device("cpu"), torch.float32)
+    judge, _ = train_rl.load_reward_model(reward, ALONE)
+    return train_rl.roll_out(model, tiny.model, judge, prompts, [11, 12], tiny.tok.im_end, cfg,
+                             ALONE), cfg
+
+
+def test_sampling_and_training_agree_on_every_token(tiny, reward):
+    """log P while writing with the cache, left-padded, and by a full pass, right-padded."""
+    rollout, cfg = rolled(tiny, reward)
+    assert len(rollout.rows) == 8 and rollout.figures["mismatch"] < 1e-4
+    assert rollout.kl.abs().max() < 1e-4  # the reference is the policy itself
+    for row, logps in zip(rollout.rows, rollout.old_logps):
+        assert sum(row.mask) == len(logps) <= cfg.answer_tokens
+        assert tiny.tok.im_end not in row.ids[:-1]
+
+
+def test_a_reply_does_not_depend_on_what_is_written_beside_it(tiny, reward):
+    """Nor on how many are written at once: two processes then write what one writes."""
+    replies = [[row.ids for row in rolled(tiny, reward, rollout_size=n)[0].rows] for n in (1, 3, 8)]
+    assert replies[0] == replies[1] == replies[2]
+    assert len({tuple(ids) for ids in replies[0][:4]}) > 1  # a group has several replies
+
+
+def test_a_reply_that_does_not_end_is_the_worst_of_its_step(tiny, reward):
+    rollout, cfg = rolled(tiny, reward, answer_tokens=3)
+    judge, _ = train_rl.load_reward_model(reward, ALONE)
+    ended = torch.tensor([row.ids[-1] == tiny.tok.im_end for row in rollout.rows])
+    normed = ((rollout.raw - judge.mean) / judge.std).clamp(-5, 5)
+    assert not ended.all()
+    assert_close(rollout.rewards[~ended], (normed.min() - 1).expand(int((~ended).sum())))
+    assert_close(rollout.rewards[ended], normed[ended])
+    assert_close(rollout.advantage, train_rl.advantages(
+        (rollout.rewards - cfg.beta * rollout.kl).view(2, 4), "rloo").flatten())
+
+
+def test_reference_and_reward_model_stay_as_they_are(tiny, reward, tmp_path, monkeypatch):
+    held = []
+    roll_out = train_rl.roll_out
+
+    def watched(model, reference, judge, *rest):
+        held[:] = [reference, judge]
+        return roll_out(model, reference, judge, *rest)
+    monkeypatch.setattr(train_rl, "roll_out", watched)
+    train_rl.train(settings("rl", tiny, tmp_path / "run", reward), ALONE)
+    for model, where, key in ((held[0], tiny.pt, ""), (held[1], reward, "")):
+        state = checkpoint.load(where)[0]["model"]
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if k in state)
+        assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("change", [dict(advantage="grpo"), dict(advantage="grpo_mean"),
+                                    dict(updates_per_rollout=2, learning_rate=1e-2)])
+def test_the_other_ways_run_and_are_finite(tiny, reward, tmp_path, change):
+    cfg = settings("rl", tiny, tmp_path / "run", reward, **change)
+    train_rl.train(cfg, ALONE)
+    rows = [json.loads(line) for line in open(f"{cfg.out_dir}/log.jsonl")]
+    steps = [row for row in rows if "loss" in row]
+    assert len(steps) == 4 and all(np.isfinite(row["loss"]) for row in steps)
+    assert all(0 <= row["clipped"] <= 1 and row["k3"] >= -1e-6 for row in steps)
+
+
+def test_a_reward_for_one_token_is_found(tiny, reward, tmp_path, monkeypatch):
+    """With the share of `e` in a reply as its score, replies fill with it: the loop learns."""
+    def score(judge, rows, cfg, dist):
+        return torch.tensor([sum(t == ord("e") for t, m in zip(*row) if m) / sum(row.mask)
+                             for row in rows]) * 10
+    monkeypatch.setattr(train_rl, "score", score)
+    cfg = settings("rl", tiny, tmp_path / "run", reward, max_steps=40, learning_rate=3e-3, beta=0.0,
+                   prompts_per_step=8, group=8, batch_size=64, rollout_size=64, eval_every=40,
+                   save_every=40, eval_prompts=16)
+    train_rl.train(cfg, ALONE)
+    rows = [json.loads(line) for line in open(f"{cfg.out_dir}/log.jsonl")]
+    raw = [row["raw"] for row in rows if "loss" in row]
+    assert np.mean(raw[-5:]) > 3 * np.mean(raw[:5]) + 0.5
+
+
+def test_warnings_of_rl():
+    fine = {"kl": 0.5, "kl_error": 0.1, "ended": 1.0, "length": 20.0}
+    cfg, mean = train_rl.Config(kl_budget=1.0), {"mismatch": 0.0}
+    assert not train_rl.warnings(fine, fine, mean, cfg, ALONE)
+    for now, seen, words in (({"kl": 1.5}, mean, "over the budget"), ({"kl": -0.4}, mean, "below 0"),
+                             ({"ended": 0.9}, mean, "90%"), ({"length": 5.0}, mean, "20 to 5"),
+                             ({}, {"mismatch": 0.1}, "disagree")):
+        found = train_rl.warnings(fine, fine | now, seen, cfg, ALONE)
+        assert len(found) == 1 and words in found[0]
