@@ -223,7 +223,8 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
         for part, dtype in (("words", np.dtype("<u4")), ("rows", ROW)):
             name = os.path.join(folder, f"{split}.{part}")
             with open(name, "rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != meta["sha256"][f"{split}.{part}"]:
+                digest = hashlib.file_digest(f, "sha256").hexdigest()
+                if digest != meta["sha256"][f"{split}.{part}"]:
                     raise ValueError(f"{name}: damaged: its contents do not match their sha256; "
                                      f"delete {folder}")
             size = os.path.getsize(name) // dtype.itemsize

@@ -50,7 +50,6 @@ class Config:
     n_val: int = 2_000             # rows in each held-out file, on test names only
     min_facts: int = 2             # fewest facts in a pre-training document
     max_facts: int = 4             # most facts in a pre-training document, each on its own name
-    slip: float = 0.15             # share of restated facts that are wrong at first
     exact_repeat: float = 0.3      # share of pt.jsonl with an exact repeat as second half
     max_chat_facts: int = 6        # a chat's context holds 1 to this many facts
 
@@ -92,7 +91,6 @@ NAMES = {split: [n for n in _all if split_of(n) == split] for split in ("train",
 
 FACTS = {"en": ("{n}'s {a} is {v}.", "The {a} of {n} is {v}."),
          "zh": ("{n}的{a}是{v}。", "说到{a}，{n}是{v}。")}
-SLIP = {"en": "{w}, no, {v}", "zh": "{w}，不，{v}"}  # in place of the value
 STATED = re.compile(r"(?: is |是)(\w+)[.。]")  # the value in each of FACTS; no name has a 是
 QUESTIONS = {"en": ("What is {n}'s {a}?", "Tell me the {a} of {n}."),
              "zh": ("{n}的{a}是什么？", "请告诉我{n}的{a}。")}
@@ -156,36 +154,16 @@ def _half(fs: list[Fact], lang: str, form: int) -> str:
     return SPACE[lang].join(fact_text(fact, lang, form) for fact in fs)
 
 
-def _restated(r: Random, fs: list[Fact], lang: str, slip: float) -> tuple[list[Fact], float]:
-    """The facts with some slips put in place of the value, and log2 P of just these slips."""
-    found, log_p = [], 0.0
-    for fact in fs:
-        if r.random() >= slip:
-            found.append(fact)
-            log_p += log2(1 - slip)
-            continue
-        others = [v for v in VALUES[fact.attribute] if v != fact.value]
-        wrong, i = r.choice(others), LANGS.index(lang)
-        said = SLIP[lang].format(w=wrong[i], v=fact.value[i])
-        found.append(fact._replace(value=(said, said)))
-        log_p += log2(slip / len(others))
-    return found, log_p
-
-
-def pt_document(r: Random, split: str, min_facts: int, max_facts: int, exact_repeat: float,
-                slip: float = 0.0) -> dict:
+def pt_document(r: Random, split: str, min_facts: int, max_facts: int, exact_repeat: float) -> dict:
     """{"text", "lang" of the first half, "bits" = -log2 P(text)}."""
     fs = facts(r, split, r.choice(range(min_facts, max_facts + 1)))
     lang = r.choice(LANGS)
     first = second = _half(fs, lang, r.choice((0, 1)))
-    log_p = len(fs) * log2(1 - slip)
     if r.random() >= exact_repeat:
-        again = r.choice(LANGS)
-        said, log_p = _restated(r, r.sample(fs, len(fs)), again, slip)
-        second = _half(said, again, r.choice((0, 1)))
+        second = _half(r.sample(fs, len(fs)), r.choice(LANGS), r.choice((0, 1)))
     bits = 2 + log2(max_facts - min_facts + 1) + name_bits(len(fs), len(NAMES[split]))
     bits += sum(log2(len(VALUES)) + log2(len(VALUES[f.attribute])) for f in fs)
-    fresh = (1 - exact_repeat) / (4 * factorial(len(fs))) * 2**log_p
+    fresh = (1 - exact_repeat) / (4 * factorial(len(fs)))
     bits -= log2(fresh + exact_repeat * (second == first))
     return {"text": first + "\n" + second, "lang": lang, "bits": bits}
 
@@ -196,8 +174,8 @@ def name_bits(k: int, n: int) -> float:
 
 
 def restated_values(text: str) -> list[tuple[int, int]]:
-    """(start, end) in characters of each value stated right in a document's second half: the places
-    where a model that has read the first half needs no luck."""
+    """(start, end) in characters of each value in a document's second half: the places where a
+    model that has read the first half needs no luck."""
     return [m.span(1) for m in STATED.finditer(text, text.index("\n"))]
 
 
@@ -333,7 +311,7 @@ def floors(docs: list[dict], split: str, n_names: int) -> dict[str, float]:
     for a reader who knows that a name is one of n_names."""
     bits, size = Counter(), Counter()
     for doc in docs:
-        k = len(STATED.findall(doc["text"].partition("\n")[0]))
+        k = len(restated_values(doc["text"]))
         more = name_bits(k, n_names) - name_bits(k, len(NAMES[split]))
         for key in (doc["lang"], "all"):
             bits[key] += doc["bits"] + more
@@ -363,8 +341,8 @@ def check(cfg: Config) -> None:
     """Raises ValueError for what cannot be generated."""
     names = min(map(len, NAMES.values()))
     lowest = {"n_train": 1, "n_chat": 1, "n_pairs": 1, "n_prompts": 1, "n_val": 1, "min_facts": 1,
-              "max_facts": cfg.min_facts, "max_chat_facts": 1, "exact_repeat": 0, "slip": 0}
-    highest = {"max_facts": names, "max_chat_facts": names - 1, "exact_repeat": 1, "slip": 0.9}
+              "max_facts": cfg.min_facts, "max_chat_facts": 1, "exact_repeat": 0}
+    highest = {"max_facts": names, "max_chat_facts": names - 1, "exact_repeat": 1}
     for key, low in lowest.items():
         if getattr(cfg, key) < low:
             raise ValueError(f"{key} {getattr(cfg, key)} must be at least {low}")
@@ -383,10 +361,8 @@ def generate(cfg: Config) -> dict[str, list[dict]]:
         return [make(r, *args) for _ in range(n)]
 
     sizes, most = (cfg.min_facts, cfg.max_facts), cfg.max_chat_facts
-    return {"pt": rows("pt", cfg.n_train, pt_document, "train", *sizes, cfg.exact_repeat,
-                       cfg.slip),
-            "pt_heldout": rows("pt_heldout", cfg.n_val, pt_document, "test", *sizes, 0.0,
-                               cfg.slip),
+    return {"pt": rows("pt", cfg.n_train, pt_document, "train", *sizes, cfg.exact_repeat),
+            "pt_heldout": rows("pt_heldout", cfg.n_val, pt_document, "test", *sizes, 0.0),
             "chat": rows("chat", cfg.n_chat, chat, "train", most),
             "chat_heldout": rows("chat_heldout", cfg.n_val, chat, "test", most),
             "pairs": rows("pairs", cfg.n_pairs, pair, "train", most),

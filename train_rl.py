@@ -7,10 +7,10 @@ Reinforcement learning: raise the reward model's score, and stay near where we s
     J = E[ r ] - beta KL(policy || reference)         r = (score - mean) / std, clipped to +-5
 
 Each step answers some prompts `group` times with the policy as it is, scores the replies, and makes
-better ones likelier. The KL term is put into the reward of each reply (its estimate k1 = log P - log
-P_ref, summed over the tokens): of the usual places this gives the exact gradient of J (README). Then
+better ones likelier. The KL term is put into the reward of each reply (its estimate k1 = log P -
+log P_ref, summed over the tokens): this gives the exact gradient of J (README). Then
 
-    R = r - beta k1,   A = R - mean R of the other replies to the same prompt   (RLOO: Ahmadian 2024)
+    R = r - beta k1,  A = R - mean R of the other replies to the same prompt  (RLOO: Ahmadian 2024)
     L_RL = - mean over replies of  min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A)
 
 with ratio = P(reply) / P(reply) when it was sampled: 1 in the first update of a rollout, where L_RL

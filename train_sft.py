@@ -276,8 +276,8 @@ def train(cfg: Config, dist: Dist) -> None:
     tokens = int(splits["train"].lengths().sum())
     learnt = int((splits["train"].words >> 31).sum())
     print0(f"{count_parameters(config):,} parameters; {len(splits['train']):,} chats of {tokens:,} "
-           f"tokens, {learnt / tokens:.0%} supervised, in {len(packed.bins):,} windows of {length}, "
-           f"{tokens / len(packed.bins) / length:.0%} full; {max_steps:,} steps, "
+           f"tokens, {learnt / tokens:.0%} supervised, in {len(packed.bins):,} windows of {length}"
+           f", {tokens / len(packed.bins) / length:.0%} full; {max_steps:,} steps, "
            f"{max_steps * per_step / len(packed.bins):.2f} epochs")
     optimizers = make_optimizers(model, cfg)
     first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text)

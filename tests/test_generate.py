@@ -153,7 +153,7 @@ def test_max_tokens_is_the_length_and_must_fit(model):
     for prompts, n, message in (
             ([[1, 2], [3]], 63, "a prompt of 2 tokens and --max_tokens=63 are more than the 64 the "
                                 "model can read; --max_tokens=62 fits"),
-            ([[1] * 64], 1, "a prompt of 64 tokens .* the 64 the model can read; shorten the prompt"),
+            ([[1] * 64], 1, "a prompt of 64 tokens .* the 64 the model can read; shorten"),
             ([[1], []], 1, "at least one token")):
         for cache in (True, False):
             with pytest.raises(ValueError, match=message):

@@ -80,8 +80,8 @@ def test_two_processes_are_one(stage, tiny, reward, tmp_path):
     changed = [f"--{f.name}={getattr(two, f.name)}" for f in fields(two)
                if getattr(two, f.name) != f.default]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-         f"train_{stage}.py", *changed], cwd=ROOT, capture_output=True, text=True, timeout=200,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         f"train_{stage}.py", *changed], cwd=ROOT, capture_output=True, text=True, timeout=60,
         env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     one, both = ([float.fromhex(x) for x in losses(c.out_dir)] for c in (cfg, two))
