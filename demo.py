@@ -284,7 +284,7 @@ def judge_rl(out: Path, config: dict) -> tuple[list[str], list[Gate]]:
 def samples(world: Path, models: dict[str, tuple[Transformer, Tokenizer]], seed: int) -> list[str]:
     """Five sampled answers of each stage in each language."""
     lines = ["## Five answers, sampled"]
-    rows = read_rows(world / "prompts_heldout.jsonl")[1000:]
+    rows = read_rows(world / "prompts_heldout.jsonl")[-100:]
     for lang in LANGS:
         some = [row for row in rows if row["lang"] == lang][:5]
         said = {stage: answers(*pair, [row["prompt"] for row in some], 1.0, seed)
@@ -330,7 +330,9 @@ def main() -> None:
     world, data, tok = (os.path.join(cfg.out_dir, n) for n in ("world", "data", "tokenizer.txt"))
     text = f"{world}/pt.jsonl"
     if not os.path.exists(f"{world}/floor.json"):
-        run("toyworld.py", f"--out_dir={world}", f"--seed={cfg.seed}", f"--n_train={cfg.n_train}")
+        less = [] if cfg.share == 1 else ["--n_chat=4000", "--n_pairs=2000", "--n_val=200"]
+        run("toyworld.py", f"--out_dir={world}", f"--seed={cfg.seed}", f"--n_train={cfg.n_train}",
+            *less)
     if not os.path.exists(tok):
         run("tokenizer.py", f"--input={text},{world}/chat.jsonl", "--vocab_size=512",
             f"--out={tok}")

@@ -81,7 +81,7 @@ def test_the_ladder_is_climbed_in_small_and_the_same_command_goes_on(tmp_path):
     """All stages at a twentieth of their steps, directions only: PT below the unigram entropy, SFT
     loss down, RM better than at its start, a DPO margin, a KL that is none below 0 and J within
     what the KL allows; then again, with nothing to do."""
-    command = [sys.executable, "demo.py", f"--out_dir={tmp_path}", "--n_train=4000", "--share=0.05"]
+    command = [sys.executable, "demo.py", f"--out_dir={tmp_path}", "--n_train=4000", "--share=0.04"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     text = (tmp_path / "report.md").read_text()

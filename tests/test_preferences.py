@@ -229,19 +229,16 @@ def test_the_other_ways_run_and_are_finite(tiny, reward, tmp_path, change):
     assert all(0 <= row["clipped"] <= 1 and row["k3"] >= -1e-6 for row in steps)
 
 
-def test_a_reward_for_one_token_is_found(tiny, reward, tmp_path, monkeypatch):
-    """With the share of `e` in a reply as its score, replies fill with it: the loop learns."""
-    def score(judge, rows, cfg, dist):
-        return torch.tensor([sum(t == ord("e") for t, m in zip(*row) if m) / sum(row.mask)
-                             for row in rows]) * 10
-    monkeypatch.setattr(train_rl, "score", score)
+def test_replies_learn_to_end(tiny, reward, tmp_path, monkeypatch):
+    """With equal scores for all, the price of not ending is all there is to learn."""
+    monkeypatch.setattr(train_rl, "score", lambda judge, rows, cfg, dist: torch.zeros(len(rows)))
     cfg = settings("rl", tiny, tmp_path / "run", reward, max_steps=40, learning_rate=3e-3, beta=0.0,
                    prompts_per_step=8, group=8, batch_size=64, rollout_size=64, eval_every=40,
                    save_every=40, eval_prompts=16)
     train_rl.train(cfg, ALONE)
     rows = [json.loads(line) for line in open(f"{cfg.out_dir}/log.jsonl")]
-    raw = [row["raw"] for row in rows if "loss" in row]
-    assert np.mean(raw[-5:]) > 3 * np.mean(raw[:5]) + 0.5
+    ended = [row["ended"] for row in rows if "loss" in row]
+    assert np.mean(ended[:3]) < 0.2 and np.mean(ended[-5:]) > 0.9
 
 
 def test_warnings_of_rl():
