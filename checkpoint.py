@@ -182,7 +182,7 @@ def restore(cfg, kind: str, optimizers: list, tokenizer: str) -> tuple[int, dict
     if state["tokenizer"] != tokenizer:
         raise ValueError(f"{path}: made with another tokenizer than {cfg.init_from}")
     for key, value in state["config"].items():
-        if getattr(cfg, key) != value and key not in ("resume", "device"):
+        if getattr(cfg, key, value) != value and key not in ("resume", "device"):
             print(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
     for optimizer, saved in zip(optimizers, state["optimizer"]):
         optimizer.load_state_dict(saved)

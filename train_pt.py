@@ -63,8 +63,8 @@ class Config:
     final_lr: float = 0.1  # learning rate at the end, as a share
     decay_fraction: float = 0.2  # wsd: share of the steps that decays
     weight_decay: float = 0.1  # of matrices
-    beta1: float = 0.9  # AdamW: memory of the mean gradient
-    beta2: float = 0.95  # AdamW: memory of its square
+    adam_beta1: float = 0.9  # AdamW: memory of the mean gradient
+    adam_beta2: float = 0.95  # AdamW: memory of its square
     grad_clip: float = 1.0  # largest norm of the gradient
     eval_every: int = 250  # steps between validations
     eval_tokens: int = 100_000  # tokens per language in a validation; the last reads everything
@@ -134,7 +134,8 @@ def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer
     groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
-        groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)]
+        groups, lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-8,
+        fused=True)]
     if muon:
         optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     for group in all_groups(optimizers):
@@ -224,7 +225,7 @@ def restore(cfg: Config, model: Transformer, optimizers: list, tok: Tokenizer) -
     if where != cfg.out_dir or not cfg.resume:
         return 0
     for key, value in state["config"].items():
-        if getattr(cfg, key) != value and key not in ("resume", "device"):
+        if getattr(cfg, key, value) != value and key not in ("resume", "device"):
             print0(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
     if len(state["optimizer"]) != len(optimizers):
         raise ValueError(f"{path}: was trained with another --optimizer")

@@ -64,8 +64,8 @@ class Config:
     final_lr: float = 0.1  # learning rate at the end, as a share
     decay_fraction: float = 0.2  # wsd: share of the steps that decays
     weight_decay: float = 0.0  # of matrices
-    beta1: float = 0.9  # AdamW: memory of the mean gradient
-    beta2: float = 0.95  # AdamW: memory of its square
+    adam_beta1: float = 0.9  # AdamW: memory of the mean gradient
+    adam_beta2: float = 0.95  # AdamW: memory of its square
     grad_clip: float = 1.0  # largest norm of the gradient
     lora_rank: int = 0  # learn so thin a change of each matrix only; 0: all weights
     lora_alpha: float = 32.0  # the change is scaled by alpha / rank
@@ -216,7 +216,8 @@ def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer
     groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
-        groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)]
+        groups, lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-8,
+        fused=True)]
     if muon:
         optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     for group in all_groups(optimizers):
