@@ -128,8 +128,8 @@ def judge_pt(world: Path, model: Transformer, tok: Tokenizer, seed: int) -> tupl
     untrained = Transformer(model.config).eval()
     lines = ["## Pre-training: values restated in a document's second half", "",
              "In the control the model does not see the first half and can only guess. The floor "
-             "is the entropy of the documents to a reader who knows how they are made but not which "
-             "names are held out.", "",
+             "is the entropy of the documents to a reader who knows how they are made but not "
+             "which names are held out.", "",
              "| language | bits/byte before | after | floor | after / floor | values before "
              "| after | control |", "|---|---|---|---|---|---|---|---|"]
     gates = []
@@ -197,7 +197,8 @@ def judge_answers(world: Path, models: dict[str, tuple[Transformer, Tokenizer]],
              "Right: the value that the context gives, in any of the four styles, ended. Styles "
              "and score are those of sampled replies; the score is the program's, which was not "
              "asked in training: 3 direct, 1.5 terse or padded, 0 hedged, -4 a wrong value, -6 "
-             "neither. A win is a higher score than the SFT model's reply to the same question, a tie half of one.", "",
+             "neither. A win is a higher score than the SFT model's reply to the same question, "
+             "a tie half of one.", "",
              "| stage | right en | right zh | right sampled | " + " | ".join(STYLES)
              + " | score | wins |", "|---" * 10 + "|"]
     for stage, f in figures.items():
@@ -247,8 +248,8 @@ def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
                                                * (1 if d > 0 else -1 if d < 0 else 1))
     lines = ["## Reward model on held-out pairs", "",
              "Labels were drawn with probability sigmoid(difference of scores), so the best "
-             "possible log-loss and the true gaps are known.", "", "| | measured | known or control |",
-             "|---|---|---|"]
+             "possible log-loss and the true gaps are known.", "",
+             "| | measured | known or control |", "|---|---|---|"]
     for key, credits in strict.items():
         share = sum(credits) / len(credits)
         lines.append(f"| ordered as the known scores, {key} | {plus_minus(share, len(credits))} "
