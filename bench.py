@@ -308,8 +308,8 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     race = Race("stages", {f"{n} replies at once": partial(
         lambda n: list(generate(net, prompts[:n], 32)), n) for n in (1, 64)}, cfg)
     for (name, seconds), n in zip(race.seconds.items(), (1, 64)):
-        race.row(name, 32 * n / seconds, "tok/s", of_one=32 * n / seconds / (32 / next(
-            iter(race.seconds.values()))))
+        race.row(name, 32 * n / seconds, "tok/s",
+                 of_one=n * race.seconds["1 replies at once"] / seconds)
     yield race
 
 

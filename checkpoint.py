@@ -168,13 +168,14 @@ def restore(cfg, kind: str, optimizers: list, tokenizer: str) -> tuple[int, dict
     """Where a run of a later stage goes on: the step and the state that `cfg.resume` asks for, with
     the optimizers loaded; (0, {}) for a fresh start. Raises ValueError if the newest checkpoint in
     `cfg.out_dir` does not fit, or if a fresh run would be mixed with an older one."""
+    say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
     found = list_checkpoints(cfg.out_dir)
     if found and not cfg.resume:
         raise ValueError(f"{cfg.out_dir} holds a run already: go on with --resume, or give another "
                          "--out_dir")
     if not found:
         if cfg.resume:
-            print(f"nothing to resume in {cfg.out_dir}: starting at step 0")
+            say(f"nothing to resume in {cfg.out_dir}: starting at step 0")
         return 0, {}
     state, path = load(cfg.out_dir)
     if state["kind"] != kind:
@@ -183,8 +184,10 @@ def restore(cfg, kind: str, optimizers: list, tokenizer: str) -> tuple[int, dict
         raise ValueError(f"{path}: made with another tokenizer than {cfg.init_from}")
     for key, value in state["config"].items():
         if getattr(cfg, key, value) != value and key not in ("resume", "device"):
-            print(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
+            say(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
+    if len(state["optimizer"]) != len(optimizers):
+        raise ValueError(f"{path}: was trained with another --optimizer")
     for optimizer, saved in zip(optimizers, state["optimizer"]):
         optimizer.load_state_dict(saved)
-    print(f"loaded {path}")
+    say(f"loaded {path}")
     return state["step"], state

@@ -246,10 +246,10 @@ class FieldError(Exception):
 def parse_records(batch: Batch, read: Callable[[dict], Any]) -> Iterator[Any | BadLine]:
     """What `read` makes of each object of a batch of JSONL lines; a BadLine for everything else,
     and for a record of which `read` raises FieldError."""
+    if not batch.path.endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"{batch.path}: not a .jsonl or .jsonl.gz file")
     for number, raw in enumerate(batch.items, batch.first):
         try:
-            if not batch.path.endswith((".jsonl", ".jsonl.gz")):
-                raise ValueError(f"{batch.path}: not a .jsonl or .jsonl.gz file")
             if raw is None:
                 raise _Bad(1, "line too long", "more than 16 MB")
             if not raw.removeprefix(BOM).strip():

@@ -171,6 +171,27 @@ def mix(*values: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")
 
 
+class Order:
+    """An endless stream of range(n), in a new order each epoch: a pure function of (seed, place).
+    Raises ValueError when there is nothing to draw from."""
+
+    def __init__(self, n: int, seed: int, name: str = "the data"):
+        if not n:
+            raise ValueError(f"{name}: no example to train on")
+        self.n, self.seed = n, seed
+        self.block = lru_cache(maxsize=2)(self.block)
+
+    def take(self, start: int, size: int) -> list[int]:
+        """Places start … start + size - 1 of the stream."""
+        places = (divmod(i, self.n) for i in range(start, start + size))
+        return [self.block(epoch, i // BLOCK)[i % BLOCK] for epoch, i in places]
+
+    def block(self, epoch: int, block: int) -> list[int]:
+        """The next BLOCK places of an epoch: numpy costs as much for one as for hundreds."""
+        index = np.arange(block * BLOCK, min((block + 1) * BLOCK, self.n))
+        return shuffled(index, self.n, mix(self.seed, epoch)).tolist()
+
+
 class Windows:
     """Windows of `length` tokens, and the token behind each, over all training files.
 
@@ -189,16 +210,15 @@ class Windows:
             folder = os.path.dirname(files[0].path) if files else "the data"
             raise ValueError(f"{folder}: the training split is shorter than one window of {length} "
                              "tokens")
-        self.order = lru_cache(maxsize=2)(self.order)
+        self.order = Order(self.n, seed)
         self.offsets = lru_cache(maxsize=2)(self.offsets)
 
     def batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
         """Samples start … start + size - 1 of the endless stream as inputs and targets, both
         (size, length) int64. Raises ValueError for an id outside the vocabulary."""
         rows = np.empty((size, self.length + 1), np.int64)
-        for i in range(size):
-            epoch, index = divmod(start + i, self.n)
-            window = self.order(epoch, index // BLOCK)[index % BLOCK]
+        for i, window in enumerate(self.order.take(start, size)):
+            epoch = (start + i) // self.n
             source = bisect_right(self.firsts, window) - 1
             at = self.offsets(epoch)[source] + (window - self.firsts[source]) * self.length
             rows[i] = self.ids[source][at:at + self.length + 1]
@@ -207,11 +227,6 @@ class Windows:
                 check_ids(file, file.ids)
         both = torch.from_numpy(rows)
         return both[:, :-1], both[:, 1:]
-
-    def order(self, epoch: int, block: int) -> list[int]:
-        """The next BLOCK windows of an epoch: numpy costs as much for one as for hundreds."""
-        index = np.arange(block * BLOCK, min((block + 1) * BLOCK, self.n))
-        return shuffled(index, self.n, mix(self.seed, epoch)).tolist()
 
     def offsets(self, epoch: int) -> list[int]:
         """Where the first window of each file starts, as far in as the file has room for."""
@@ -253,6 +268,12 @@ def id_type(tok: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tok.n_vocab <= 1 << 16 else "<u4")
 
 
+def draw_split(raw: bytes, val_fraction: float) -> str:
+    """"val" or "train", by a hash: the same text is always on the same side."""
+    draw = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") / 2**64
+    return "val" if draw < val_fraction else "train"
+
+
 def encode_batch(batch: Batch, tokenizer: str, text_field: str, val_fraction: float):
     """A worker's share: {(split, lang): (id bytes, text bytes, documents)}, the bad lines, and how
     much was read."""
@@ -264,8 +285,7 @@ def encode_batch(batch: Batch, tokenizer: str, text_field: str, val_fraction: fl
             bad.append(item)
             continue
         raw = item.text.encode()
-        draw = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") / 2**64
-        part = parts.setdefault(("val" if draw < val_fraction else "train", item.lang), [[], 0, 0])
+        part = parts.setdefault((draw_split(raw, val_fraction), item.lang), [[], 0, 0])
         part[0].append(np.array(tok.encode_ordinary(item.text) + [tok.endoftext], id_type(tok)))
         part[1] += len(raw)
         part[2] += 1

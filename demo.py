@@ -24,10 +24,10 @@ import torch.nn.functional as F
 
 from configurator import configure, fail
 from corpus import write_text
-from generate import generate, load_model
+from generate import load_model, replies
 from model import Transformer
 from tokenizer import Tokenizer, render
-from toyworld import GOLD, LANGS, STYLES, grade, read_fact, restated_values
+from toyworld import LANGS, STYLES, grade, read_fact, restated_values
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,9 @@ def answers(model: Transformer, tok: Tokenizer, prompts: list[list[dict]],
     found = []
     for at in range(0, len(prompts), 64):
         ids = [render(tok, p, add_generation_prompt=True)[0] for p in prompts[at:at + 64]]
-        replies: list[list[int]] = [[] for _ in ids]
-        for step in generate(model, ids, 48, stop=(tok.im_end,), temperature=temperature,
-                             seed=seed + at):
-            for reply, token in zip(replies, step):
-                reply += [token] * (token is not None)
         found += [tok.decode(r[:-1]) if r[-1] == tok.im_end else tok.decode(r) + "…"
-                  for r in replies]
+                  for r in replies(model, ids, 48, stop=(tok.im_end,), temperature=temperature,
+                                   seed=seed + at)]
     return found
 
 
@@ -296,8 +292,8 @@ def samples(world: Path, models: dict[str, tuple[Transformer, Tokenizer]], seed:
     return [*lines, ""]
 
 
-def report(cfg: Config, seconds: float) -> tuple[str, list[Gate]]:
-    """Judge all stages; the report as Markdown, and the gates."""
+def report(cfg: Config, seconds: float) -> str:
+    """Judge all stages; the report as Markdown, its gates first."""
     out = Path(cfg.out_dir)
     world = out / "world"
     models = {stage: load_model(str(out / stage), torch.device("cpu"), torch.float32)
@@ -319,7 +315,7 @@ def report(cfg: Config, seconds: float) -> tuple[str, list[Gate]]:
     lines = [*table, "", *lines, *samples(world, models, cfg.seed),
              f"The whole took {seconds / 60:.1f} minutes on {os.cpu_count()} cores, seed "
              f"{cfg.seed}, {cfg.share:.0%} of the steps.", ""]
-    return "\n".join(lines), gates
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -363,7 +359,7 @@ def main() -> None:
     stage("rl", f"--init_from={cfg.out_dir}/sft", f"--reward_from={cfg.out_dir}/rm",
           *held_out("prompts"))
     try:
-        text, _ = report(cfg, time.time() - start)
+        text = report(cfg, time.time() - start)
         write_text(os.path.join(cfg.out_dir, "report.md"), text)
     except ValueError as error:
         fail(f"{error}")

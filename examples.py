@@ -18,7 +18,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -27,12 +27,12 @@ from torch import Tensor
 
 from corpus import (BadLine, BadLines, Batch, FieldError, Progress, find_files, language, parallel,
                     parse_records, read_batches, write_text)
-from data import BLOCK, IGNORE, cached_tokenizer, mix, shuffled
+from data import IGNORE, Order, cached_tokenizer, draw_split, read_json
 from tokenizer import ROLES, Tokenizer, render
 
 Kind = Literal["chat", "pair", "prompt"]
-ROW = np.dtype([("end", "<i8"), ("lang", "S8"), ("margin", "<f4")])  # of words.bin: where it ends
-LEARN = np.uint32(1 << 31)  # flag on a token id in words.bin: to be learnt
+ROW = np.dtype([("end", "<i8"), ("lang", "S8"), ("margin", "<f4")])  # end: place in .words
+LEARN = np.uint32(1 << 31)  # flag on a token id in .words: to be learnt
 
 
 class Row(NamedTuple):
@@ -113,11 +113,16 @@ def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str
     return key, [(lang, margin, rows) for margin, rows in groups], counts
 
 
+def reply_end(mask: list[int]) -> int:
+    """Where the last reply of a row ends, its <|im_end|> included."""
+    return len(mask) - mask[::-1].index(1)
+
+
 def reply_row(tok: Tokenizer, prompt: list[dict], reply: str) -> Row:
     """A prompt and one reply to it; it ends at the reply's <|im_end|>, where a score is read."""
     ids, mask = render(tok, [*prompt, {"role": "assistant", "content": reply}])
     start = len(render(tok, prompt)[0])  # earlier turns of the assistant are no part of the reply
-    last = len(mask) - mask[::-1].index(1)
+    last = reply_end(mask)
     return Row(ids[:last], [0] * start + mask[start:last])
 
 
@@ -154,9 +159,7 @@ def encode_batch(batch: Batch, kind: Kind, tokenizer: str, max_len: int, val_fra
             continue
         key, groups, found = item
         counts, n = counts + found, n + 1
-        digest = hashlib.blake2b(key.encode(errors="replace"), digest_size=8).digest()
-        draw = int.from_bytes(digest, "little") / 2**64
-        words, rows = parts["val" if draw < val_fraction else "train"]
+        words, rows = parts[draw_split(key.encode(errors="replace"), val_fraction)]
         for lang, margin, group in groups:
             for ids, mask in group:
                 learn = np.where(np.array(mask, bool), LEARN, np.uint32(0))
@@ -210,11 +213,7 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
     job = {"files": [(f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files], "kind": kind,
            "tokenizer": tok.sha256, "settings": [max_len, val_fraction, on_bad_line], "version": 1}
     job = json.loads(json.dumps(job))  # as it will be read back
-    meta_path = os.path.join(folder, "meta.json")
-    meta = None
-    if os.path.exists(meta_path):
-        with open(meta_path, encoding="utf-8") as f:
-            meta = json.load(f)
+    meta = read_json(os.path.join(folder, "meta.json"))
     if not meta or meta["job"] != job:
         meta = prepare(files, kind, tok, job, folder)
     found = {}
@@ -232,6 +231,17 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
                           else np.zeros(0, dtype))
         found[split] = Rows(*arrays, 2 if kind == "pair" else 1, f"{paths} ({split})")
     return found
+
+
+def load_splits(cfg, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[Rows, Rows]:
+    """What a stage trains on and what it is judged by: `cfg.val_data`, or a part of `cfg.data`."""
+    found = load_examples(cfg.data, kind, tok, max_len, f"{cfg.out_dir}/data",
+                          0.0 if cfg.val_data else cfg.val_fraction, cfg.on_bad_line)
+    if not cfg.val_data:
+        return found["train"], found["val"]
+    val = load_examples(cfg.val_data, kind, tok, max_len, f"{cfg.out_dir}/val_data", 0.0,
+                        cfg.on_bad_line)
+    return found["train"], val["train"]
 
 
 def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str) -> dict:
@@ -256,7 +266,6 @@ def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str
             bad_lines.add(bad)
             counts, n = counts + found, n + n_new
             for split, (words, rows) in parts.items():
-                rows = rows.copy()
                 rows["end"] = np.cumsum(rows["end"]) + ends[split]
                 ends[split] += len(words) // 4
                 for name, raw in ((f"{split}.words", words), (f"{split}.rows", rows.tobytes())):
@@ -290,26 +299,6 @@ def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str
 
 
 # ---------------------------------------------------------------------------- batches
-
-class Order:
-    """An endless stream of range(n), in a new order each epoch: a pure function of (seed, place).
-    Raises ValueError when there is nothing to draw from."""
-
-    def __init__(self, n: int, seed: int, name: str = "the data"):
-        if not n:
-            raise ValueError(f"{name}: no example to train on")
-        self.n, self.seed = n, seed
-        self.block = lru_cache(maxsize=2)(self.block)
-
-    def take(self, start: int, size: int) -> list[int]:
-        """Places start … start + size - 1 of the stream."""
-        places = (divmod(i, self.n) for i in range(start, start + size))
-        return [self.block(epoch, i // BLOCK)[i % BLOCK] for epoch, i in places]
-
-    def block(self, epoch: int, block: int) -> list[int]:
-        index = np.arange(block * BLOCK, min((block + 1) * BLOCK, self.n))
-        return shuffled(index, self.n, mix(self.seed, epoch)).tolist()
-
 
 def pack(lengths: list[int], size: int) -> list[list[int]]:
     """Numbers of rows in bins of `size` tokens, best fit decreasing: the longest first, each into
@@ -381,7 +370,7 @@ def pad_right(rows: list[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def prompt_of(row: Row) -> list[int]:
     """The token ids in front of the last reply."""
-    end = len(row.mask) - row.mask[::-1].index(1)
+    end = reply_end(row.mask)
     while end and row.mask[end - 1]:
         end -= 1
     return row.ids[:end]

@@ -132,16 +132,23 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
             return
 
 
+def replies(model: Transformer, prompts: list[list[int]], max_tokens: int,
+            **settings) -> list[list[int]]:
+    """The ids that follow each prompt, the stop id included. Settings are those of `generate`."""
+    found: list[list[int]] = [[] for _ in prompts]
+    for ids in generate(model, prompts, max_tokens, **settings):
+        for reply, token in zip(found, ids):
+            if token is not None:
+                reply.append(token)
+    return found
+
+
 def complete(model: Transformer, tok: Tokenizer, prompts: list[list[int]], max_tokens: int,
              **settings) -> list[str]:
     """The text that follows each prompt, without the stop token."""
-    texts: list[list[int]] = [[] for _ in prompts]
     stop = settings.get("stop", ())
-    for ids in generate(model, prompts, max_tokens, **settings):
-        for text, token in zip(texts, ids):
-            if token is not None and token not in stop:
-                text.append(token)
-    return [tok.decode(text) for text in texts]
+    return [tok.decode([token for token in reply if token not in stop])
+            for reply in replies(model, prompts, max_tokens, **settings)]
 
 
 def load_model(where: str, device: torch.device,

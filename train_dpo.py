@@ -37,10 +37,10 @@ import runtime
 from configurator import configure
 from corpus import Progress
 from costs import count_parameters, flops_per_token, training_memory
-from data import IGNORE, mix
-from examples import (Order, Row, Rows, in_batches, load_examples, micro_batches, pad_right,
+from data import IGNORE, Order, mix
+from examples import (Row, Rows, in_batches, load_splits, micro_batches, pad_right,
                       pair_batch, prompt_of, spread)
-from generate import generate, load_model
+from generate import load_model, replies
 from model import Transformer
 from runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
@@ -151,14 +151,13 @@ def reference_logps(model: Transformer, rows: Rows, used: list[int], name: str, 
     out_dir if it holds those of just these weights and pairs, else computed and kept. What was kept
     is tried on one batch. Raises ValueError if that differs."""
     path = Path(cfg.out_dir, f"{name}_ref_logps.npy")
-    weights = hashlib.sha256(Path(model.path).read_bytes()).hexdigest()
+    with open(model.path, "rb") as f:
+        weights = hashlib.file_digest(f, "sha256").hexdigest()
     meta = Path(cfg.out_dir, "val_data" if name == "val" and cfg.val_data else "data", "meta.json")
     key = json.dumps([weights, json.loads(meta.read_text())["sha256"], str(dist.dtype),
                       hashlib.sha256(repr(used).encode()).hexdigest()])
     note = path.with_suffix(".json")
-    with runtime.first_rank_first(dist):
-        kept = path.exists() and note.exists() and note.read_text() == key
-    if not kept:
+    if not (path.exists() and note.exists() and note.read_text() == key):
         found = np.full((len(rows), 2), np.nan)
         found[used] = pair_logps(model, rows, used, cfg, dist)
         if dist.rank == 0:
@@ -217,19 +216,16 @@ def sample_replies(model: Transformer, tok: Tokenizer, rows: Rows, cfg: Config,
     kls, lengths, stops, shown = [], [], [], set()
     for batch in in_batches(chosen, 32):
         prompts = [prompt_of(rows.example(i)[0]) for i in batch]
-        replies: list[list[int]] = [[] for _ in batch]
-        for step in generate(model, prompts, cfg.answer_tokens, stop=(tok.im_end,),
-                             seed=mix(cfg.seed, batch[0])):
-            for reply, token in zip(replies, step):
-                reply += [token] * (token is not None)
-        full = [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, replies)]
+        said = replies(model, prompts, cfg.answer_tokens, stop=(tok.im_end,),
+                       seed=mix(cfg.seed, batch[0]))
+        full = [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, said)]
         idx, targets, _ = (t.to(dist.device) for t in pad_right(full, 0))
         own, n = reply_logps(model, model.lm_head.weight, idx, targets, dist)
         ref, _ = reply_logps(reference, reference.lm_head.weight, idx, targets, dist)
         kls += (own - ref).tolist()
         lengths += n.tolist()
-        stops += [reply[-1] == tok.im_end for reply in replies]
-        for i, prompt, reply in zip(batch, prompts, replies):
+        stops += [reply[-1] == tok.im_end for reply in said]
+        for i, prompt, reply in zip(batch, prompts, said):
             if rows.lang(i) not in shown:
                 shown.add(rows.lang(i))
                 text = f"{tok.decode(prompt)}»{tok.decode(reply)}".replace("\n", "⏎")
@@ -313,11 +309,7 @@ def train(cfg: Config, dist: Dist) -> None:
 
     # same in every train_*.py: pairs
     with runtime.first_rank_first(dist):
-        splits = load_examples(cfg.data, "pair", tok, length, f"{cfg.out_dir}/data",
-                               0.0 if cfg.val_data else cfg.val_fraction, cfg.on_bad_line)
-        val = load_examples(cfg.val_data, "pair", tok, length, f"{cfg.out_dir}/val_data",
-                            0.0, cfg.on_bad_line)["train"] if cfg.val_data else splits["val"]
-    pairs = splits["train"]
+        pairs, val = load_splits(cfg, "pair", tok, length)
     if not len(val):
         raise ValueError(f"{cfg.data}: no pair fell into the held-out part: raise --val_fraction "
                          "or give --val_data")
@@ -357,8 +349,9 @@ def train(cfg: Config, dist: Dist) -> None:
     for step in range(first, max_steps + 1):
         last = step == max_steps
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
-            found = {"pairs": evaluate(model, val, ref_val, cfg, dist, last), "samples":
-                     sample_replies(model, tok, val, cfg, dist) if cfg.eval_samples else {}}
+            found = start if step == 0 else {
+                "pairs": evaluate(model, val, ref_val, cfg, dist, last), "samples":
+                sample_replies(model, tok, val, cfg, dist) if cfg.eval_samples else {}}
             for name, r in found["pairs"].items():
                 print0(f"val at step {step:,} | {name} loss {r['loss']:.4f}, accuracy "
                        f"{r['accuracy']:.1%}, margin {r['margin']:.3f} = {r['chosen_reward']:+.3f} "

@@ -21,7 +21,6 @@ A reply that does not end gets 1 less than the worst of its step. Sampled ids ar
 they are, never decoded and encoded again. Nothing but temperature 1 is sampled from: a cut
 distribution is not the one that the gradient is of.
 """
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -36,9 +35,9 @@ import checkpoint
 import runtime
 from configurator import configure
 from costs import count_parameters, flops_per_token, training_memory
-from data import IGNORE, mix
-from examples import Order, Row, Rows, in_batches, load_examples, pad_right, spread
-from generate import generate, load_model
+from data import IGNORE, Order, mix
+from examples import Row, Rows, in_batches, load_splits, pad_right, spread
+from generate import load_model, replies
 from model import ModelConfig, RewardModel, Transformer
 from runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
@@ -146,14 +145,10 @@ def write_replies(model: Transformer, prompts: list[list[int]], keys: list[int],
         part, each = prompts[at:at + cfg.rollout_size], []
         noise = torch.stack([torch.rand(cfg.answer_tokens, generator=torch.Generator()
                                         .manual_seed(key)) for key in keys[at:at + len(part)]])
-        replies: list[list[int]] = [[] for _ in part]
-        for step in generate(model, part, cfg.answer_tokens, stop=(stop,), noise=noise,
-                             logps=each):
-            for reply, token in zip(replies, step):
-                reply += [token] * (token is not None)
+        said = replies(model, part, cfg.answer_tokens, stop=(stop,), noise=noise, logps=each)
         logps = torch.stack(each, 1).cpu()
-        rows += [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(part, replies)]
-        seen += [row[:len(reply)] for row, reply in zip(logps, replies)]
+        rows += [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(part, said)]
+        seen += [row[:len(reply)] for row, reply in zip(logps, said)]
     return rows, seen
 
 
@@ -198,12 +193,12 @@ def roll_out(model: Transformer, reference: Transformer, reward: RewardModel,
     kinder = torch.stack([((b - a).exp() - 1 - (b - a)).sum() for a, b in zip(old, ref)])
     groups = (rewards - cfg.beta * kl).view(-1, cfg.group)
     lengths = torch.tensor([float(len(a)) for a in old])
-    replies = [tuple(row.ids[-len(a):]) for row, a in zip(rows, old)]
-    distinct = sum(len(set(replies[i:i + cfg.group])) for i in range(0, len(rows), cfg.group))
+    said = [tuple(row.ids[-len(a):]) for row, a in zip(rows, old)]
+    distinct = sum(len(set(said[i:i + cfg.group])) for i in range(0, len(rows), cfg.group))
     figures = {"reward": float(rewards.sum()), "raw": float(raw.sum()), "kl": float(kl.sum()),
                "k3": float(kinder.sum()), "J": float(groups.sum()), "ended": float(ended.sum()),
                "length": float(lengths.sum()), "surprise": -float(sum(a.sum() for a in old)),
-               "distinct": float(distinct) / cfg.group * cfg.group, "seconds": seconds,
+               "distinct": float(distinct), "seconds": seconds,
                "same_reward": float((groups.std(1) < 1e-6).sum()) * cfg.group,
                "mismatch": max(float((a - b).abs().max()) for a, b in zip(old, seen))}
     return Rollout(rows, old, rewards, raw, kl, advantages(groups, cfg.advantage).flatten(),
@@ -225,22 +220,21 @@ def evaluate(model: Transformer, reference: Transformer, reward: RewardModel, ro
     """Held-out prompts, answered once each at temperature 1; prints one reply per language."""
     chosen = spread(range(len(rows)), cfg.eval_prompts)
     prompts = [rows.example(i)[0].ids for i in chosen]
-    replies, _ = write_replies(model, prompts, [mix(cfg.seed, -1, i) for i in chosen], tok.im_end,
-                               cfg)
-    raw = score(reward, replies, cfg, dist)
-    logps = [reply_logps(net, replies, cfg, dist) for net in (model, reference)]
+    said, _ = write_replies(model, prompts, [mix(cfg.seed, -1, i) for i in chosen], tok.im_end, cfg)
+    raw = score(reward, said, cfg, dist)
+    logps = [reply_logps(net, said, cfg, dist) for net in (model, reference)]
     kl = torch.stack([(a - b).sum() for a, b in zip(*logps)])
     shown = set()
-    for i, prompt, row, points in zip(chosen, prompts, replies, raw):
+    for i, prompt, row, points in zip(chosen, prompts, said, raw):
         if rows.lang(i) not in shown:
             shown.add(rows.lang(i))
-            said = f"{tok.decode(prompt)}»{tok.decode(row.ids[len(prompt):])}"
-            print0(f"sample {rows.lang(i)} | {said} score {points:.2f}".replace("\n", "⏎"))
+            text = f"{tok.decode(prompt)}»{tok.decode(row.ids[len(prompt):])}"
+            print0(f"sample {rows.lang(i)} | {text} score {points:.2f}".replace("\n", "⏎"))
     normed = (raw - reward.mean.cpu()) / reward.std.cpu()
     return {"raw": float(raw.mean()), "reward": float(normed.mean()), "kl": float(kl.mean()),
             "kl_error": float(kl.std() / len(kl) ** 0.5),
-            "ended": sum(row.ids[-1] == tok.im_end for row in replies) / len(replies),
-            "length": sum(sum(row.mask) for row in replies) / len(replies)}
+            "ended": sum(row.ids[-1] == tok.im_end for row in said) / len(said),
+            "length": sum(sum(row.mask) for row in said) / len(said)}
 
 
 def warnings(start: dict, now: dict, mean: dict, cfg: Config, dist: Dist) -> list[str]:
@@ -346,11 +340,7 @@ def train(cfg: Config, dist: Dist) -> None:
         raise ValueError(f"answer_tokens {cfg.answer_tokens} leave no room for a prompt in the "
                          f"{length} tokens that the models read")
     with runtime.first_rank_first(dist):
-        splits = load_examples(cfg.data, "prompt", tok, room, f"{cfg.out_dir}/data",
-                               0.0 if cfg.val_data else cfg.val_fraction, cfg.on_bad_line)
-        val = load_examples(cfg.val_data, "prompt", tok, room, f"{cfg.out_dir}/val_data",
-                            0.0, cfg.on_bad_line)["train"] if cfg.val_data else splits["val"]
-    prompts = splits["train"]
+        prompts, val = load_splits(cfg, "prompt", tok, room)
     if not len(val):
         raise ValueError(f"{cfg.data}: no prompt fell into the held-out part: raise --val_fraction "
                          "or give --val_data")
@@ -378,7 +368,7 @@ def train(cfg: Config, dist: Dist) -> None:
         last = step == max_steps
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
             same_weights(model, dist)
-            now = evaluate(model, reference, reward, val, tok, cfg, dist)
+            now = evaluate(model, reference, reward, val, tok, cfg, dist) if step else start
             print0(f"val at step {step:,} | reward {now['reward']:+.3f} sd (score {now['raw']:.3f})"
                    f", KL {now['kl']:.3f}, J {now['reward'] - cfg.beta * now['kl']:+.3f}, "
                    f"{now['length']:.1f} tokens, {now['ended']:.1%} end")

@@ -29,10 +29,10 @@ import runtime
 from configurator import configure
 from corpus import BadLine, find_files, parse_records, read_batches
 from costs import count_parameters, flops_per_token, training_memory
-from data import mix
-from examples import (Order, Row, Rows, in_batches, load_examples, micro_batches, pad_right,
-                      pair_batch, prompt_of, rows_of, spread)
-from generate import generate, load_model
+from data import Order, mix
+from examples import (Row, Rows, in_batches, load_splits, micro_batches, pad_right,
+                      pair_batch, prompt_of, reply_end, rows_of, spread)
+from generate import load_model, replies
 from model import ModelConfig, RewardModel, Transformer
 from runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def score_pairs(model: RewardModel, rows: Rows, chosen: list[int], cfg: Config,
                 dist: Dist) -> np.ndarray:
     """(len(chosen), 2) scores of pairs, each process its share."""
     scores = np.zeros((len(chosen), 2))
-    by_length = sorted(range(len(chosen)), key=lambda i: len(rows.example(chosen[i])[0].ids))
+    by_length = sorted(range(len(chosen)), key=lambda i: rows.longest(chosen[i]))
     for i, batch in enumerate(in_batches(by_length, 2 * cfg.batch_size)):
         if i % dist.world == dist.rank:
             flat = [row for j in batch for row in rows.example(chosen[j])]
@@ -168,13 +168,11 @@ def note_spread(model: RewardModel, rows: Rows, cfg: Config, dist: Dist) -> None
     prompts = [p for p in prompts if len(p) <= room]
     scores: list[float] = []
     for at in range(0, len(prompts), 32):
-        texts = [list(p) for p in prompts[at:at + 32]]
-        for step in generate(policy, prompts[at:at + 32], cfg.answer_tokens, stop=(tok.im_end,),
-                             seed=mix(cfg.seed, at)):
-            for text, token in zip(texts, step):
-                text += [token] * (token is not None)
+        part = prompts[at:at + 32]
+        said = replies(policy, part, cfg.answer_tokens, stop=(tok.im_end,), seed=mix(cfg.seed, at))
+        rows_said = [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(part, said)]
         with torch.no_grad():
-            scores += score_rows(model, [Row(t, [1] * len(t)) for t in texts], dist).tolist()
+            scores += score_rows(model, rows_said, dist).tolist()
     if len(scores) > 1:
         model.mean.fill_(float(np.mean(scores)))
         model.std.fill_(max(float(np.std(scores)), 1e-6))
@@ -214,7 +212,7 @@ def print_scores(cfg: Config, dist: Dist) -> None:
                 print(json.dumps({"score": None, "why": "too long, or nothing to score"}))
             for _, _, rows in groups:
                 if kind == "chat":  # the newline behind the last <|im_end|> is not scored
-                    end = len(rows[0].mask) - rows[0].mask[::-1].index(1)
+                    end = reply_end(rows[0].mask)
                     rows = [Row(rows[0].ids[:end], rows[0].mask[:end])]
                 with torch.no_grad():
                     scores = score_rows(model, rows, dist).tolist()
@@ -281,11 +279,7 @@ def train(cfg: Config, dist: Dist) -> None:
 
     # same in every train_*.py: pairs
     with runtime.first_rank_first(dist):
-        splits = load_examples(cfg.data, "pair", tok, length, f"{cfg.out_dir}/data",
-                               0.0 if cfg.val_data else cfg.val_fraction, cfg.on_bad_line)
-        val = load_examples(cfg.val_data, "pair", tok, length, f"{cfg.out_dir}/val_data",
-                            0.0, cfg.on_bad_line)["train"] if cfg.val_data else splits["val"]
-    pairs = splits["train"]
+        pairs, val = load_splits(cfg, "pair", tok, length)
     if not len(val):
         raise ValueError(f"{cfg.data}: no pair fell into the held-out part: raise --val_fraction "
                          "or give --val_data")

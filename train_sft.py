@@ -31,8 +31,8 @@ import runtime
 from configurator import configure
 from costs import count_parameters, flops_per_token, training_memory
 from data import IGNORE, open_data, passages
-from examples import Packed, Rows, in_batches, load_examples, pad_right, prompt_of, spread
-from generate import generate, load_model
+from examples import Packed, Rows, in_batches, load_splits, pad_right, prompt_of, spread
+from generate import load_model, replies
 from model import Linear, Transformer
 from runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
@@ -188,12 +188,8 @@ def answer_held_out(model: Transformer, tok: Tokenizer, rows: Rows, cfg: Config)
                 learnt = zip(row.ids[len(prompt):], row.mask[len(prompt):])
                 golds.append([token for token, learn in learnt if learn])
         for at in range(0, len(prompts), 32):
-            part = prompts[at:at + 32]
-            texts: list[list[int]] = [[] for _ in part]
-            for step in generate(model, part, cfg.answer_tokens, stop=(tok.im_end,), temperature=0):
-                for text, token in zip(texts, step):
-                    text += [token] * (token is not None)
-            answers += texts
+            answers += replies(model, prompts[at:at + 32], cfg.answer_tokens, stop=(tok.im_end,),
+                               temperature=0)
         if answers:
             exact = sum(a == g for a, g in zip(answers, golds)) / len(golds)
             stops = sum(a[-1] == tok.im_end for a in answers) / len(golds)
@@ -258,11 +254,8 @@ def train(cfg: Config, dist: Dist) -> None:
                          "that the model reads")
     accumulate = check(cfg, length, dist.world)
     with runtime.first_rank_first(dist):
-        splits = load_examples(cfg.data, "chat", tok, length, f"{cfg.out_dir}/data",
-                               0.0 if cfg.val_data else cfg.val_fraction, cfg.on_bad_line)
-        val = load_examples(cfg.val_data, "chat", tok, length, f"{cfg.out_dir}/val_data",
-                            0.0, cfg.on_bad_line)["train"] if cfg.val_data else splits["val"]
-    packed = Packed(splits["train"], length, cfg.seed, cfg.pack)
+        chats, val = load_splits(cfg, "chat", tok, length)
+    packed = Packed(chats, length, cfg.seed, cfg.pack)
     per_step = cfg.batch_tokens // length
     max_steps = cfg.max_steps or math.ceil(cfg.epochs * len(packed.bins) / per_step)
     if not 0 <= cfg.warmup_steps < max_steps:
@@ -274,9 +267,9 @@ def train(cfg: Config, dist: Dist) -> None:
     print0(runtime.memory_line(training_memory(
         config, cfg.batch_size, length, accumulate, dist.dtype.itemsize,
         learnt=sum(p.numel() for p in model.parameters() if p.requires_grad)), dist))
-    tokens = int(splits["train"].lengths().sum())
-    learnt = int((splits["train"].words >> 31).sum())
-    print0(f"{count_parameters(config):,} parameters; {len(splits['train']):,} chats of {tokens:,} "
+    tokens = int(chats.lengths().sum())
+    learnt = int((chats.words >> 31).sum())
+    print0(f"{count_parameters(config):,} parameters; {len(chats):,} chats of {tokens:,} "
            f"tokens, {learnt / tokens:.0%} supervised, in {len(packed.bins):,} windows of {length}"
            f", {tokens / len(packed.bins) / length:.0%} full; {max_steps:,} steps, "
            f"{max_steps * per_step / len(packed.bins):.2f} epochs")

@@ -3,7 +3,6 @@ import gzip
 import json
 import multiprocessing
 import os
-import random
 import resource
 import shutil
 import signal

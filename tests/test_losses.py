@@ -233,7 +233,6 @@ def test_kl_in_the_reward_has_the_gradient_of_the_kl():
 
 # ---------------------------------------------------------------------------- TRL
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="tests/golden_trl.py has not been run")
 def test_golden_numbers_of_trl():
     """Inputs and results of TRL's own code, written by tests/golden_trl.py: agreement to 1e-6."""
     golden = json.loads(GOLDEN.read_text())

@@ -22,7 +22,7 @@ import runtime
 import train_pt
 from corpus import Progress, write_text
 from generate import complete, load_model
-from tokenizer import PATTERN, Tokenizer, count_pieces, dump, train_bpe
+from tokenizer import PATTERN, count_pieces, dump, train_bpe
 from toyworld import pt_document
 
 ROOT = Path(train_pt.__file__).parent
