@@ -1,0 +1,167 @@
+"""
+Prose into sentences, terms and topics, in English and Chinese.
+
+    sentences("Mr. Wu paid 3.50. 他说：“好。”然后走了。")         # spans: 3 sentences
+    terms("RAG 检索")                                           # rag 检 索 检索
+    semantic_cuts(tfidf(texts, terms), sizes, max_size=256)     # where the topic changes
+
+Topics are found by content vectors (Alemi & Ginsparg 2015, arXiv 1503.05543): of all ways to cut n
+unit vectors into segments the one with the largest sum over segments of |sum of vectors| - penalty,
+by dynamic programming. Vectors on one topic point the same way, and their sum is long.
+"""
+import math
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+STOP = re.compile(r"\n\s*\n|[。！？；…｡．.!?]+")
+CLOSING = set("”’」』）)】》〕]")
+EITHER = set("\"'*_")  # open or close, as the sentence before them has it
+ABBREVIATIONS = set("mr mrs ms dr prof st jr sr vs cf e.g i.e fig eq no vol al etc approx".split())
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Spans (start, end) of the sentences, without the white space between them. A blank line ends
+    a sentence as well, a line end does not: text may be wrapped."""
+    ends = [0]
+    for stop in STOP.finditer(text):
+        if end := _sentence_end(text, ends[-1], stop):
+            ends.append(end)
+    spans = []
+    for start, end in zip(ends, ends[1:] + [len(text)]):
+        part = text[start:end]
+        if bare := part.strip():
+            start += len(part) - len(part.lstrip())
+            spans.append((start, start + len(bare)))
+    return spans
+
+
+def _sentence_end(text: str, start: int, stop: re.Match) -> int:
+    """End of the sentence from `start` if it ends with this stop, else 0."""
+    marks, before = stop[0], text[stop.start() - 1:stop.start()]
+    if marks[0] == "\n":
+        return stop.end()
+    end = _closed(text, start, stop.end())
+    after = text[end:end + 1]
+    if text[end - 1:end + 1] == "](":  # of a link
+        return 0
+    if marks.strip(".!?．"):  # the others stand in numbers, names and addresses as well
+        return end
+    if after.strip() and (after.isascii() or not (
+            _is_han(before) or marks[0] == "．" and not before.isdigit())):
+        return 0
+    return 0 if marks == "." and _is_abbreviation(text, start, stop.start()) else end
+
+
+def _closed(text: str, start: int, end: int) -> int:
+    """Where the marks behind `end` that close something of the sentence from `start` end."""
+    while (mark := text[end:end + 1]) and (mark in CLOSING or mark in EITHER):
+        mark = mark * 2 if text[end:end + 2] in ("**", "__") else mark
+        spaced = not text[end + len(mark):end + len(mark) + 1].strip()
+        if not (mark in CLOSING or spaced
+                or text.count(mark, max(start, end - 1000), end) % 2):  # bounded, to stay linear
+            break
+        end += len(mark)
+    return end
+
+
+def _is_abbreviation(text: str, start: int, dot: int) -> bool:
+    """Is the word before the dot one (Dr. e.g. J. U.S.), or the number of a list item (1.)?"""
+    words = text[max(start, dot - 12):dot].split()
+    word = words[-1].lower().lstrip("([*_\"'“‘") if words else ""
+    if word in ("no", "etc"):  # which end sentences as well: see what follows
+        after = text[dot + 1:dot + 3].strip()
+        return after.isdigit() if word == "no" else after.islower()
+    if word.isdigit():
+        return dot - start < 12 and text[start:dot].strip() == word
+    initial = word.isascii() and word[-1:].isalpha() and (len(word) == 1 or word[-2] == ".")
+    return initial or word in ABBREVIATIONS
+
+
+def _is_han(char: str) -> bool:
+    return "\u3400" <= char <= "\u9fff" or "\uf900" <= char <= "\ufaff"
+
+
+# ---------------------------------------------------------------------------- terms
+
+TERM = re.compile(f"[{HAN}]+|[a-z0-9]+(?:[._'-][a-z0-9]+)*")
+
+
+def terms(text: str) -> list[str]:
+    """What search counts: words of Latin letters and digits in lower case; of a run of Chinese
+    each character and each pair of neighbours, so that no dictionary of words is needed."""
+    found = []
+    for run in TERM.findall(unicodedata.normalize("NFKC", text).lower()):
+        found.append(run) if run.isascii() else found.extend(
+            [*run, *(run[i:i + 2] for i in range(len(run) - 1))])
+    return found
+
+
+def tfidf(sentences: list[str], terms: Callable[[str], list[str]], dim: int = 2048) -> np.ndarray:
+    """Unit rows (n, dim) from the terms of each sentence, a rare term weighing more; zeros for a
+    sentence without any. Terms are hashed to signed dimensions, so that memory does not grow with
+    the vocabulary; inner products stay what they are but for noise of the order of dim ** -0.5."""
+    counts = [Counter(terms(sentence)) for sentence in sentences]
+    df = Counter(term for count in counts for term in count)
+    rows = np.zeros((len(sentences), dim), dtype=np.float32)
+    code = {term: zlib.crc32(term.encode()) for term in df}
+    for row, count in zip(rows, counts):
+        for term, tf in count.items():
+            sign = 1 if code[term] >> 31 else -1
+            row[code[term] % dim] += sign * tf * math.log(1 + len(sentences) / df[term])
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+# ---------------------------------------------------------------------------- topics
+
+WINDOW = 3  # units on each side of a gap whose sums are compared
+
+
+def semantic_cuts(vectors: np.ndarray, sizes: Sequence[int], max_size: int,
+                  penalty: float | None = None) -> list[int]:
+    """Where to cut a sequence of unit vectors (n, d), one per sentence, into segments: the indices
+    at which a new one begins, without 0. Of all segmentations whose segments have at most
+    `max_size` (the sum of their `sizes`; a larger vector stands alone), the one with the largest
+    sum of |sum of vectors| - penalty. Each cut adds to the first, so a penalty is the gain that a
+    cut must bring; see `automatic_penalty`. O(n m d) time, m being vectors per max_size."""
+    n = len(vectors)
+    sums = np.zeros((n + 1, vectors.shape[1] if n else 0))
+    np.cumsum(vectors, axis=0, dtype=np.float64, out=sums[1:])
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    penalty = automatic_penalty(vectors) if penalty is None else penalty
+    best, cut = np.zeros(n + 1), np.zeros(n + 1, dtype=np.int64)
+    for j in range(1, n + 1):
+        i = min(int(np.searchsorted(ends, ends[j] - max_size)), j - 1)  # first allowed start
+        scores = best[i:j] + np.linalg.norm(sums[j] - sums[i:j], axis=1) - penalty
+        cut[j] = i + int(np.argmax(scores))  # of equal ones the longest segment
+        best[j] = scores[cut[j] - i]
+    cuts, j = [], int(cut[n])
+    while j > 0:
+        cuts.append(j)
+        j = int(cut[j])
+    return cuts[::-1]
+
+
+def automatic_penalty(vectors: np.ndarray, shuffles: int = 8) -> float:
+    """What a cut gains where there is no topic to change, |a| + |b| - |a + b| for the sums a, b
+    of three vectors before and after a gap: mostly as in shuffled order, a little as it is."""
+    if len(vectors) < 2:
+        return 0.0
+    draw = np.random.default_rng(0)
+    shuffled = np.mean([_gains(draw.permutation(vectors)).mean() for _ in range(shuffles)])
+    return float(0.8 * shuffled + 0.2 * _gains(vectors).mean())
+
+
+def _gains(vectors: np.ndarray) -> np.ndarray:
+    """|a| + |b| - |a + b| at each gap, (n - 1,)."""
+    n, padded = len(vectors), np.pad(vectors, ((WINDOW, WINDOW), (0, 0)))
+    sums = sum(padded[i:i + n + WINDOW + 1] for i in range(WINDOW))  # of vectors k - 3 to k - 1
+    left, right = sums[1:n], sums[1 + WINDOW:n + WINDOW]
+    norm = partial(np.linalg.norm, axis=1)
+    return norm(left) + norm(right) - norm(left + right)
