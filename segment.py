@@ -4,10 +4,10 @@ Markdown and plain text into chunks for retrieval, in English and Chinese.
     chunks = split(text, "notes.md", count=lambda s: len(tok.encode_ordinary(s)))
     chunks = split(text, count=count, vectors=lambda units: tfidf(units, terms))   # by topic, too
 
-Structure first: one scan over the lines finds blocks (headings, paragraphs, list items, fenced code,
-tables). Those under one heading are packed into chunks of at most max_tokens; a block that is too
-big is cut where it hurts least: between rows, items, sentences, clauses, words. Three promises hold
-for any text: clean(text)[chunk.start:chunk.end] == chunk.text; the chunks together hold each
+Structure first (see blocks.py): the blocks under one heading are packed into chunks of at most
+max_tokens; one that is too big is cut where it hurts least: between rows, items, sentences,
+clauses, words; by topic, a chunk also ends where topics.py finds the next. Three promises hold for
+any text: clean(text)[chunk.start:chunk.end] == chunk.text; the chunks together hold each
 character that is not white space exactly once (with overlap=0); no chunk exceeds max_tokens.
 
 A heading stays with the text below it; a section without text lends its heading to the next one.
@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from blocks import ITEM, Part, sections
 from topics import semantic_cuts, sentences, terms, tfidf  # noqa: F401  (the last two: see above)
 
 CRUMB_TOKENS = 48  # of a breadcrumb, or a quarter of max_tokens if that is less
@@ -53,152 +54,6 @@ def clean(text: str) -> tuple[str, int]:
     text file should hold: NUL and lone surrogates. Also how many of those there were."""
     text = text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     return re.subn("[\0\ud800-\udfff]", "\ufffd", text)
-
-
-# ---------------------------------------------------------------------------- blocks
-
-class Block(NamedTuple):
-    kind: str  # heading, paragraph, item (of a list), code or table
-    start: int  # of its first line; it ends where the next one starts
-    level: int = 0  # of a heading, 1 the highest
-    title: str = ""
-
-
-ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]|$)")
-ANCHOR = re.compile(r"\s*(?:\[\[[^]]*\]\]|\{#[^}]*\})$|(?:^|\s)#+$")  # title [[name]], title ##
-NUMERAL = "[〇零一二两三四五六七八九十百千0-9]+"
-CHINESE = re.compile(f"第{NUMERAL}([部篇章回节条])|[一二三四五六七八九十]+(、)|（[一二三四五六七八九十]+(）)")
-LEVELS = {"部": 2, "篇": 2, "章": 3, "回": 3, "节": 4, "条": 5, "、": 6, "）": 7}
-ITEM = re.compile(r"[ \t]*(?:(?:[-*+]|\d{1,3}[.)])(?:[ \t]|$)|\d{1,3}、)")
-FENCE = re.compile(r"(`{3,})[^`]*$|(~{3,})")
-
-
-def blocks(text: str) -> list[Block]:
-    """One scan over the lines. Nothing in a fence is interpreted; an item holds the lines that are
-    indented below it; a rule (---) belongs to the block before it."""
-    found: list[Block] = []
-    fence, margin = _front_matter(text, found), 0  # what closes the fence; least indent inside
-    kind, item_indent, blank = "", 0, False  # the block that this line may continue
-    last = start = 0  # of the line before, and of this one
-    for line in text.split("\n"):
-        bare = line.strip()
-        indent = len(line) - len(line.lstrip(" \t"))
-        in_item = kind == "item" and indent > 0
-        if fence and bare and indent < margin:
-            fence = ""  # the list item around it has ended
-        if fence:
-            if start > 0 and len(bare) >= len(fence) and not bare.strip(fence[0]):
-                fence = ""
-        elif not bare:
-            kind = "item" if kind == "item" else ""
-        elif mark := FENCE.match(bare):
-            fence, margin = mark[1] or mark[2], int(in_item or indent > 3)
-            if not in_item:
-                found.append(Block("code", start))
-                kind = ""
-        elif heading := None if in_item else _heading(line, start):
-            found.append(heading)
-            kind = ""
-        elif kind == "paragraph" and last == found[-1].start and _is_underline(bare):
-            found[-1] = Block("heading", last, 1 + (bare[0] == "-"), text[last:start].strip()[:200])
-            kind = ""
-        elif _is_rule(bare) and found and not in_item:
-            kind = ""
-        elif kind == "paragraph" and _is_delimiter(bare) and "|" in text[last:start]:
-            if last == found[-1].start:
-                found.pop()  # the paragraph is the table's header
-            found.append(Block("table", last))
-            kind = "table"
-        elif ITEM.match(line) and not (in_item and indent > item_indent):
-            found.append(Block("item", start))
-            kind, item_indent = "item", indent
-        elif not (kind == "paragraph" or kind == "table" and "|" in line
-                  or kind == "item" and (in_item or not blank)):
-            found.append(Block("paragraph", start))
-            kind = "paragraph"
-        blank, last, start = not bare, start, start + len(line) + 1
-    return found
-
-
-def _front_matter(text: str, found: list[Block]) -> str:
-    """What closes the `key: value` lines that a document may begin with; "" if it does not."""
-    end = text.find("\n---\n", 3, 10_000)
-    if end < 0 or not re.match(r"---\n[\w-]+:", text):
-        return ""
-    title = re.search(r"^title:[ \t]*(.*)", text[:end], re.M)
-    found.append(Block("code", 0, 1, title[1].strip(" \t\"'")[:200] if title else ""))
-    return "---"
-
-
-def _heading(line: str, start: int) -> Block | None:
-    """The line as a heading, of Markdown or numbered as in Chinese documents (第一章, 一、)."""
-    if mark := ATX.match(line):
-        title = line[mark.end():].strip()[:200]
-        return Block("heading", start, len(mark[1]), ANCHOR.sub("", title))
-    bare = line.strip()
-    if len(bare) <= 30 and bare[-1] not in "。；，" and (mark := CHINESE.match(bare)):
-        return Block("heading", start, LEVELS[mark[mark.lastindex]], bare)
-    return None
-
-
-def _is_underline(bare: str) -> bool:
-    """Does this line make the line of text above it a heading?"""
-    return len(bare) > 1 and bare[0] in "=-" and not bare.strip(bare[0])
-
-
-def _is_rule(bare: str) -> bool:
-    return len(bare) > 2 and bare[0] in "-*_" and not bare.strip(bare[0] + " ")
-
-
-def _is_delimiter(bare: str) -> bool:
-    """Is this the second line of a table, |---|:-:|?"""
-    return "|" in bare and "-" in bare and not bare.strip("|:- \t")
-
-
-# ---------------------------------------------------------------------------- sections
-
-class Part(NamedTuple):
-    """A block with the headings above it."""
-    kind: str
-    start: int  # of the headings
-    body: int  # where they end
-    end: int
-
-
-def sections(text: str) -> list[tuple[list[str], list[Part]]]:
-    """Path of headings, and parts, of each run of blocks that no heading interrupts."""
-    found, result = blocks(text), []
-    path: list[Block] = []
-    above = None  # where the headings start that have no text below them yet
-    for block, end in zip(found, [b.start for b in found[1:]] + [len(text)]):
-        if block.level:
-            while path and path[-1].level >= block.level:
-                path.pop()
-            path.append(block)
-        if block.kind == "heading":
-            above = block.start if above is None else above
-            continue
-        if block.level or above is not None or not result:
-            result.append(([b.title for b in path if b.title], []))
-        result[-1][1].append(Part(block.kind, block.start if above is None else above,
-                                  block.start, end))
-        above = None
-    if above is not None:  # nothing comes below them
-        result = result or [([b.title for b in path if b.title], [])]
-        result[-1][1].append(Part("paragraph", above, above, len(text)))
-    return [(names, _led(text, parts)) for names, parts in result]
-
-
-def _led(text: str, parts: list[Part]) -> list[Part]:
-    """Parts, with those that only lead to the next one ("Do this:", "**Step 1**") as its heading."""
-    led: list[Part] = []
-    for part in parts:
-        if led and led[-1].kind == "paragraph":
-            before = text[led[-1].body:led[-1].end].strip()
-            if len(before) <= 100 and (before[-1] in ":：" or before[:2] == before[-2:] == "**"):
-                part = part._replace(start=led.pop().start)
-        led.append(part)
-    return led
 
 
 # ---------------------------------------------------------------------------- places to cut

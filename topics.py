@@ -131,7 +131,7 @@ def semantic_cuts(vectors: np.ndarray, sizes: Sequence[int], max_size: int,
     sum of |sum of vectors| - penalty. Each cut adds to the first, so a penalty is the gain that a
     cut must bring; see `automatic_penalty`. O(n m d) time, m being vectors per max_size."""
     n = len(vectors)
-    sums = np.zeros((n + 1, vectors.shape[1] if n else 0))
+    sums = np.zeros((n + 1, vectors.shape[1]))
     np.cumsum(vectors, axis=0, dtype=np.float64, out=sums[1:])
     ends = np.concatenate([[0], np.cumsum(sizes)])
     penalty = automatic_penalty(vectors) if penalty is None else penalty
