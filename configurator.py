@@ -26,8 +26,8 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def configure(cls: type[C], argv: list[str] | None = None) -> C:
-    """The dataclass `cls` filled from `argv` (default: the command line), printed by rank 0.
+def configure(cls: type[C], argv: list[str] | None = None, show: bool = True) -> C:
+    """The dataclass `cls` filled from `argv` (default: the command line); `show`: rank 0 prints it.
     Raises SystemExit(2) after one line for anything wrong, SystemExit(0) after `--help`."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:  # the help of a setting is the comment beside it
@@ -69,7 +69,7 @@ def configure(cls: type[C], argv: list[str] | None = None) -> C:
         else:
             fail(f"{arg}: no such config file (settings are written --key=value)")
     cfg = cls(**values)
-    if os.environ.get("RANK", "0") == "0":
+    if show and os.environ.get("RANK", "0") == "0":
         for key, value in asdict(cfg).items():
             print(f"  {key:<20} {value!r:<28} {origin.get(key, '')}".rstrip())
     return cfg

@@ -26,7 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from threading import Thread
-from typing import Any
+from typing import Any, TextIO
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 BATCH_BYTES = 4 << 20  # raw bytes handed to a worker at once
@@ -375,19 +375,20 @@ def language(text: str) -> str:
 class Progress:
     """One line that says how far it is: rewritten on a terminal, a new one every 5 s elsewhere."""
 
-    def __init__(self) -> None:
-        self.shown, self.open = time.monotonic(), False
+    def __init__(self, to: TextIO | None = None) -> None:
+        self.to, self.shown, self.open = to or sys.stdout, time.monotonic(), False
 
     def show(self, text: str) -> None:
-        terminal = sys.stdout.isatty()
+        terminal = self.to.isatty()
         if time.monotonic() - self.shown >= (0.1 if terminal else 5):
-            print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
+            print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n",
+                  flush=True, file=self.to)
             self.shown, self.open = time.monotonic(), terminal
 
     def end(self) -> None:
         """What is printed next, a result or an error, starts on a line of its own."""
         if self.open:
-            print(flush=True)
+            print(flush=True, file=self.to)
         self.open = False
 
 

@@ -43,8 +43,9 @@ def test_sentences_hold_everything_in_order_and_linear_time():
 
 
 def test_terms():
-    assert terms("RAG 检索增强 v1.2, It's ＡＢＣ！") == [
-        "rag", "检", "索", "增", "强", "检索", "索增", "增强", "v1.2", "it's", "abc"]
+    assert terms("RAG 检索增强 v1.2, Zovu's ＡＢＣ！") == [
+        "rag", "检", "索", "增", "强", "检索", "索增", "增强", "v1", "2", "zovu", "s", "abc"]
+    assert terms("pets pass gas Ünïs") == ["pet", "pass", "gas", "ünï"]
     assert terms("，。 --") == []
 
 

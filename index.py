@@ -1,0 +1,469 @@
+"""
+A search index over chunks of text, in plain files: BM25 over words and Han bigrams, and vectors if
+there is an embedder.
+
+    index = Index("out/rag", writable=True)
+    index.put("notes.md", sha, split(text, "notes.md", count=count))    # replaces what was there
+    index.commit()                                                      # all or nothing
+    hits = index.search("how do I install it?", k=5)                    # Hit(chunk, score, coverage)
+
+    BM25(q, d) = sum over terms t of q:  idf(t) tf / (tf + k1 (1 - b + b |d| / mean |d|))
+    idf(t)     = ln(1 + (N - df + 1/2) / (df + 1/2))                    never negative (Lucene)
+
+Nothing that depends on the whole collection is stored: N, df and the mean length are counted when
+a question is asked. So adding costs what is added, and scores do not depend on the history of the
+index (Robertson and Zaragoza 2009; RRF: Cormack et al. 2009).
+
+    manifest.json         what is valid: how many chunks and bytes, documents, dead chunks, segments
+    chunks-G.jsonl        one chunk a line, append only; G grows when the index is compacted
+    starts-G.u64          where each line starts; vectors-G.f32: one row a chunk
+    terms-G-FIRST.npz     postings of the chunks from FIRST on; the last few are merged as they grow
+
+A commit appends, flushes and then replaces manifest.json: a crash at any moment leaves the old
+index or the new one, and what lies behind the end that the manifest names is cut off.
+"""
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from corpus import language
+from embed import Embed, check_language
+from postings import ARRAYS, Posting, Segment, make_segment, merge_segments, term_key
+from segment import Chunk
+from topics import terms
+
+K1, B = 1.2, 0.75
+RRF_K, RRF_DEPTH = 60, 100
+SAME = 0.9  # Jaccard similarity of terms above which of two chunks the lower ranked is dropped
+PROBE = "The probe sentence by which an embedder is known again. 用来辨认嵌入模型的句子。"
+SUFFIX = {"chunks": ".jsonl", "starts": ".u64", "vectors": ".f32"}
+Mode = Literal["auto", "bm25", "dense", "hybrid"]
+
+
+class Hit(NamedTuple):
+    chunk: Chunk
+    score: float  # of the retriever that ranked it; comparable within one answer only
+    coverage: float  # share of the question's idf weight that the chunk contains, 0 to 1
+    cosine: float  # of question and chunk; nan without an embedder
+
+
+def reciprocal_rank_fusion(rankings: list[np.ndarray]) -> dict[int, float]:
+    """{chunk: sum over rankings of 1 / (60 + rank)}, ranks from 1."""
+    fused: dict[int, float] = {}
+    for ranking in rankings:
+        for rank, chunk in enumerate(ranking.tolist(), 1):
+            fused[chunk] = fused.get(chunk, 0.0) + 1 / (RRF_K + rank)
+    return fused
+
+
+class Index:
+    """Chunks on disk that can be searched. One process writes at a time, any number read; a reader
+    sees the index as it was when opened. Raises ValueError for a folder that holds no index of this
+    kind, a damaged one, or one made with another embedder."""
+
+    def __init__(self, folder: str, writable: bool = False, embed: Embed | None = None,
+                 embed_name: str = ""):
+        self.folder, self.embed = Path(folder), embed
+        self.manifest: dict = {"format": 1, "generation": 0, "chunks": 0, "bytes": {},
+                               "documents": {}, "dead": [], "segments": [], "embed": None}
+        self.lock = None
+        if writable:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        try:
+            self._open(writable)
+            self._check_embedder(embed_name)
+        except BaseException:
+            self.close()
+            raise
+
+    # ------------------------------------------------------------------------ files
+
+    def _lock(self) -> None:
+        self.lock = open(self.folder / ".lock", "w")
+        with suppress(ImportError):  # not on Windows: there, do not write from two processes
+            import fcntl
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self.close()
+                raise ValueError(f"{self.folder}: another process is writing to it") from None
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}-{self.manifest['generation']}{SUFFIX[name]}"
+
+    def _open(self, writable: bool) -> None:
+        path = self.folder / "manifest.json"
+        if path.exists():
+            try:
+                self.manifest = json.loads(path.read_bytes())
+                known = self.manifest["format"] == 1
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}: damaged: {error}") from None
+            if not known:
+                raise ValueError(f"{path}: format {self.manifest['format']}, this program reads 1")
+        elif not writable:
+            raise ValueError(f"{self.folder}: no index here; make one with: "
+                             f"python rag.py add FOLDER --index={self.folder}")
+        for name, size in self.manifest["bytes"].items():
+            there = self._path(name).stat().st_size if self._path(name).exists() else -1
+            if there < size:
+                raise ValueError(f"{self._path(name)}: {there:,} bytes where the manifest says "
+                                 f"{size:,}; index the documents again")
+            if writable and there > size:  # the torn end of a commit that did not happen
+                os.truncate(self._path(name), size)
+        self.segments = [self._read_segment(name, sha)
+                         for name, sha in self.manifest["segments"]]
+        self._text = None
+        self._map()
+
+    def _read_segment(self, name: str, sha: str) -> Segment:
+        path = self.folder / name
+        try:
+            with open(path, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != sha:
+                    raise ValueError("does not match its checksum")
+            with np.load(path, allow_pickle=False) as arrays:
+                return Segment(int(arrays["first"]), *(arrays[key] for key in ARRAYS))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{path}: {error}; index the documents again") from None
+
+    def _map(self) -> None:
+        """Open what is committed for reading."""
+        self._new: list[Chunk] = []
+        self._kept: dict[str, np.ndarray] = {}  # vectors of removed chunks, by their id
+        self._changed = False
+        n, size = self.manifest["chunks"], self.manifest["bytes"]
+        self.alive = np.ones(n, bool)
+        self.alive[self.manifest["dead"]] = False
+        self.lengths = np.concatenate([s.lengths for s in self.segments] or [np.zeros(0, np.int32)])
+        if self._text:
+            self._text.close()
+        self._text = open(self._path("chunks"), "rb") if n else None
+        self.starts = np.memmap(self._path("starts"), np.uint64, "r", shape=(n,)) if n else None
+        known = self.manifest["embed"]
+        self.vectors = np.memmap(self._path("vectors"), np.float32, "r", shape=(
+            n, known["dim"])) if known and n and size.get("vectors") else None
+
+    def __enter__(self) -> "Index":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for f in (self.lock, getattr(self, "_text", None)):
+            if f:
+                f.close()
+        self.lock = self._text = None
+
+    # ------------------------------------------------------------------------ embedder
+
+    def _check_embedder(self, name: str) -> None:
+        known = self.manifest["embed"]
+        if self.embed is None:
+            if known and self.lock:
+                raise ValueError(f"{self.folder}: was made with --embed={known['name']}, which "
+                                 "adding to it needs too")
+            return
+        probe = self._vectors([PROBE], "passage")
+        digest = np.round(probe[0], 2).tolist()[:8]
+        if known is None and self.manifest["chunks"]:
+            raise ValueError(f"{self.folder}: was made without an embedder; add the documents to "
+                             f"a new index with --embed={name}")
+        if known is None:
+            self.manifest["embed"] = {"name": name, "dim": probe.shape[1], "probe": digest,
+                                      "langs": []}
+        elif known["dim"] != probe.shape[1] or not np.allclose(known["probe"], digest, atol=0.02):
+            raise ValueError(f"{self.folder}: was made with {known['name']} ({known['dim']} "
+                             f"numbers a vector), not with {name} ({probe.shape[1]}): use that "
+                             "one, or make a new index")
+
+    def _check_languages(self, texts: list[str]) -> None:
+        """Raises ValueError if the embedder has not learnt a language of a fifth of the texts."""
+        known = self.manifest["embed"]
+        counts = Counter(map(language, texts))
+        new = {lang for lang, n in counts.items() if n >= 0.2 * len(texts)} - set(known["langs"])
+        if new and not known["name"].startswith("own:"):  # an experiment, which says so itself
+            check_language(self.embed, known["name"], new)
+        known["langs"] = sorted({*known["langs"], *new})
+
+    def _vectors(self, texts: list[str], kind: Literal["query", "passage"]) -> np.ndarray:
+        """(n, dim) float32, unit rows; a text that gives nothing finite has a row of zeros."""
+        v = np.nan_to_num(np.asarray(self.embed(texts, kind), np.float32), posinf=0, neginf=0)
+        if v.ndim != 2 or len(v) != len(texts):
+            raise ValueError(f"the embedder gave an array of shape {v.shape} for {len(texts)} texts")
+        return v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12)
+
+    # ------------------------------------------------------------------------ writing
+
+    def put(self, document: str, sha: str, chunks: list[Chunk], root: str = "") -> None:
+        """Take a document in, in place of what there was of it. `root`: the folder through which
+        it was found."""
+        self.remove(document)
+        first = self.manifest["chunks"] + len(self._new)
+        self.manifest["documents"][document] = [sha, first, len(chunks), root]
+        self._new += chunks
+        self._changed = True
+
+    def remove(self, document: str) -> None:
+        """Forget a document; nothing happens if it is not there."""
+        if document not in self.manifest["documents"]:
+            return
+        _, first, n, _ = self.manifest["documents"].pop(document)
+        self.manifest["dead"] += range(first, first + n)
+        self._changed = True
+        if self.vectors is not None:  # what comes back unchanged is not embedded again
+            self._kept |= {self.chunk(i).id: np.array(self.vectors[i])
+                           for i in range(first, min(first + n, len(self.vectors)))}
+
+    def commit(self) -> int:
+        """Write what was put and removed. Returns how many chunks had to be embedded. Raises
+        OSError when the disk fails: the files are then as they were, and this object is done."""
+        if not self._changed:
+            return 0
+        n, chunks = self.manifest["chunks"], self._new
+        lines = [json.dumps(asdict(c), ensure_ascii=False).encode() + b"\n" for c in chunks]
+        starts = self.manifest["bytes"].get("chunks", 0) + np.cumsum([0, *map(len, lines)])[:-1]
+        fresh = [c.full for c in chunks if c.id not in self._kept] if self.embed else []
+        self._append("chunks", b"".join(lines))
+        self._append("starts", starts.astype(np.uint64).tobytes())
+        if fresh:
+            self._check_languages(fresh)
+        if self.embed and chunks:
+            made = iter(self._vectors(fresh, "passage"))
+            rows = [self._kept[c.id] if c.id in self._kept else next(made) for c in chunks]
+            self._append("vectors", np.array(rows, np.float32).tobytes())
+        if chunks:
+            self._add_segment(make_segment(n, [terms(c.full) for c in chunks]))
+        self.manifest["chunks"] = n + len(chunks)
+        self._replace_manifest()
+        self._map()
+        return len(fresh)
+
+    def waiting(self) -> int:
+        """Chunks that were put and not yet committed."""
+        return len(self._new)
+
+    def compact(self) -> None:
+        """Write the living chunks to new files, without the dead."""
+        documents = sorted(self.manifest["documents"].items())
+        chunks = [[self.chunk(i) for i in range(first, first + n)]
+                  for _, (_, first, n, _) in documents]
+        for name, _ in documents:
+            self.remove(name)
+        self.manifest |= {"generation": self.manifest["generation"] + 1, "chunks": 0, "bytes": {},
+                          "dead": [], "segments": []}
+        self.segments = []
+        for (name, (sha, _, _, root)), part in zip(documents, chunks):
+            self.put(name, sha, part, root)
+        self.commit()
+
+    def _add_segment(self, segment: Segment) -> None:
+        """Behind the others; neighbours of similar size become one, so there are few."""
+        names = self.manifest["segments"]
+        while self.segments and len(self.segments[-1].chunks) < 2 * len(segment.chunks):
+            segment = merge_segments(self.segments.pop(), segment)
+            names.pop()
+        self.segments.append(segment)
+        names.append(self._write_segment(segment))
+
+    def _append(self, name: str, data: bytes) -> None:
+        """Add bytes behind the valid end of a file, safely on the disk."""
+        path, end = self._path(name), self.manifest["bytes"].get(name, 0)
+        with open(path, "r+b" if path.exists() else "w+b") as f:
+            f.truncate(end)
+            f.seek(end)
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        self.manifest["bytes"][name] = end + len(data)
+
+    def _write_segment(self, segment: Segment) -> list[str]:
+        """[name, sha256]; the name is new, so no valid file is touched."""
+        number = 0
+        while (path := self.folder / (f"terms-{self.manifest['generation']}-{segment.first}"
+                                      f"-{number}.npz")).exists():
+            number += 1
+        with open(path, "w+b") as f:
+            np.savez(f, first=segment.first, **{key: getattr(segment, key) for key in ARRAYS})
+            f.flush()
+            os.fsync(f.fileno())
+            f.seek(0)
+            return [path.name, hashlib.file_digest(f, "sha256").hexdigest()]
+
+    def _replace_manifest(self) -> None:
+        temporary = self.folder / "manifest.json.tmp"
+        with open(temporary, "wb") as f:
+            f.write(json.dumps(self.manifest, ensure_ascii=False).encode())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, self.folder / "manifest.json")
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            fd = os.open(self.folder, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+        valid = {self._path(name).name for name in self.manifest["bytes"]}
+        valid |= {name for name, _ in self.manifest["segments"]}
+        for path in self.folder.iterdir():
+            if path.name.startswith(tuple(SUFFIX) + ("terms-",)) and path.name not in valid:
+                path.unlink()
+
+    # ------------------------------------------------------------------------ searching
+
+    def __len__(self) -> int:
+        """Living chunks."""
+        return int(self.alive.sum())
+
+    def chunk(self, i: int) -> Chunk:
+        """Chunk number i, dead or alive."""
+        self._text.seek(int(self.starts[i]))
+        return Chunk(**json.loads(self._text.readline()))
+
+    def postings(self, question: str) -> list[Posting]:
+        """One for each different term of a question."""
+        found, n = [], len(self)
+        for term in dict.fromkeys(terms(question)):
+            key = term_key(term)
+            parts = [(s, where) for s in self.segments if (where := s.find(key))]
+            chunks = np.concatenate([s.chunks[w] for s, w in parts] or [np.zeros(0, np.int32)])
+            counts = np.concatenate([s.counts[w] for s, w in parts] or [np.zeros(0, np.uint16)])
+            if self.manifest["dead"]:
+                live = self.alive[chunks]
+                chunks, counts = chunks[live], counts[live]
+            idf = math.log(1 + (n - len(chunks) + 0.5) / (len(chunks) + 0.5))
+            found.append(Posting(term, idf, chunks, counts))
+        return found
+
+    def idf(self, question: str) -> dict[str, float]:
+        """Weight of each different term of a question; the rarer, the heavier."""
+        return {p.term: p.idf for p in self.postings(question)}
+
+    def bears_on(self, hits: list[Hit], min_coverage: float) -> bool:
+        """Whether the best of the hits holds enough of the question to answer from. Judged by idf
+        coverage (0 to 1); without a term in common, by cosine: above 95 % of random pairs."""
+        if not hits or not min_coverage:
+            return bool(hits)
+        return max(hit.coverage for hit in hits) >= min_coverage
+
+    def bm25(self, postings: list[Posting]) -> np.ndarray:
+        """(chunks,) scores."""
+        if not postings or not len(self):
+            return np.zeros(len(self.alive))
+        mean = self.lengths[self.alive].mean()
+        norm = (K1 * (1 - B + B * self.lengths / mean)).astype(np.float32)
+        parts = [p.idf * (p.counts / (p.counts + norm[p.chunks])) for p in postings]
+        return np.bincount(np.concatenate([p.chunks for p in postings]),
+                           np.concatenate(parts), minlength=len(self.alive))
+
+    def cosines(self, question: str) -> np.ndarray:
+        """(chunks,) of question and chunk; the dead have -1."""
+        if self.vectors is None or self.embed is None:
+            raise ValueError(f"{self.folder}: has no vectors; make it with --embed=…")
+        scores = self.vectors @ self._vectors([question], "query")[0]
+        return np.where(self.alive, scores, -1.0)
+
+    def numbers(self, document: str) -> list[int]:
+        """Numbers of a document's chunks."""
+        _, first, n, _ = self.manifest["documents"].get(document, ("", 0, 0, ""))
+        return list(range(first, first + n))
+
+    @contextmanager
+    def without(self, document: str) -> Iterator[None]:
+        """Search as if a document were not there."""
+        alive, dead = self.alive.copy(), self.manifest["dead"]
+        self.alive[self.numbers(document)] = False
+        self.manifest["dead"] = dead + self.numbers(document)
+        try:
+            yield
+        finally:
+            self.alive, self.manifest["dead"] = alive, dead
+
+    def scores(self, question: str, mode: Mode = "auto") -> np.ndarray:
+        """(chunks,) what `search` ranks by; 0 or less for what it would never return."""
+        mode = self._mode(mode)
+        if mode == "dense":
+            return self.cosines(question)
+        lexical = self.bm25(self.postings(question))
+        if mode == "bm25":
+            return lexical
+        fused = reciprocal_rank_fusion([top(lexical, RRF_DEPTH),
+                                        top(self.cosines(question), RRF_DEPTH)])
+        return np.bincount(list(fused), list(fused.values()), minlength=len(self.alive))
+
+    def _mode(self, mode: Mode) -> Mode:
+        if mode != "auto":
+            return mode
+        return "bm25" if self.vectors is None or self.embed is None else "hybrid"
+
+    def search(self, question: str, k: int = 5, mode: Mode = "auto", mmr: float = 0.0) -> list[Hit]:
+        """The k best chunks, best first; of chunks with nearly the same terms the best only.
+        `mmr` between 0 and 1 trades score for chunks unlike those before (Carbonell and Goldstein
+        1998, with 1 - mmr for lambda). Fewer than k where fewer score at all."""
+        mode = self._mode(mode)
+        found = self.postings(question)
+        lexical = self.bm25(found)
+        cosines = None if mode == "bm25" else self.cosines(question)
+        depth = RRF_DEPTH if mode == "hybrid" or mmr else max(4 * k, 20)
+        if mode == "hybrid":
+            fused = reciprocal_rank_fusion([top(lexical, depth), top(cosines, depth)])
+            best, scores = np.array(list(fused), int), fused
+        else:
+            scores = lexical if mode == "bm25" else cosines
+            best = top(scores, depth)
+        chunks = {int(i): self.chunk(i) for i in best}
+        order = sorted(chunks, key=lambda i: (-scores[i], chunks[i].doc, chunks[i].start))
+        total = sum(p.idf for p in found) or 1.0
+        return [Hit(chunks[i], float(scores[i]),
+                    sum(p.idf for p in found if _holds(p.chunks, i)) / total,
+                    math.nan if cosines is None else float(cosines[i]))
+                for i in diverse(order, scores, chunks, k, mmr)]
+
+
+def _holds(ascending: np.ndarray, value: int) -> bool:
+    at = int(np.searchsorted(ascending, value))
+    return at < len(ascending) and int(ascending[at]) == value
+
+
+def top(scores: np.ndarray, k: int) -> np.ndarray:
+    """Where the k highest positive scores are, best first, and those equal to the last of them (up
+    to as many again)."""
+    if len(scores) > k:
+        least = np.partition(scores, -k)[-k]
+        at = np.flatnonzero((scores >= least) & (scores > 0))
+    else:
+        at = np.flatnonzero(scores > 0)
+    return at[np.argsort(-scores[at], kind="stable")][:2 * k]
+
+
+def diverse(order: list[int], scores, chunks: dict[int, Chunk], k: int, mmr: float) -> list[int]:
+    """k of the chunks in `order`: without near-duplicates, and by maximal marginal relevance."""
+    words = {}
+    taken: list[int] = []
+
+    def likeness(i: int) -> float:
+        """To the most similar chunk that is taken: Jaccard of their terms."""
+        return max((len(words[i] & words[j]) / max(1, len(words[i] | words[j])) for j in taken),
+                   default=0.0)
+
+    left = list(order)
+    while left and len(taken) < k:
+        if mmr:
+            for i in left:
+                words.setdefault(i, set(terms(chunks[i].text)))
+            highest = max(scores[i] for i in order)
+            left.sort(key=lambda i: -((1 - mmr) * scores[i] / highest - mmr * likeness(i)))
+        i = left.pop(0)
+        words.setdefault(i, set(terms(chunks[i].text)))
+        if likeness(i) <= SAME:
+            taken.append(i)
+    return taken
