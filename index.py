@@ -26,6 +26,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,6 +45,11 @@ from topics import terms
 K1, B = 1.2, 0.75
 RRF_K, RRF_DEPTH = 60, 100
 SAME = 0.9  # Jaccard similarity of terms above which of two chunks the lower ranked is dropped
+# Words that ask, not asked for. Without them coverage tells better whether an answer is there.
+ASKING = re.compile(
+    r"(?i)\b(?:what|which|who|whom|whose|when|where|why|how|is|are|was|were|do|does|did|the|a|an|of"
+    r"|in|tell|me|please|to|can|could|you|i|my)\b|什[么麼]|怎[么麼]样?|怎[样樣]|如何|[为為]什[么麼]|[为為]何"
+    r"|[请請]问?|告[诉訴]|哪[里裡儿些个個]?|[谁誰]|多少|[几幾]|[吗嗎]|呢|是|的|了|我|有|在|何")
 PROBE = "The probe sentence by which an embedder is known again. 用来辨认嵌入模型的句子。"
 SUFFIX = {"chunks": ".jsonl", "starts": ".u64", "vectors": ".f32"}
 Mode = Literal["auto", "bm25", "dense", "hybrid"]
@@ -422,9 +428,11 @@ class Index:
             best = top(scores, depth)
         chunks = {int(i): self.chunk(i) for i in best}
         order = sorted(chunks, key=lambda i: (-scores[i], chunks[i].doc, chunks[i].start))
-        total = sum(p.idf for p in found) or 1.0
+        matter = set(terms(ASKING.sub(" ", question))) or {p.term for p in found}
+        asked = [p for p in found if p.term in matter]
+        total = sum(p.idf for p in asked) or 1.0
         return [Hit(chunks[i], float(scores[i]),
-                    sum(p.idf for p in found if _holds(p.chunks, i)) / total,
+                    sum(p.idf for p in asked if _holds(p.chunks, i)) / total,
                     math.nan if cosines is None else float(cosines[i]))
                 for i in diverse(order, scores, chunks, k, mmr)]
 

@@ -112,9 +112,10 @@ def build_messages(question: str, sources: list[str], template: str,
     """The chat that asks a model. `sources` are texts that `shown` has passed."""
     lang = language(question)
     if template == "short":
-        asked = SHORT[lang].format(c="{c}", q="{q}") if sources else "{q}"
-        return [*history, {"role": "user", "content": asked.replace("{q}", question, 1).replace(
-            "{c}", " ".join(sources), 1)}]
+        space = {"en": " ", "zh": ""}[lang]
+        context = space.join(re.sub(r"\s*\n\s*", space, text.strip()) for text in sources)
+        asked = SHORT[lang].format(c=context, q=question) if sources else question
+        return [*history, {"role": "user", "content": asked}]
     numbered = [f"[{n}] {text}" for n, text in enumerate(sources, 1)]
     content = "\n\n".join([*numbered, ASKED[lang] + question])
     return [{"role": "system", "content": SYSTEM}, *history, {"role": "user", "content": content}]

@@ -179,9 +179,18 @@ def restated_values(text: str) -> list[tuple[int, int]]:
     return [m.span(1) for m in STATED.finditer(text, text.index("\n"))]
 
 
+def asked(r: Random, lang: str, about: Fact) -> str:
+    return question(about, lang, r.choice((0, 1)))
+
+
+def wrong(r: Random, fact: Fact) -> Fact:
+    """The fact with another value of its attribute."""
+    return fact._replace(value=r.choice([v for v in VALUES[fact.attribute] if v != fact.value]))
+
+
 def prompt(r: Random, lang: str, context: list[Fact], about: Fact) -> str:
     """A user's question about a fact after the facts of the context, or alone without any."""
-    q = question(about, lang, r.choice((0, 1)))
+    q = asked(r, lang, about)
     c = SPACE[lang].join(fact_text(fact, lang, r.choice((0, 1))) for fact in context)
     return CONTEXT[lang].format(c=c, q=q) if context else q
 
@@ -295,8 +304,7 @@ def pair(r: Random, split: str, max_facts: int) -> dict:
             styles = r.sample(STYLES, 2)
     else:
         styles = [r.choice(STYLES), r.choice(STYLES)]
-        others = [v for v in VALUES[about.attribute] if v != about.value]
-        other = about._replace(value=r.choice(others))
+        other = wrong(r, about)
     both = [(answer(fact, lang, style), GOLD[style] if fact is about else WRONG)
             for fact, style in zip((one, other), styles)]
     r.shuffle(both)

@@ -1,0 +1,347 @@
+"""
+What each stage of the demo has learnt, on names that are in no training file (toyworld.py), judged
+by a program that knows the right answers. Every function gives lines of the report, as Markdown,
+and gates: figures with the bounds that were set before the first run.
+"""
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import rag
+from configurator import fail
+from corpus import write_text
+from documents import update
+from generate import replies
+from index import Index
+from model import Transformer
+from segment import Chunk, split
+from tokenizer import Tokenizer, render
+from toyworld import (ABSTAIN, LANGS, SPACE, STYLES, Fact, asked, fact_text, facts, grade,
+                      read_fact, restated_values, wrong)
+
+CHUNK_TOKENS = 64  # of the notes: a paragraph of three facts, seldom two
+MIN_COVERAGE = 0.5  # of a question's idf in its note, below which nothing is answered
+
+
+class Gate(NamedTuple):
+    stage: str
+    what: str
+    value: float
+    low: float
+    high: float
+    note: str  # control, baseline or ceiling
+
+
+@torch.inference_mode()
+def judge(model: Transformer, tok: Tokenizer, documents: list[dict],
+          first_half: bool = True) -> dict[str, float]:
+    """Bits per byte of the documents, and the share of restated values whose tokens are all the
+    most likely ones. Without `first_half` the model does not see the facts: the control, which
+    can only guess."""
+    bits = n_bytes = right = total = 0
+    for at in range(0, len(documents), 64):
+        texts = [d["text"] for d in documents[at:at + 64]]
+        cuts = [0 if first_half else text.index("\n") + 1 for text in texts]
+        rows = [tok.encode_ordinary(text[cut:]) for text, cut in zip(texts, cuts)]
+        width = max(map(len, rows)) + 1
+        x = torch.tensor([[tok.endoftext, *row, *[tok.pad] * (width - 1 - len(row))]
+                          for row in rows])
+        logits = model(x)[:, :-1]  # (B, T) -> (B, T - 1, V): row i predicts token i of the text
+        nats = F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none")
+        hit = logits.argmax(-1) == x[:, 1:]
+        for i, (text, cut, row) in enumerate(zip(texts, cuts, rows)):
+            bits += float(nats[i, :len(row)].sum()) / math.log(2)
+            n_bytes += len(text[cut:].encode())
+            ends = torch.tensor([len(tok.decode_single_token_bytes(t)) for t in row]).cumsum(0)
+            starts = torch.cat((torch.zeros(1, dtype=torch.long), ends[:-1]))
+            for begin, end in restated_values(text):
+                b, e = len(text[cut:begin].encode()), len(text[cut:end].encode())
+                right += bool(hit[i, :len(row)][(starts < e) & (ends > b)].all())
+                total += 1
+    return {"bits_per_byte": bits / n_bytes, "values": right / total, "n": total}
+
+
+def read_rows(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def answers(model: Transformer, tok: Tokenizer, prompts: list[list[dict]],
+            temperature: float = 0.0, seed: int = 0) -> list[str]:
+    """The reply to each prompt; one that does not end within 48 tokens has a … behind it."""
+    found = []
+    for at in range(0, len(prompts), 64):
+        ids = [render(tok, p, add_generation_prompt=True)[0] for p in prompts[at:at + 64]]
+        found += [tok.decode(r[:-1]) if r[-1] == tok.im_end else tok.decode(r) + "…"
+                  for r in replies(model, ids, 48, stop=(tok.im_end,), temperature=temperature,
+                                   seed=seed + at)]
+    return found
+
+
+def plus_minus(share: float, n: int) -> str:
+    """A share with its 95 % interval."""
+    return f"{share:.1%} ± {1.96 * math.sqrt(share * (1 - share) / n):.1%}"
+
+
+def judge_pt(world: Path, model: Transformer, tok: Tokenizer, seed: int) -> tuple[list, list]:
+    """(lines of the report, gates) of pre-training."""
+    floor = read_rows(world / "floor.json")[0]["pt_heldout_all_names"]
+    documents = read_rows(world / "pt_heldout.jsonl")
+    torch.manual_seed(seed)
+    untrained = Transformer(model.config).eval()
+    lines = ["## Pre-training: values restated in a document's second half", "",
+             "In the control the model does not see the first half and can only guess. The floor "
+             "is the entropy of the documents to a reader who knows how they are made but not "
+             "which names are held out.", "",
+             "| language | bits/byte before | after | floor | after / floor | values before "
+             "| after | control |", "|---|---|---|---|---|---|---|---|"]
+    gates = []
+    for lang in (*LANGS, "all"):
+        docs = [d for d in documents if lang in (d["lang"], "all")]
+        before, after = judge(untrained, tok, docs[:200]), judge(model, tok, docs)
+        control = judge(model, tok, docs, first_half=False)
+        ratio = after["bits_per_byte"] / floor[lang]
+        cells = [lang, f"{before['bits_per_byte']:.2f}", f"{after['bits_per_byte']:.3f}",
+                 f"{floor[lang]:.3f}", f"{ratio:.2f}", f"{before['values']:.1%}",
+                 plus_minus(after["values"], after["n"]), f"{control['values']:.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+        if lang == "all":
+            gates.append(Gate("PT", "bits/byte over the floor", ratio, 1.0, 1.45,
+                              "below 1 would be a leak"))
+        else:
+            gates.append(Gate("PT", f"values restated right, {lang}", after["values"], 0.9, 1.0,
+                              f"control {control['values']:.1%}"))
+    return [*lines, ""], gates
+
+
+def judge_chats(world: Path, models: dict[str, tuple[Transformer, Tokenizer]],
+                n: int) -> list[str]:
+    """Lines of the report: the tasks of the chats, answered greedily by each stage."""
+    rows = [r for r in read_rows(world / "chat_heldout.jsonl") if r["task"] != "qa"][:n]
+    tasks = sorted({row["task"] for row in rows})
+    lines = ["## Other tasks, word for word right", "",
+             "| stage | language | " + " | ".join(tasks) + " |", "|---" * (2 + len(tasks)) + "|"]
+    for stage, (model, tok) in models.items():
+        said = answers(model, tok, [row["messages"][:-1] for row in rows])
+        for lang in LANGS:
+            cells = []
+            for task in tasks:
+                right = [a == row["messages"][-1]["content"] for a, row in zip(said, rows)
+                         if (row["lang"], row["task"]) == (lang, task)]
+                cells.append(plus_minus(sum(right) / len(right), len(right)) if right else "–")
+            lines.append(f"| {stage} | {lang} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def judge_answers(world: Path, models: dict[str, tuple[Transformer, Tokenizer]], n: int,
+                  seed: int) -> tuple[list[str], list[Gate]]:
+    """n questions about held-out names: greedily, for the values, and sampled, for the styles.
+    (lines, gates)."""
+    rows = read_rows(world / "prompts_heldout.jsonl")[:n]
+    fact_of = [read_fact(row) for row in rows]
+    prompts = [row["prompt"] for row in rows]
+    figures: dict[str, dict] = {}
+    for stage, (model, tok) in models.items():
+        def graded(temperature: float) -> list[tuple[float, str | None]]:
+            said = answers(model, tok, prompts, temperature, seed)
+            return [grade(a, fact, row["lang"]) for a, fact, row in zip(said, fact_of, rows)]
+        greedy, sampled = graded(0.0), graded(1.0)
+        figures[stage] = {"gold": [g for g, _ in sampled], "styles": [s for _, s in sampled]} | {
+            f"right {lang}": [g >= 0 for (g, _), row in zip(greedy, rows) if row["lang"] == lang]
+            for lang in LANGS} | {"right sampled": [g >= 0 for g, _ in sampled]}
+    sft = figures["sft"]
+    for f in figures.values():
+        f["win"] = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(f["gold"], sft["gold"])]
+
+    def mean(values: list) -> float:
+        return sum(values) / len(values)
+
+    lines = ["## Questions about facts in the context", "",
+             "Right: the value that the context gives, in any of the four styles, ended. Styles "
+             "and score are those of sampled replies; the score is the program's, which was not "
+             "asked in training: 3 direct, 1.5 terse or padded, 0 hedged, -4 a wrong value, -6 "
+             "neither. A win is a higher score than the SFT model's reply to the same question, "
+             "a tie half of one.", "",
+             "| stage | right en | right zh | right sampled | " + " | ".join(STYLES)
+             + " | score | wins |", "|---" * 10 + "|"]
+    for stage, f in figures.items():
+        shares = [f"{mean([s == style for s in f['styles']]):.0%}" for style in STYLES]
+        cells = [stage, *(plus_minus(mean(f[key]), len(f[key]))
+                          for key in ("right en", "right zh", "right sampled")), *shares,
+                 f"{mean(f['gold']):.2f}", plus_minus(mean(f["win"]), len(rows))]
+        lines.append(f"| {' | '.join(cells)} |")
+    gates = [Gate("SFT", f"answers right, {lang}", mean(sft[f"right {lang}"]), 0.9, 1.0,
+                  f"before: {mean(figures['pt'][f'right {lang}']):.1%}") for lang in LANGS]
+    ceiling = mean([0.5 * (g == 3.0) + (g < 3.0) for g in sft["gold"]])
+    gates.append(Gate("DPO", "wins against SFT", mean(figures["dpo"]["win"]), 0.78, ceiling + 0.03,
+                      f"50 % before, {ceiling:.1%} if always direct and right"))
+    for stage in ("dpo", "rl"):
+        drop = mean([a for lang in LANGS for a in sft[f"right {lang}"]]) - mean(
+            [a for lang in LANGS for a in figures[stage][f"right {lang}"]])
+        gates.append(Gate(stage.upper(), "right answers lost", drop, -1.0, 0.02, "greedy"))
+    gates.append(Gate("RL", "score by the program", mean(figures["rl"]["gold"]), 2.6, 3.0,
+                      f"before: {mean(sft['gold']):.2f}"))
+    return [*lines, ""], gates
+
+
+def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
+    """The reward model against the known scores: (lines, gates)."""
+    rows = read_rows(world / "pairs_heldout.jsonl")
+    bayes = read_rows(world / "floor.json")[0]["pairs_heldout_bayes"]
+    done = subprocess.run([sys.executable, "train_rm.py", f"--init_from={out}/rm",
+                           f"--score={world}/pairs_heldout.jsonl"], capture_output=True, text=True)
+    if done.returncode:
+        fail(done.stderr)
+    scores = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    log = [r for r in read_rows(out / "rm" / "log.jsonl") if "val" in r][-1]["val"]["all"]
+
+    def credit(row: dict, score: dict) -> float:
+        gap = score["chosen"] - score["rejected"]
+        return 0.5 if gap == 0 else float((gap > 0) == (row["gold"][0] > row["gold"][1]))
+
+    strict: dict[str, list[float]] = {}
+    gaps: dict[float, list[float]] = {}
+    for row, score in zip(rows, scores):
+        d = row["gold"][0] - row["gold"][1]
+        if d:
+            for key in ("all", row["kind"], row["lang"]):
+                strict.setdefault(key, []).append(credit(row, score))
+        if row["kind"] != "value":
+            gaps.setdefault(abs(d), []).append((score["chosen"] - score["rejected"])
+                                               * (1 if d > 0 else -1 if d < 0 else 1))
+    lines = ["## Reward model on held-out pairs", "",
+             "Labels were drawn with probability sigmoid(difference of scores), so the best "
+             "possible log-loss and the true gaps are known.", "",
+             "| | measured | known or control |", "|---|---|---|"]
+    for key, credits in strict.items():
+        share = sum(credits) / len(credits)
+        lines.append(f"| ordered as the known scores, {key} | {plus_minus(share, len(credits))} "
+                     f"| longer is better: {log['longer_is_better']:.1%} |" if key == "all" else
+                     f"| … {key} | {plus_minus(share, len(credits))} | |")
+    for d, values in sorted(gaps.items()):
+        lines.append(f"| gap of scores where it should be {d} | {sum(values) / len(values):.2f} "
+                     f"| {d} |")
+    lines += [f"| log-loss | {log['log_loss']:.3f} | {bayes['loss']:.3f} |",
+              f"| calibration error (ECE) | {log['ece']:.3f} | 0 |",
+              f"| corr(score, length) | {log['length_correlation']:+.2f} | |", ""]
+    share = sum(strict["all"]) / len(strict["all"])
+    return lines, [Gate("RM", "pairs in the right order", share, 0.95, 1.0, "50 % by chance")]
+
+
+def judge_rl(out: Path, config: dict) -> tuple[list[str], list[Gate]]:
+    """What reinforcement learning's own log says at the start and at the end."""
+    val = [r["val"] for r in read_rows(out / "rl" / "log.jsonl") if "val" in r]
+    a, b = val[0], val[-1]
+    lines = ["## Reinforcement learning", "", "| | reward (sd) | KL (nats/reply) | J | tokens | "
+             "end |", "|---|---|---|---|---|---|"]
+    for name, v in (("before", a), ("after", b)):
+        lines.append(f"| {name} | {v['reward']:+.2f} | {v['kl']:.2f} | "
+                     f"{v['reward'] - config['beta'] * v['kl']:+.2f} | {v['length']:.1f} | "
+                     f"{v['ended']:.1%} |")
+    return [*lines, ""], [
+        Gate("RL", "reward, in sd", b["reward"], 0.9, 5.0, f"before: {a['reward']:+.2f}"),
+        Gate("RL", "KL in nats per reply", b["kl"], -3 * b["kl_error"], 1.59,
+             "log 4 + 0.2: all mass on one of four styles"),
+        Gate("RL", "replies that end", b["ended"], 0.99, 1.0, "")]
+
+
+def write_notes(folder: Path, lang: str, known: list[Fact]) -> None:
+    """Notes about facts: three to a paragraph, five paragraphs to a file."""
+    r = Random(lang)
+    texts = [fact_text(fact, lang, r.choice((0, 1))) for fact in known]
+    lines = [SPACE[lang].join(texts[at:at + 3]) for at in range(0, len(texts), 3)]
+    os.makedirs(folder, exist_ok=True)
+    for at in range(0, len(lines), 5):
+        write_text(str(folder / f"{lang}{at:03}.md"), "\n\n".join(lines[at:at + 5]) + "\n")
+
+
+def judge_rag(out: Path, n: int, model: tuple[Transformer, Tokenizer],
+              seed: int) -> tuple[list[str], list[Gate]]:
+    """Questions about the facts of n held-out names in notes, and about n names that are in no
+    note, all through rag.answer: (lines, gates)."""
+    cfg = rag.Config(template="short", k=1, max_tokens=48, min_coverage=MIN_COVERAGE)
+    tok, shares = model[1], {}
+
+    def cut(text: str, name: str) -> list[Chunk]:
+        return split(text, name, CHUNK_TOKENS, count=lambda t: len(tok.encode_ordinary(t)))
+
+    for lang in LANGS:
+        r = Random(f"{seed}/rag/{lang}")
+        drawn = facts(r, "test", 2 * n)
+        known, absent, changed = drawn[:n], drawn[n:], [wrong(r, fact) for fact in drawn[:n]]
+        asking = [asked(r, lang, fact) for fact in known]
+        strange = [asked(r, lang, fact) for fact in absent]
+        for folder in ("notes", "index"):
+            shutil.rmtree(out / folder, ignore_errors=True)
+
+        def read(texts: list[str], contexts: list[list[str]]) -> list[str]:
+            return answers(*model, [rag.build_messages(q, c, "short", [])
+                                    for q, c in zip(texts, contexts)])
+
+        def right(said: list[str], about: list[Fact]) -> list[bool]:
+            return [grade(text, fact, lang)[0] >= 0 for text, fact in zip(said, about)]
+
+        closed = read(asking, [[]] * n)
+        with Index(str(out / "index"), writable=True) as index:
+            def ask(texts: list[str], **settings) -> list[rag.Answer]:
+                return [rag.answer(q, replace(cfg, **settings), index, model) for q in texts]
+
+            write_notes(out / "notes", lang, known)
+            update(index, [str(out / "notes")], cut)
+            found = [index.search(q, 5) for q in asking]
+            holds = [[any(fact_text(fact, lang, form) in hit.chunk.text for form in (0, 1))
+                      for hit in hits] for hits, fact in zip(found, known)]
+            gold = [[fact_text(f, lang, 0) for f in known[i - i % 3:i - i % 3 + 3]]
+                    for i in range(n)]
+            opened, refused, loose = ask(asking), ask(strange), ask(strange, min_coverage=0.0)
+            write_notes(out / "notes", lang, changed)
+            update(index, [str(out / "notes")], cut)
+            followed = ask(asking)
+        for what, hits in {
+                "closed book: right": right(closed, known),
+                "closed book: abstains": [text == ABSTAIN[lang] for text in closed],
+                "open book: right": right([a.text for a in opened], known),
+                "its note found first": [hit[:1] == [True] for hit in holds],
+                "its note among the first five": [any(hit) for hit in holds],
+                "the note given, not searched: right": right(read(asking, [
+                    [SPACE[lang].join(texts)] for texts in gold]), known),
+                "in no note: refused": [not a.grounded for a in refused],
+                "in no note, never refusing: the model abstains": [
+                    a.text == ABSTAIN[lang] for a in loose],
+                "control, in a note: the model abstains": [
+                    a.text == ABSTAIN[lang] for a in opened],
+                "value changed in the note: followed": right([a.text for a in followed], changed),
+                }.items():
+            shares.setdefault(what, []).append(sum(hits) / n)
+    lines = ["## Answers from notes", "",
+             f"{n} names in each language that no training file holds, each with one fact in the "
+             "notes, and as many that are in no note.", "", "| | en | zh |", "|---|---|---|"]
+    lines += [f"| {what} | {' | '.join(plus_minus(share, n) for share in both)} |"
+              for what, both in shares.items()]
+    guessed = f"closed book {max(shares['closed book: right']):.1%}"
+    return [*lines, ""], [Gate("RAG", what, min(shares[what]), 0.8, 1.0, note) for what, note in (
+        ("open book: right", guessed), ("value changed in the note: followed", "so it reads"))]
+
+
+def samples(world: Path, models: dict[str, tuple[Transformer, Tokenizer]], seed: int) -> list[str]:
+    """Five sampled answers of each stage in each language."""
+    lines = ["## Five answers, sampled"]
+    rows = read_rows(world / "prompts_heldout.jsonl")[-100:]
+    for lang in LANGS:
+        some = [row for row in rows if row["lang"] == lang][:5]
+        said = {stage: answers(*pair, [row["prompt"] for row in some], 1.0, seed)
+                for stage, pair in models.items()}
+        for i, row in enumerate(some):
+            lines += ["", "    " + row["prompt"][-1]["content"].replace("\n", "\n    ")]
+            lines += [f"    {stage:>4}: " + said[stage][i].replace("\n", "⏎") for stage in models]
+    return [*lines, ""]
