@@ -1,0 +1,323 @@
+"""The index: the scores of the formula, whatever its history, and old or new after a crash."""
+import builtins
+import json
+import math
+import os
+import random
+import zlib
+
+import numpy as np
+import pytest
+
+import index as index_module
+from index import Index, diverse, reciprocal_rank_fusion
+from segment import Chunk
+from topics import terms
+
+WORDS = "apple pear 猫 狗 鸭子 red blue river 山 水 北京 上海 rain snow moon 太阳 tea rice".split()
+
+
+def chunk(doc, text, start=0):
+    return Chunk(f"{doc}/{zlib.crc32(text.encode())}", doc, start, start + len(text), 1, "", "", text)
+
+
+def document(seed, n=3):
+    r = random.Random(seed)
+    return [chunk(f"d{seed}", " ".join(r.choices(WORDS, k=12)), 20 * i) for i in range(n)]
+
+
+def hashing(texts, kind):
+    """An embedder: counted terms, hashed."""
+    rows = np.zeros((len(texts), 64), np.float32)
+    for row, text in zip(rows, texts):
+        for term in terms(text):
+            row[zlib.crc32(term.encode()) % 64] += 1
+    return rows
+
+
+def fill(folder, seeds, **settings):
+    with Index(str(folder), True, **settings) as made:
+        for seed in seeds:
+            made.put(f"d{seed}", str(seed), document(seed))
+            made.commit()
+    return Index(str(folder), **settings)
+
+
+def test_bm25_is_the_formula(tmp_path):
+    made = fill(tmp_path, range(5))
+    texts = [c.text for seed in range(5) for c in document(seed)]
+    bags = [terms(t) for t in texts]
+    mean = sum(map(len, bags)) / len(bags)
+    for question in ("apple 北京", "鸭子 and a river", "nothing known", ""):
+        want = []
+        for bag in bags:
+            score = 0.0
+            for term in set(terms(question)):
+                df, tf = sum(term in b for b in bags), bag.count(term)
+                idf = math.log(1 + (len(bags) - df + 0.5) / (df + 0.5))
+                score += idf * tf / (tf + 1.2 * (1 - 0.75 + 0.75 * len(bag) / mean))
+            want.append(score)
+        assert np.allclose(made.scores(question, "bm25"), want, atol=1e-6)
+
+
+def test_a_history_of_changes_leaves_what_a_rebuild_would(tmp_path):
+    """Ten additions, changes, removals and a compaction; scores to the last bit, order and all."""
+    with Index(str(tmp_path / "a"), True) as made:
+        for seed in range(10):
+            made.put(f"d{seed}", "x", document(seed + 50))
+            made.commit()
+        for seed in range(0, 10, 2):
+            made.put(f"d{seed}", "y", document(seed))
+            made.commit()
+        for seed in range(1, 10, 2):
+            made.remove(f"d{seed}")
+        made.commit()
+        assert len(made.segments) < 8
+    rebuilt = fill(tmp_path / "b", range(0, 10, 2))
+    for compacted in (False, True):
+        if compacted:
+            with Index(str(tmp_path / "a"), True) as made:
+                made.compact()
+                assert not made.manifest["dead"] and len(made.alive) == 15
+        grown = Index(str(tmp_path / "a"))
+        assert len(grown) == len(rebuilt) == 15
+        for question in ("apple 北京 tea", "太阳 moon", "red blue river 山 水"):
+            a, b = grown.search(question, 10), rebuilt.search(question, 10)
+            assert [(h.chunk, h.score, h.coverage) for h in a] == [
+                (h.chunk, h.score, h.coverage) for h in b] and a
+
+
+def test_an_answer_needs_the_question_in_it(tmp_path):
+    with Index(str(tmp_path), True) as made:
+        made.put("a", "", [chunk("a", "the red river flows to Beijing")])
+        made.put("b", "", [chunk("b", "北京的茶很好喝")])
+        made.commit()
+        good, = made.search("Where does the red river flow?", 1)
+        poor, = made.search("the red elephant of the circus", 1)
+        assert good.coverage == pytest.approx(1) or good.coverage > 0.6
+        assert poor.coverage < 0.5
+        assert made.bears_on([good], 0.6) and not made.bears_on([poor], 0.6)
+        assert not made.bears_on([], 0.0) and made.search("xyzzy", 3) == []
+
+
+def test_near_duplicates_are_shown_once_and_come_back_when_the_first_is_gone(tmp_path):
+    text = "The pump in the cellar must be serviced each spring by two people with a lamp"
+    with Index(str(tmp_path), True) as made:
+        made.put("a", "", [chunk("a", text)])
+        made.put("b", "", [chunk("b", text + "!")])
+        made.put("c", "", [chunk("c", "Another pump stands in the yard, it needs no service")])
+        made.commit()
+        assert [h.chunk.doc for h in made.search("Who serviced the pump in the cellar?", 3)] == ["a", "c"]
+        made.remove("a")
+        made.commit()
+        assert [h.chunk.doc for h in made.search("Who serviced the pump in the cellar?", 3)] == ["b", "c"]
+
+
+def test_mmr_prefers_what_is_new():
+    texts = {0: "one two three four five", 1: "one two three four six", 2: "seven eight nine"}
+    chunks = {i: chunk(str(i), text) for i, text in texts.items()}
+    scores = {0: 1.0, 1: 0.9, 2: 0.5}
+    assert diverse([0, 1, 2], scores, chunks, 2, 0.0) == [0, 1]
+    assert diverse([0, 1, 2], scores, chunks, 2, 0.6) == [0, 2]
+
+
+def test_reciprocal_rank_fusion_by_hand():
+    fused = reciprocal_rank_fusion([np.array([7, 3]), np.array([3, 9])])
+    assert fused == {7: 1 / 61, 3: 1 / 62 + 1 / 61, 9: 1 / 62}
+
+
+# ------------------------------------------------------------------------ vectors
+
+def test_vectors_rank_fuse_and_are_not_made_twice(tmp_path):
+    with Index(str(tmp_path), True, hashing, "hash") as made:
+        for seed in range(4):
+            made.put(f"d{seed}", "", document(seed))
+        assert made.commit() == 12
+        made.put("d1", "changed", [*document(1)[:2], chunk("d1", "a new sentence about tea")])
+        assert made.commit() == 1  # the two that stayed keep their vectors
+        made.compact()
+    made = Index(str(tmp_path), False, hashing, "hash")
+    question = document(2)[1].text
+    assert made.search(question, 1, "dense")[0].chunk == document(2)[1]
+    assert made.search(question, 1)[0].cosine == pytest.approx(1, abs=1e-5)
+    want = hashing([c.full for c in [made.chunk(i) for i in range(12)]], "passage")
+    want /= np.linalg.norm(want, axis=1, keepdims=True)
+    assert np.allclose(np.array(made.vectors), want, atol=1e-6)
+    found = made.search("tea apple", 12, "hybrid")
+    fused = reciprocal_rank_fusion([np.argsort(-made.scores("tea apple", m), kind="stable")[
+        :(made.scores("tea apple", m) > 0).sum()] for m in ("bm25", "dense")])
+    assert found[0].score == pytest.approx(max(fused.values()))
+
+
+def test_another_embedder_is_refused_by_name(tmp_path):
+    fill(tmp_path / "v", range(3), embed=hashing, embed_name="hash")
+    wide = lambda texts, kind: np.ones((len(texts), 32), np.float32)
+    twisted = lambda texts, kind: hashing(texts, kind)[:, ::-1]
+    for other, why in ((wide, r"hash \(64 numbers.*other \(32\)"), (twisted, "made with hash")):
+        with pytest.raises(ValueError, match=why):
+            Index(str(tmp_path / "v"), False, other, "other")
+    with pytest.raises(ValueError, match="--embed=hash"):  # adding without it
+        Index(str(tmp_path / "v"), True)
+    fill(tmp_path / "n", range(3))
+    with pytest.raises(ValueError, match="without an embedder"):
+        Index(str(tmp_path / "n"), True, hashing, "hash")
+    with pytest.raises(ValueError, match="no vectors"):
+        Index(str(tmp_path / "n")).search("tea", 1, "dense")
+
+
+def test_an_embedder_that_does_not_speak_the_language_is_refused(tmp_path):
+    """It gives every Chinese text the same vector, as a model does that knows none of its words."""
+    def english(texts, kind):
+        return hashing(["".join(c if c < "\u3400" else "?" for c in t) + " x" for t in texts], kind)
+
+    with Index(str(tmp_path), True, english, "english-only") as made:
+        made.put("a", "", [chunk("a", "The river is red")])
+        made.commit()
+        made.put("b", "", [chunk("b", "北京的茶很好喝，大家都喜欢")])
+        with pytest.raises(ValueError, match="english-only does not speak zh.*bge-small-zh"):
+            made.commit()
+    assert len(Index(str(tmp_path), False, english, "english-only")) == 1
+
+
+def test_vectors_that_are_not_numbers_are_never_found(tmp_path):
+    def broken(texts, kind):
+        rows = hashing(texts, kind)
+        rows[[i for i, t in enumerate(texts) if "snow" in t]] = np.nan
+        return rows
+
+    with Index(str(tmp_path), True, broken, "broken") as made:
+        made.put("a", "", [chunk("a", "snow and rain"), chunk("a", "rain and tea", 30)])
+        made.commit()
+        assert [h.chunk.text for h in made.search("rain", 5, "dense")] == ["rain and tea"]
+
+
+# ------------------------------------------------------------------------ crashes and damage
+
+class Crash(BaseException):
+    """What a power cut is to the program: nothing behind it runs."""
+
+
+def crash_at(monkeypatch, n):
+    """Raise Crash at the n-th call that touches the disk; returns a list of the calls so far."""
+    calls = []
+
+    def counted(name, real):
+        def call(*args, **kwargs):
+            calls.append(name)
+            if len(calls) == n:
+                raise Crash(name)
+            return real(*args, **kwargs)
+        return call
+
+    for name in ("fsync", "replace", "truncate", "open", "unlink"):
+        monkeypatch.setattr(os, name, counted(name, getattr(os, name)))
+    real_open = builtins.open
+
+    class File:
+        def __init__(self, f):
+            self.f = f
+
+        def __getattr__(self, name):
+            got = getattr(self.f, name)
+            return counted(name, got) if name in ("write", "truncate", "flush") else got
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.f.close()
+
+    def opened(path, mode="r", *args, **kwargs):
+        f = real_open(path, mode, *args, **kwargs)
+        if n and ("w" in mode or "+" in mode):
+            calls.append("open")
+            if len(calls) == n:
+                raise Crash("open")
+            return File(f) if not str(path).endswith((".npz", ".lock")) else f
+        return f
+    monkeypatch.setattr(builtins, "open", opened)
+    return calls
+
+
+def test_a_crash_at_any_call_leaves_the_old_index_or_the_new(tmp_path, monkeypatch):
+    import shutil
+    old, new = "old", "new"
+    fill(tmp_path / old, range(4)).close()
+    shutil.copytree(tmp_path / old, tmp_path / new)
+    with Index(str(tmp_path / new), True) as made:
+        made.remove("d0")
+        made.put("d9", "", document(9))
+        made.commit()
+    def state(folder):
+        with Index(str(folder)) as made:
+            return [(h.chunk, h.score) for h in made.search("apple tea 北京 moon", 20)]
+    states = [state(tmp_path / old), state(tmp_path / new)]
+    assert states[0] != states[1]
+    n = seen_old = seen_new = 0
+    while True:
+        n += 1
+        place = tmp_path / f"try{n}"
+        shutil.copytree(tmp_path / old, place)
+        with monkeypatch.context() as patch:
+            calls = crash_at(patch, n)
+            try:
+                with Index(str(place), True) as made:
+                    made.remove("d0")
+                    made.put("d9", "", document(9))
+                    made.commit()
+                crashed = False
+            except Crash:
+                crashed = True
+        now = state(place)
+        assert now in states, calls
+        seen_old, seen_new = seen_old + (now == states[0]), seen_new + (now == states[1])
+        with Index(str(place), True) as made:  # and it can go on from there
+            made.remove("d0")
+            made.put("d9", "", document(9))
+            made.commit()
+        assert state(place) == states[1]
+        if not crashed:
+            break
+    assert n > 15 and seen_old > 10 and seen_new > 1
+    print(f"\n{n - 1} calls, old {seen_old}, new {seen_new}")
+
+
+def test_damage_is_named(tmp_path):
+    fill(tmp_path, range(4)).close()
+    for path, change, why in (
+            (next(tmp_path.glob("terms-*")), lambda b: b[:50] + b"\1" + b[51:], "terms-.*checksum"),
+            (next(tmp_path.glob("chunks-*")), lambda b: b[:-5], "chunks-.*bytes where"),
+            (tmp_path / "manifest.json", lambda b: b[:-2], "manifest.json: damaged"),
+            (tmp_path / "manifest.json", lambda b: b.replace(b'"format": 1', b'"format": 7'),
+             "format 7")):
+        whole = path.read_bytes()
+        path.write_bytes(change(whole))
+        with pytest.raises(ValueError, match=why):
+            Index(str(tmp_path))
+        path.write_bytes(whole)
+    assert len(Index(str(tmp_path))) == 12
+    with pytest.raises(ValueError, match="no index here"):
+        Index(str(tmp_path / "nowhere"))
+
+
+def test_only_one_process_writes(tmp_path):
+    with Index(str(tmp_path), True):
+        with pytest.raises(ValueError, match="another process"):
+            Index(str(tmp_path), True)
+    Index(str(tmp_path), True).close()
+
+
+def test_a_full_disk_leaves_the_old_index(tmp_path, monkeypatch):
+    fill(tmp_path, range(2)).close()
+    before = json.loads((tmp_path / "manifest.json").read_text())
+    with Index(str(tmp_path), True) as made:
+        made.put("d7", "", document(7))
+
+        def full(*args):
+            raise OSError(28, "No space left on device")
+        monkeypatch.setattr(index_module.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            made.commit()
+        monkeypatch.undo()
+    assert json.loads((tmp_path / "manifest.json").read_text()) == before
+    assert len(Index(str(tmp_path))) == 6
