@@ -86,7 +86,8 @@ def main() -> None:
     world, data, tok = (os.path.join(cfg.out_dir, n) for n in ("world", "data", "tokenizer.txt"))
     text = f"{world}/pt.jsonl"
     if not os.path.exists(f"{world}/floor.json"):
-        less = [] if cfg.share == 1 else ["--n_chat=4000", "--n_pairs=2000", "--n_val=200"]
+        less = [] if cfg.share == 1 else ["--n_chat=4000", "--n_pairs=2000",
+                                             "--n_rankings=2000", "--n_val=200"]
         run("toyworld.py", f"--out_dir={world}", f"--seed={cfg.seed}", f"--n_train={cfg.n_train}",
             *less)
     if not os.path.exists(tok):
@@ -113,7 +114,8 @@ def main() -> None:
         run("generate.py", f"--checkpoint={cfg.out_dir}/pt", f"--prompt={prompt}", "--stream",
             "--max_tokens=60", "--temperature=0.5", "--timing")
     stage("sft", f"--init_from={cfg.out_dir}/pt", *held_out("chat"), f"--pt_data={data}")
-    stage("rm", f"--init_from={cfg.out_dir}/sft", *held_out("pairs"))
+    stage("rm", f"--init_from={cfg.out_dir}/sft", f"--data={world}/rankings.jsonl",
+          f"--val_data={world}/pairs_heldout.jsonl")
     stage("dpo", f"--init_from={cfg.out_dir}/sft", *held_out("pairs"))
     stage("rl", f"--init_from={cfg.out_dir}/sft", f"--reward_from={cfg.out_dir}/rm",
           *held_out("prompts"))

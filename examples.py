@@ -3,12 +3,14 @@ Chats, preference pairs and prompts: JSON lines -> token rows, mapped from disk 
 
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
     {"prompt": [… up to a user's message], "chosen": "good", "rejected": "bad", "margin": 1.0}
-    {"prompt": […], "ranking": ["best", …, "worst"]}                    expands to all its pairs
+    {"prompt": […], "ranking": ["best", …, "worst"]}                    stands for all its pairs
     {"prompt": […]}
 
 Roles are system, user and assistant; "margin" and "lang" may be missing, other fields are ignored.
 A row is what `render` makes of a chat: token ids, and for each whether it is to be learnt. A pair
-is two rows, chosen and rejected, that end at the reply's <|im_end|>. Rows are made once, in a
+is two rows, chosen and rejected, that end at the reply's <|im_end|>. A ranking is one row for each
+reply, best first, so that k replies are read once for their k (k - 1) / 2 pairs; a pair is a
+ranking of two. Rows are made once, in a
 folder whose meta.json says from what, and are read as they are used: a corpus of any size works.
 """
 import hashlib
@@ -17,8 +19,8 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -30,8 +32,9 @@ from corpus import (BadLine, BadLines, Batch, FieldError, Progress, find_files, 
 from data import IGNORE, Order, cached_tokenizer, draw_split, read_json
 from tokenizer import ROLES, Tokenizer, render
 
-Kind = Literal["chat", "pair", "prompt"]
-ROW = np.dtype([("end", "<i8"), ("lang", "S8"), ("margin", "<f4")])  # end: place in .words
+Kind = Literal["chat", "pair", "ranking", "prompt"]
+ROW = np.dtype([("end", "<i8"), ("lang", "S8"), ("margin", "<f4"), ("first", "?")])
+# end: place in .words; first: of the rows of an example
 LEARN = np.uint32(1 << 31)  # flag on a token id in .words: to be learnt
 
 
@@ -69,7 +72,8 @@ def read_reply(record: dict, field: str) -> str:
 
 def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str, list, Counter]:
     """What one record gives: the text that decides its split, [(lang, margin, rows)] with one row
-    for a chat or prompt and two for a pair, and how often something was dropped or cut."""
+    for a chat or prompt, two for a pair, as many as replies for a ranking, and how often something
+    was dropped or cut."""
     lang = record.get("lang")
     if lang is not None and not isinstance(lang, str):
         raise FieldError("lang", "field of a wrong type", "'lang' must be a string")
@@ -98,17 +102,18 @@ def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str
                     isinstance(r, str) for r in replies):
                 raise FieldError("ranking", "field of a wrong type",
                                  "'ranking' must be a list of at least two strings, best first")
-            pairs = [(a, b) for i, a in enumerate(replies) for b in replies[i + 1:]]
         else:
-            pairs = [(read_reply(record, "chosen"), read_reply(record, "rejected"))]
-        for pair in pairs:
-            rows = [reply_row(tok, messages, reply) for reply in pair]
-            if rows[0] == rows[1]:
-                counts["pairs dropped: both replies are the same"] += 1
-            elif max(len(row.ids) for row in rows) > max_len:
-                counts["pairs dropped: too long"] += 1
-            else:
-                groups.append((float(margin), rows))
+            replies = [read_reply(record, "chosen"), read_reply(record, "rejected")]
+        ranked = [reply_row(tok, messages, reply) for reply in replies]
+        for rows in [ranked] if kind == "ranking" else combinations(ranked, 2):
+            different = [row for i, row in enumerate(rows) if row not in rows[:i]]
+            fitting = [row for row in different if len(row.ids) <= max_len]
+            counts[f"{kind}s dropped: both replies are the same"] += len(different) < 2
+            counts[f"{kind}s dropped: too long"] += len(fitting) < 2 <= len(different)
+            if len(rows) > 2:
+                counts["replies dropped from rankings"] += len(rows) - len(fitting)
+            if len(fitting) > 1:
+                groups.append((float(margin), fitting))
     lang = lang or language(" ".join(m["content"] for m in messages))
     return key, [(lang, margin, rows) for margin, rows in groups], counts
 
@@ -161,43 +166,53 @@ def encode_batch(batch: Batch, kind: Kind, tokenizer: str, max_len: int, val_fra
         counts, n = counts + found, n + 1
         words, rows = parts[draw_split(key.encode(errors="replace"), val_fraction)]
         for lang, margin, group in groups:
-            for ids, mask in group:
+            for i, (ids, mask) in enumerate(group):
                 learn = np.where(np.array(mask, bool), LEARN, np.uint32(0))
                 words.append(np.array(ids, np.uint32) | learn)
-                rows.append((len(ids), lang.encode()[:8], margin))
+                rows.append((len(ids), lang.encode()[:8], margin, i == 0))
     return {split: (b"".join(w.tobytes() for w in words), np.array(rows, ROW))
             for split, (words, rows) in parts.items()}, bad, counts, n, batch.share
 
 
-@dataclass
 class Rows:
-    """Examples of a folder: each has `per` rows (2 for pairs). Nothing is in memory until used."""
-    words: np.ndarray  # (tokens,) uint32: id, and LEARN
-    table: np.ndarray  # (rows,) of ROW
-    per: int
-    name: str
+    """Examples of a folder: a row each, two for a pair, one for each reply of a ranking. Nothing is
+    in memory until used."""
+
+    def __init__(self, words: np.ndarray, table: np.ndarray, name: str):
+        self.words = words  # (tokens,) uint32: id, and LEARN
+        self.table = table  # (rows,) of ROW
+        self.name = name
+        self.firsts = np.append(np.flatnonzero(table["first"]), len(table))  # row of each example
 
     def __len__(self) -> int:
-        return len(self.table) // self.per
+        return len(self.firsts) - 1
+
+    def _ends(self, i: int) -> list[int]:
+        """Where the rows of example i start and end in .words: one more than there are rows."""
+        first, behind = self.firsts[i:i + 2]
+        ends = self.table["end"][max(first - 1, 0):behind].tolist()
+        return ends if first else [0, *ends]
 
     def example(self, i: int) -> list[Row]:
         """The rows of example i."""
-        found = []
-        for r in range(i * self.per, (i + 1) * self.per):
-            words = self.words[self.table["end"][r - 1] if r else 0:self.table["end"][r]]
-            found.append(Row((words & ~LEARN).tolist(), (words >= LEARN).astype(int).tolist()))
-        return found
+        ends = self._ends(i)
+        parts = [self.words[a:b] for a, b in zip(ends, ends[1:])]
+        return [Row((w & ~LEARN).tolist(), (w >= LEARN).astype(int).tolist()) for w in parts]
 
     def margin(self, i: int) -> float:
-        return float(self.table["margin"][i * self.per])
+        return float(self.table["margin"][self.firsts[i]])
 
     def lang(self, i: int) -> str:
-        return self.table["lang"][i * self.per].decode()
+        return self.table["lang"][self.firsts[i]].decode()
 
     def longest(self, i: int) -> int:
         """Tokens of the longest row of example i."""
-        ends = self.table["end"][max(i * self.per - 1, 0):(i + 1) * self.per].tolist()
-        return max(np.diff(ends if i else [0, *ends]).tolist())
+        return max(np.diff(self._ends(i)).tolist())
+
+    def shortest_first(self) -> np.ndarray:
+        """Numbers of the examples by their longest row."""
+        longest = np.maximum.reduceat(self.lengths(), self.firsts[:-1])
+        return np.argsort(longest, kind="stable")
 
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
@@ -211,7 +226,7 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
     user's first (chats) or last message. Raises ValueError for what a user can mend."""
     files = find_files(paths)
     job = {"files": [(f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files], "kind": kind,
-           "tokenizer": tok.sha256, "settings": [max_len, val_fraction, on_bad_line], "version": 1}
+           "tokenizer": tok.sha256, "settings": [max_len, val_fraction, on_bad_line], "version": 2}
     job = json.loads(json.dumps(job))  # as it will be read back
     meta = read_json(os.path.join(folder, "meta.json"))
     if not meta or meta["job"] != job:
@@ -229,7 +244,7 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
             size = os.path.getsize(name) // dtype.itemsize
             arrays.append(np.memmap(name, dtype, "r", shape=(size,)) if size
                           else np.zeros(0, dtype))
-        found[split] = Rows(*arrays, 2 if kind == "pair" else 1, f"{paths} ({split})")
+        found[split] = Rows(*arrays, f"{paths} ({split})")
     return found
 
 
@@ -257,7 +272,7 @@ def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str
     names = [f"{split}.{part}" for split in ("train", "val") for part in ("words", "rows")]
     outs = {name: open(os.path.join(temporary, name), "wb") for name in names}
     hashes = {name: hashlib.sha256() for name in names}
-    ends, counts, n = Counter(), Counter(), 0
+    ends, examples, counts, n = Counter(), Counter(), Counter(), 0
     work = partial(encode_batch, kind=kind, tokenizer=tok_path, max_len=max_len,
                    val_fraction=val_fraction)
     workers = 1 if sum(map(os.path.getsize, files)) < 16 << 20 else 0
@@ -268,6 +283,7 @@ def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str
             for split, (words, rows) in parts.items():
                 rows["end"] = np.cumsum(rows["end"]) + ends[split]
                 ends[split] += len(words) // 4
+                examples[split] += int(rows["first"].sum())
                 for name, raw in ((f"{split}.words", words), (f"{split}.rows", rows.tobytes())):
                     outs[name].write(raw)
                     hashes[name].update(raw)
@@ -280,12 +296,9 @@ def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str
         if not sum(ends.values()):
             raise ValueError(f"{', '.join(files)}: no usable example in it; "
                              + "; ".join(f"{k}: {v:,}" for k, v in counts.items()))
-        per = 2 if kind == "pair" else 1
-        sizes = {split: os.path.getsize(os.path.join(temporary, f"{split}.rows")) // ROW.itemsize
-                 for split in ("train", "val")}
         notes = "".join(f"; {what}: {many:,}" for what, many in sorted(counts.items()) if many)
-        print(f"{n:,} records -> {sizes['train'] // per:,} {kind}s to train on, "
-              f"{sizes['val'] // per:,} held out{notes}")
+        print(f"{n:,} records -> {examples['train']:,} {kind}s to train on, "
+              f"{examples['val']:,} held out{notes}")
         meta = {"job": job, "sha256": {name: h.hexdigest() for name, h in hashes.items()}}
         write_text(os.path.join(temporary, "meta.json"), json.dumps(meta, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
@@ -390,6 +403,23 @@ def pair_batch(rows: Rows, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tenso
     """`pad_right` of the chosen replies of some pairs, then of the rejected: 2 B rows."""
     pairs = [rows.example(i) for i in chosen]
     return pad_right([pair[side] for side in (0, 1) for pair in pairs], 0)
+
+
+def ranking_batch(rows: Rows, chosen: Sequence[int]
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """ids (R, T) and lengths (R,) of all the replies of some rankings, and for each of their pairs
+    the row of the better and of the worse reply, (2, P), the margin, (P,), and its share of its
+    ranking, (P,)."""
+    groups = [rows.example(i) for i in chosen]
+    idx, _, lengths = pad_right([row for group in groups for row in group], 0)
+    pairs, margins, shares, first = [], [], [], 0
+    for i, group in zip(chosen, groups):
+        of_group = list(combinations(range(first, first + len(group)), 2))
+        pairs += of_group
+        margins += [rows.margin(i)] * len(of_group)
+        shares += [1 / len(of_group)] * len(of_group)
+        first += len(group)
+    return idx, lengths, torch.tensor(pairs).t(), torch.tensor(margins), torch.tensor(shares)
 
 
 def micro_batches(rows: Rows, chosen: list[int], size: int, rank: int, world: int

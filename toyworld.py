@@ -22,8 +22,8 @@ Preferences are drawn, too: a reply has a known score (GOLD), and of two replies
 d more is chosen with probability sigmoid(d). So the Bradley-Terry model is right, the differences
 of scores that a reward model should find are known, and so is the best it can do.
 
-    python toyworld.py --out_dir=out/toyworld        pt, chat, pairs, prompts .jsonl, the same
-                                                     with _heldout on test names, floor.json
+    python toyworld.py --out_dir=out/toyworld        pt, chat, rankings, pairs, prompts .jsonl, and
+                                                     _heldout ones on test names, floor.json
 """
 import json
 import os
@@ -32,7 +32,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp, factorial, log1p, log2
+from math import exp, factorial, log, log1p, log2
 from random import Random
 from typing import NamedTuple
 
@@ -45,7 +45,8 @@ class Config:
     seed: int = 0                  # same seed and settings, same bytes
     n_train: int = 100_000         # pre-training documents
     n_chat: int = 40_000           # chats for supervised fine-tuning
-    n_pairs: int = 16_000          # pairs of replies for the reward model and DPO
+    n_pairs: int = 16_000          # pairs of replies for DPO, and to judge both by
+    n_rankings: int = 24_000       # rankings of four replies for the reward model
     n_prompts: int = 4_000         # questions for reinforcement learning
     n_val: int = 2_000             # rows in each held-out file, on test names only
     min_facts: int = 2             # fewest facts in a pre-training document
@@ -314,6 +315,19 @@ def pair(r: Random, split: str, max_facts: int) -> dict:
             "kind": kind, "gold": [both[0][1], both[1][1]]}
 
 
+def ranking(r: Random, split: str, max_facts: int) -> dict:
+    """{"prompt", "ranking": three right replies in different styles and a wrong one, "lang",
+    "gold"}. Scores plus Gumbel noise decide the order, so that of each two the one that scores d
+    more stands first with probability sigmoid(d), as in `pair` (Luce 1959)."""
+    lang, about, messages = _asked(r, split, max_facts)
+    styles = r.sample(STYLES, 3)
+    scored = [(GOLD[style], answer(about, lang, style)) for style in styles]
+    scored.append((WRONG, answer(wrong(r, about), lang, r.choice(STYLES))))
+    scored.sort(key=lambda s: log(-log(r.random() or 1e-300)) - s[0])
+    return {"prompt": messages, "ranking": [text for _, text in scored], "lang": lang,
+            "gold": [gold for gold, _ in scored]}
+
+
 def floors(docs: list[dict], split: str, n_names: int) -> dict[str, float]:
     """Floor in bits per UTF-8 byte, {"en", "zh", "all"}, of documents made from a split's names,
     for a reader who knows that a name is one of n_names."""
@@ -348,8 +362,9 @@ def write_files(out_dir: str, files: dict[str, list[dict]]) -> None:
 def check(cfg: Config) -> None:
     """Raises ValueError for what cannot be generated."""
     names = min(map(len, NAMES.values()))
-    lowest = {"n_train": 1, "n_chat": 1, "n_pairs": 1, "n_prompts": 1, "n_val": 1, "min_facts": 1,
-              "max_facts": cfg.min_facts, "max_chat_facts": 1, "exact_repeat": 0}
+    lowest = dict.fromkeys(("n_train", "n_chat", "n_pairs", "n_rankings", "n_prompts", "n_val",
+                            "min_facts", "max_chat_facts"), 1)
+    lowest |= {"max_facts": cfg.min_facts, "exact_repeat": 0}
     highest = {"max_facts": names, "max_chat_facts": names - 1, "exact_repeat": 1}
     for key, low in lowest.items():
         if getattr(cfg, key) < low:
@@ -374,6 +389,7 @@ def generate(cfg: Config) -> dict[str, list[dict]]:
             "chat": rows("chat", cfg.n_chat, chat, "train", most),
             "chat_heldout": rows("chat_heldout", cfg.n_val, chat, "test", most),
             "pairs": rows("pairs", cfg.n_pairs, pair, "train", most),
+            "rankings": rows("rankings", cfg.n_rankings, ranking, "train", most),
             "pairs_heldout": rows("pairs_heldout", cfg.n_val, pair, "test", most),
             "prompts": rows("prompts", cfg.n_prompts, rl_prompt, "train", most),
             "prompts_heldout": rows("prompts_heldout", cfg.n_val, rl_prompt, "test", most)}
@@ -384,7 +400,8 @@ def report(data: dict[str, list[dict]], floor: dict[str, dict[str, float]]) -> N
     for name, rows in data.items():
         texts = [row["text"] if "text" in row else "\n".join(
             [m["content"] for m in row.get("messages") or row["prompt"]]
-            + [f"{k}: {row[k]}" for k in ("chosen", "rejected") if k in row]) for row in rows]
+            + [f"{k}: {row[k]}" for k in ("chosen", "rejected") if k in row]
+            + [f"{i}. {text}" for i, text in enumerate(row.get("ranking", ()), 1)]) for row in rows]
         print(f"\n{name}: {len(rows):,} documents, {sum(len(t.encode()) for t in texts):,} bytes")
         for lang in LANGS:
             samples = [text for text, row in zip(texts, rows) if row["lang"] == lang][:2]

@@ -46,6 +46,7 @@ from runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
 
 KIND = "dpo"  # of checkpoint
+EXAMPLES = "pair"  # of the data
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,7 @@ def train(cfg: Config, dist: Dist) -> None:
 
     # same in every train_*.py: pairs
     with runtime.first_rank_first(dist):
-        pairs, val = load_splits(cfg, "pair", tok, length)
+        pairs, val = load_splits(cfg, EXAMPLES, tok, length)
     if not len(val):
         raise ValueError(f"{cfg.data}: no pair fell into the held-out part: raise --val_fraction "
                          "or give --val_data")

@@ -6,7 +6,7 @@ The reward model: which of two replies would a person prefer?
 
     L_RM = - log sigmoid(r(chosen) - r(rejected) - margin)  +  c (r(chosen) + r(rejected))^2
 
-per pair (Bradley & Terry 1952; Ouyang et al. 2022); the second term keeps scores around 0 and costs
+per pair, the mean over the pairs of a ranking (Bradley & Terry 1952; Ouyang et al. 2022); the second term keeps scores around 0 and costs
 the first nothing, which knows differences only. r is one number read from the last state at the
 <|im_end|> of a reply, by a head in fp32 on top of the SFT model. How the scores of the SFT model's
 own replies are spread, mean and standard deviation, is kept for train_rl.py, so that its penalty
@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -30,21 +31,22 @@ from configurator import configure
 from corpus import BadLine, find_files, parse_records, read_batches
 from costs import count_parameters, flops_per_token, training_memory
 from data import Order, mix
-from examples import (Row, Rows, in_batches, load_splits, micro_batches, pad_right,
-                      pair_batch, prompt_of, reply_end, rows_of, spread)
+from examples import (Row, Rows, in_batches, load_splits, micro_batches, pad_right, prompt_of,
+                      ranking_batch, reply_end, rows_of, spread)
 from generate import load_model, replies
 from model import ModelConfig, RewardModel, Transformer
 from runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
 
 KIND = "rm"  # of checkpoint
+EXAMPLES = "ranking"  # of the data
 
 
 @dataclass(frozen=True)
 class Config:
     init_from: str = "out/sft"  # checkpoint to start from; with score: the reward model
-    data: str = "out/toyworld/pairs.jsonl"  # pairs to learn: JSONL files or folders
-    val_data: str = ""  # pairs to judge by; empty: a part of data
+    data: str = "out/toyworld/pairs.jsonl"  # pairs or rankings to learn: JSONL files or folders
+    val_data: str = ""  # pairs or rankings to judge by; empty: a part of data
     val_fraction: float = 0.05  # share of data to judge by, if there is no val_data
     on_bad_line: Literal["stop", "skip"] = "stop"  # at a line that is not as it should be
     out_dir: str = "out/rm"  # where checkpoints and the log go
@@ -55,8 +57,9 @@ class Config:
     label_smoothing: float = 0.0  # share of labels taken to be wrong
     epochs: float = 1.0  # how often every pair is seen; more overfits
     max_steps: int | None = None  # optimizer steps; None: as epochs say
-    batch_pairs: int = 64  # pairs an optimizer step learns from
-    batch_size: int = 8  # pairs a process puts through the model at once
+    batch_pairs: int = 64  # pairs, or rankings, an optimizer step learns from
+    batch_size: int = 8  # of them a process puts through the model at once
+    curriculum: float = 0.0  # share of the steps in which the longer pairs are let in, bit by bit
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, else AdamW
     learning_rate: float = 1e-5  # of AdamW
     muon_lr: float = 0.02  # of Muon: length of a step, relative to an orthogonal matrix
@@ -96,17 +99,29 @@ def score_rows(model: nn.Module, rows: list[Row], dist: Dist) -> Tensor:
         return model(idx.to(dist.device), lengths.to(dist.device))
 
 
+def let_in(chosen: list[int], shortest_first: np.ndarray, progress: float) -> list[int]:
+    """Instead of the examples drawn from all, ones drawn alike from the shorter part of them: a
+    tenth at first, all when `progress` has come to 1. What has to be found in a short prompt is
+    learnt sooner, and finding it in a long one from there (Bengio et al. 2009)."""
+    share = max(0.1, progress)
+    return chosen if share >= 1 else [int(shortest_first[int(i * share)]) for i in chosen]
+
+
 @torch.no_grad()
-def score_pairs(model: RewardModel, rows: Rows, chosen: list[int], cfg: Config,
-                dist: Dist) -> np.ndarray:
-    """(len(chosen), 2) scores of pairs, each process its share."""
-    scores = np.zeros((len(chosen), 2))
+def score_examples(model: RewardModel, rows: Rows, chosen: list[int], cfg: Config,
+                   dist: Dist) -> list[np.ndarray]:
+    """The scores of the replies of each example, each process its share of the work."""
+    sizes = [int(rows.firsts[i + 1] - rows.firsts[i]) for i in chosen]
+    scores = np.split(np.zeros(sum(sizes)), np.cumsum(sizes)[:-1])
     by_length = sorted(range(len(chosen)), key=lambda i: rows.longest(chosen[i]))
     for i, batch in enumerate(in_batches(by_length, 2 * cfg.batch_size)):
         if i % dist.world == dist.rank:
-            flat = [row for j in batch for row in rows.example(chosen[j])]
-            scores[batch] = score_rows(model, flat, dist).view(-1, 2).cpu().numpy()
-    return np.array(all_sum(dist, *scores.ravel())).reshape(scores.shape)
+            groups = [rows.example(chosen[j]) for j in batch]
+            flat = score_rows(model, [row for group in groups for row in group], dist).cpu().numpy()
+            for j, part in zip(batch, np.split(flat, np.cumsum([len(g) for g in groups])[:-1])):
+                scores[j][:] = part
+    summed = np.array(all_sum(dist, *np.concatenate(scores)))
+    return np.split(summed, np.cumsum(sizes)[:-1])
 
 
 def judge(scores: np.ndarray, lengths: np.ndarray, margins: np.ndarray) -> dict[str, float]:
@@ -137,13 +152,14 @@ def judge(scores: np.ndarray, lengths: np.ndarray, margins: np.ndarray) -> dict[
 
 def evaluate(model: RewardModel, rows: Rows, cfg: Config, dist: Dist,
              everything: bool) -> dict[str, dict[str, float]]:
-    """`judge` of all held-out pairs and of each language."""
+    """`judge` of the pairs of all held-out examples and of each language."""
     chosen = spread(range(len(rows)), None if everything else cfg.eval_pairs)
-    scores = score_pairs(model, rows, chosen, cfg, dist)
-    pairs = [rows.example(i) for i in chosen]
-    lengths = np.array([[sum(row.mask) for row in pair] for pair in pairs]).reshape(-1, 2)
-    margins = np.array([rows.margin(i) for i in chosen])
-    langs = np.array([rows.lang(i) for i in chosen])
+    found = []
+    for i, scores in zip(chosen, score_examples(model, rows, chosen, cfg, dist)):
+        lengths = [sum(row.mask) for row in rows.example(i)]
+        for a, b in combinations(range(len(scores)), 2):
+            found.append((scores[[a, b]], (lengths[a], lengths[b]), rows.margin(i), rows.lang(i)))
+    scores, lengths, margins, langs = map(np.array, zip(*found))
     parts = {"all": langs != ""} | {lang: langs == lang for lang in sorted(set(langs.tolist()))}
     return {name: judge(scores[part], lengths[part], margins[part]) for name, part in parts.items()}
 
@@ -260,6 +276,8 @@ def check(cfg: Config, world: int) -> None:
                  "log_every"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
+    if not 0 <= cfg.curriculum <= 1:
+        raise ValueError(f"curriculum {cfg.curriculum} must lie between 0 and 1")
     if not 0 <= cfg.label_smoothing < 0.5 or not 0 <= cfg.val_fraction < 1 or cfg.center_coef < 0:
         raise ValueError("label_smoothing must lie between 0 and 0.5, val_fraction between 0 and "
                          "1, and center_coef must not be negative")
@@ -279,7 +297,7 @@ def train(cfg: Config, dist: Dist) -> None:
 
     # same in every train_*.py: pairs
     with runtime.first_rank_first(dist):
-        pairs, val = load_splits(cfg, "pair", tok, length)
+        pairs, val = load_splits(cfg, EXAMPLES, tok, length)
     if not len(val):
         raise ValueError(f"{cfg.data}: no pair fell into the held-out part: raise --val_fraction "
                          "or give --val_data")
@@ -300,6 +318,8 @@ def train(cfg: Config, dist: Dist) -> None:
     print0(f"{count_parameters(config):,} parameters; {len(pairs):,} pairs of {tokens:,} tokens, "
            f"{len(val):,} held out; {max_steps:,} steps, "
            f"{max_steps * cfg.batch_pairs / len(pairs):.2f} epochs")
+    let_in_until = cfg.curriculum * max_steps
+    shortest_first = pairs.shortest_first()
     optimizers = make_optimizers(model, cfg)
     first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text)
     if state:
@@ -337,20 +357,23 @@ def train(cfg: Config, dist: Dist) -> None:
             group["lr"] = group["base"] * lr
         # end same
         chosen = order.take(step * cfg.batch_pairs, cfg.batch_pairs)
+        if step < let_in_until:
+            chosen = let_in(chosen, shortest_first, step / let_in_until)
         micro = micro_batches(pairs, chosen, cfg.batch_size, dist.rank, dist.world)
         loss, right, seen = torch.zeros((), device=dist.device), 0.0, 0
         for micro_step, some in enumerate(micro):
-            idx, _, lengths = (t.to(dist.device) for t in pair_batch(pairs, some))
-            margin = torch.tensor([pairs.margin(i) for i in some], device=dist.device)
+            idx, lengths, (better, worse), margin, share = (t.to(dist.device) for t in
+                                                            ranking_batch(pairs, some))
             if dist.world > 1:  # exchange gradients once, behind the last micro-step
                 net.require_backward_grad_sync = micro_step == len(micro) - 1
             with dist.autocast():
-                a, b = net(idx, lengths).chunk(2)
-            part = rm_loss(a, b, margin, cfg.center_coef, cfg.label_smoothing).sum()
-            part = part / cfg.batch_pairs
+                scores = net(idx, lengths)
+            a, b = scores[better], scores[worse]
+            losses = rm_loss(a, b, margin, cfg.center_coef, cfg.label_smoothing)
+            part = (share * losses).sum() / cfg.batch_pairs
             (part * dist.world).backward()  # DDP takes the mean over processes, the loss is a sum
             loss += part.detach()
-            right += float((a > b).sum() + 0.5 * (a == b).sum())
+            right += float((share * ((a > b) + 0.5 * (a == b))).sum())
             seen += int(lengths.sum())
         samples = f"pairs {step * cfg.batch_pairs:,} to {(step + 1) * cfg.batch_pairs - 1:,}"
 
