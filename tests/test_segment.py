@@ -136,14 +136,20 @@ def test_what_is_too_big_is_cut_where_it_hurts_least():
         "```\na = 1\nb = 2", "c = 3\nd = 4\ne = 5\n```"]
     assert cut("- one\n  - two of it\n- three\n- four is here") == [
         "- one\n  - two of it\n- three", "- four is here"]
-    assert cut("- start here\n  - nested item 1\n  - nested item 2", 40) == [
-        "- start here\n  - nested item 1", "  - nested item 2"]
+    assert cut("- start\n  - A one. A two.\n  - B one. B two.", 41) == [
+        "- start\n  - A one. A two.", "  - B one. B two."]
     table = split("|k|v|\n|-|-|\n" + "".join(f"|{i}|row|\n" for i in range(9)), "", 40, count=len)
     assert {c.prefix for c in table[1:]} == {"|k|v|\n|-|-|"} and table[0].prefix == ""
     for text in ("e\u0301" * 99, "👨\u200d👩\u200d👧" * 20, "👍🏽" * 40):
         parts = cut(text, 24)
         assert len(parts) > 3
         assert not any(p[0] in "\u0301\u200d🏽" or p[-1] == "\u200d" for p in parts)
+
+
+def test_a_heading_is_not_left_alone_even_if_a_sentence_must_be_cut_for_it():
+    text = "# Title\n\nSome words that fill it all up. Next."
+    assert [c.text for c in split(text, "", 40, count=len)] == [
+        "# Title\n\nSome words that fill it", "all up. Next."]
 
 
 def test_introductions_stay_with_what_they_introduce():
@@ -177,6 +183,8 @@ def test_overlap_repeats_whole_sentences_under_the_same_heading():
                 assert b.start == 0 or text[b.start - 1] in " \n。！？；”", (seed, again)
                 spans += 1
     assert spans > 100
+    pieces = split("A first sentence here. " + "words " * 40, "", 32, 16, count=len)
+    assert all(a.end < b.start for a, b in zip(pieces, pieces[1:]))  # no part of a sentence twice
     words = "一二三四五六七八。" * 9
     assert [len(c.text) for c in split(words, "", 32, 9, count=len)][:2] == [27, 27]
 
