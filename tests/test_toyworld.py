@@ -204,7 +204,7 @@ def test_settings_set_sizes_facts_and_repeats():
     data = toyworld.generate(Config(n_train=40, n_chat=30, n_val=20, min_facts=3, max_facts=6,
                                     exact_repeat=1.0, max_chat_facts=2, n_pairs=7,
                                     n_prompts=6))
-    assert [*map(len, data.values())] == [40, 20, 30, 20, 7, 20, 6, 20]
+    assert [*map(len, data.values())] == [40, 20, 30, 20, 7, 8, 20, 6, 20]
     halves = {name: [text.split("\n") for text in texts(data[name])] for name in data}
     assert {len(find(SAID, first)) for first, _ in halves["pt"]} == {3, 4, 5, 6}
     assert all(a == b for a, b in halves["pt"]) and any(a != b for a, b in halves["pt_heldout"])
