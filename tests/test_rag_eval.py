@@ -1,0 +1,85 @@
+"""The figures of an evaluation, by hand and on the notes."""
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from notes import NOTES, QUESTIONS
+from rag_eval import auc, chinese_units, english_words, rank_of, score_answer
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_of_equal_scores_a_passage_gets_the_worst_place():
+    scores = np.array([3.0, 2.0, 2.0, 1.0, 0.0])
+    assert [rank_of(scores, [i]) for i in range(5)] == [1, 3, 3, 4, math.inf]
+    assert rank_of(scores, [1, 3]) == 3  # the better of two gold passages, behind its equal
+    assert rank_of(scores, [1, 2]) == 2  # but not behind another gold one
+    assert rank_of(scores, []) == math.inf
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+    assert auc([3, 4], [1, 2]) == 1 and auc([1, 2], [3, 4]) == 0 and auc([1, 1], [1, 1]) == 0.5
+    a, b = np.random.default_rng(0).normal(size=(2, 50)).round(1)
+    want = np.mean([(x > y) + 0.5 * (x == y) for x in a for y in b])
+    assert auc(list(a), list(b)) == pytest.approx(want)
+
+
+def test_answers_are_scored_as_squad_and_cmrc_do():
+    assert english_words("The U.S. team, an army!") == ["us", "team", "army"]
+    assert chinese_units("在2008年，《北京》！") == ["在", "2008", "年", "北", "京"]
+    assert score_answer("the Norman dynasty", ["Normans", "Norman dynasty"], "en") == (1, 1)
+    assert score_answer("in the year 1066 AD", ["1066"], "en") == (0, pytest.approx(2 / 5))
+    assert score_answer("在北京大学。", ["北京大学"], "zh") == (0, pytest.approx(8 / 9))
+    assert score_answer("北海大学", ["北京大学"], "zh")[1] == pytest.approx(4 / 8)  # the longest run: 大学
+    assert score_answer("", ["x"], "en") == (0, 0)
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = [{"id": name, "title": name[:-3], "text": text, "source": "notes",
+             "lang": "en" if name[0] < "\u3400" else "zh"} for name, text in NOTES.items()]
+    asked = [{"query": q, "answers": [part], "doc_id": name, "source": "notes",
+              "lang": "en" if name[0] < "\u3400" else "zh"} for q, name, part in QUESTIONS]
+    for name, lines in (("corpus", rows), ("queries", asked)):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return tmp_path
+
+
+def evaluate(folder, *more, code=0):
+    done = subprocess.run([sys.executable, "rag.py", "eval", f"--corpus={folder}/corpus.jsonl",
+                           f"--queries={folder}/queries.jsonl", *more], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()] if not code else done.stderr
+
+
+def test_the_command_prints_a_line_for_each_language(files, tiny):
+    en, zh = evaluate(files)
+    assert (en["lang"], en["n"], en["passages"]) == ("en", 20, 6)
+    assert (zh["lang"], zh["n"], zh["passages"]) == ("zh", 20, 6)
+    for line in (en, zh):
+        assert line["recall@1"] >= 0.95 and line["recall@5"] == 1 and line["refusal_auc"] > 0.9
+        assert line["recall@1"] <= line["mrr@10"] <= 1 and line["ms_per_query"] > 0
+    for how in ("chunks", "fixed"):
+        en, zh = evaluate(files, f"--passages={how}", "--chunk_tokens=24")
+        assert en["passages"] > 20 and zh["passages"] > 15
+        assert (en["cut"] + zh["cut"] > 0.05) == (how == "fixed"), (how, en, zh)
+    en, zh = evaluate(files, f"--checkpoint={tiny.pt}", "--limit=2", "--template=short",
+                      "--max_tokens=4")
+    assert en["answered"] == en["n"] == 2 and en["sentence_f1"] > en["model_f1"] >= 0
+
+
+def test_what_does_not_fit_is_named(files):
+    (files / "queries.jsonl").write_text(json.dumps(
+        {"query": "x", "answers": [], "doc_id": "nobody", "lang": "en", "source": "notes"}) + "\n")
+    assert "doc_id 'nobody' is not in" in evaluate(files, code=2)
+    (files / "queries.jsonl").write_text('{"query": "x", "answers": "y"}\n')
+    assert "queries.jsonl:1:" in evaluate(files, code=2)
+    (files / "queries.jsonl").write_text('{"query": "x"\n')
+    assert "queries.jsonl:1:" in evaluate(files, code=2)
