@@ -2,7 +2,6 @@
 What a training script needs around its loop: device, processes, signals, learning rate, log.
 
     dist = setup()                                  # under torchrun or not
-    model = wrap(model, dist)
     total, = all_sum(dist, loss)
 
 On CUDA the processes speak NCCL, on a CPU gloo. Everything here may be skipped on a first reading.
@@ -24,8 +23,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from configurator import fail
 
@@ -74,13 +71,6 @@ def finish(dist: Dist) -> None:
     if dist.world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def wrap(model: nn.Module, dist: Dist) -> nn.Module:
-    if dist.world == 1:
-        return model
-    ids = [dist.device.index] if dist.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids)
 
 
 @contextmanager
