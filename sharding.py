@@ -54,7 +54,7 @@ def wrap(model: nn.Module, dist: Dist, shard: bool = False, recompute: bool = Fa
         # embedding, last norm and head: used first and last, gathered in fp32
         model = fully_shard(model, mesh=mesh,
                             mp_policy=replace(policy, param_dtype=torch.float32))
-        return model.to(dist.device)
+        return model
     model.to(dist.device)
     net = torch.compile(model) if compiled else model
     if dist.world == 1 or not any(p.requires_grad for p in model.parameters()):
@@ -147,6 +147,8 @@ def load_model(model: nn.Module, state: dict[str, Tensor], strict: bool = True) 
     if not parts_of(model):
         model.load_state_dict(state, strict=strict)
         return
+    for part in parts_of(model):
+        part.reshard()  # a call without gradients leaves the embedding and the head gathered
     options = StateDictOptions(full_state_dict=True, strict=strict)
     set_model_state_dict(model, dict(state), options=options)
 

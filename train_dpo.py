@@ -228,9 +228,9 @@ def sample_replies(model: Transformer, tok: Tokenizer, rows: Rows, cfg: Config,
         with sharding.whole(model, dist):
             said = replies(model, prompts, cfg.answer_tokens, stop=(tok.im_end,),
                            seed=mix(cfg.seed, batch[0]))
-        full = [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, said)]
-        idx, targets, _ = (t.to(dist.device) for t in pad_right(full, 0))
-        own, n = reply_logps(model, model, idx, targets, dist)
+            full = [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, said)]
+            idx, targets, _ = (t.to(dist.device) for t in pad_right(full, 0))
+            own, n = reply_logps(model, model, idx, targets, dist)
         ref, _ = reply_logps(reference, reference, idx, targets, dist)
         kls += (own - ref).tolist()
         lengths += n.tolist()
