@@ -332,7 +332,8 @@ def train(cfg: Config, dist: Dist) -> None:
         print0(f"WARNING: {model.path} has not learnt to answer: start from an SFT model")
     print0(runtime.describe_run(dist))
     parts = training_memory(config, 2 * cfg.batch_size, int(np.mean(pairs.lengths())) + 1,
-                            cfg.batch_pairs // cfg.batch_size // dist.world, dist.dtype.itemsize)
+                            cfg.batch_pairs // cfg.batch_size // dist.world, dist.dtype.itemsize,
+                            shards=dist.world if cfg.shard else 1, recompute=cfg.recompute)
     if not cfg.precompute_ref:
         parts["reference"] = parts["parameters"]
     print0(runtime.memory_line(parts, dist))

@@ -248,8 +248,9 @@ def train(cfg: Config, dist: Dist) -> None:
     accumulate = check(cfg, dist.world)
     config, max_steps = shape(cfg, tok.n_vocab), cfg.max_steps
     print0(runtime.describe_run(dist))
-    print0(runtime.memory_line(training_memory(config, cfg.batch_size, cfg.max_seq_len, accumulate,
-                                               dist.dtype.itemsize), dist))
+    print0(runtime.memory_line(training_memory(
+        config, cfg.batch_size, cfg.max_seq_len, accumulate, dist.dtype.itemsize,
+        shards=dist.world if cfg.shard else 1, recompute=cfg.recompute), dist))
     torch.manual_seed(cfg.seed)
     model = Transformer(config)
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute, cfg.compile)

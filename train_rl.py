@@ -363,9 +363,11 @@ def train(cfg: Config, dist: Dist) -> None:
     if model.kind == "pt":
         print0(f"WARNING: {model.path} has not learnt to answer: start from an SFT model")
     print0(runtime.describe_run(dist))
-    parts = training_memory(config, cfg.batch_size, length, accumulate, dist.dtype.itemsize)
+    shards = dist.world if cfg.shard else 1
+    parts = training_memory(config, cfg.batch_size, length, accumulate, dist.dtype.itemsize,
+                            shards=shards, recompute=cfg.recompute)
     parts["reference"] = parts["parameters"]
-    parts["reward model"] = 4 * count_parameters(reward.backbone.config)
+    parts["reward model"] = 4 * count_parameters(reward.backbone.config) // shards
     print0(runtime.memory_line(parts, dist))
     print0(f"{count_parameters(config):,} parameters; {len(prompts):,} prompts, {len(val):,} held "
            f"out; {max_steps:,} steps of {cfg.prompts_per_step} x {cfg.group} replies")

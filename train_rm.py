@@ -302,7 +302,8 @@ def train(cfg: Config, dist: Dist) -> None:
     print0(runtime.describe_run(dist))
     print0(runtime.memory_line(training_memory(
         config, 2 * cfg.batch_size, int(np.mean(pairs.lengths())) + 1,
-        cfg.batch_pairs // cfg.batch_size // dist.world, dist.dtype.itemsize, head=False), dist))
+        cfg.batch_pairs // cfg.batch_size // dist.world, dist.dtype.itemsize, head=False,
+        shards=dist.world if cfg.shard else 1, recompute=cfg.recompute), dist))
     tokens = int(pairs.lengths().sum())
     print0(f"{count_parameters(config):,} parameters; {len(pairs):,} pairs of {tokens:,} tokens, "
            f"{len(val):,} held out; {max_steps:,} steps, "

@@ -272,7 +272,8 @@ def train(cfg: Config, dist: Dist) -> None:
     print0(runtime.describe_run(dist))
     print0(runtime.memory_line(training_memory(
         config, cfg.batch_size, length, accumulate, dist.dtype.itemsize,
-        learnt=sum(p.numel() for p in model.parameters() if p.requires_grad)), dist))
+        learnt=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        shards=dist.world if cfg.shard else 1, recompute=cfg.recompute), dist))
     tokens = int(chats.lengths().sum())
     learnt = int((chats.words >> 31).sum())
     print0(f"{count_parameters(config):,} parameters; {len(chats):,} chats of {tokens:,} "

@@ -106,6 +106,31 @@ def write(dist: runtime.Dist, shape: dict) -> list[list[int]]:
     return said
 
 
+def memory(key: str) -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().split(key)[1].split()[0])
+
+
+def grown(dist: runtime.Dist, shape: dict, batch_size: int, recompute: bool) -> int:
+    """Bytes by which a process grows at most over two steps in parts, of two micro-steps each. The
+    first, small model loads torch's code; writing 5 to clear_refs forgets the peak so far."""
+    for changes in (dict(n_layer=1, vocab_size=96), {}):
+        before = memory("VmRSS:")
+        model = Transformer(ModelConfig(**shape | changes))
+        net = sharding.wrap(model, dist, True, recompute)
+        optimizers = train_pt.make_optimizers(model, train_pt.Config())
+        Path("/proc/self/clear_refs").write_text("5")
+        for micro_step in range(4):
+            x = torch.zeros(batch_size, model.config.max_seq_len, dtype=torch.long)
+            train_pt.pt_loss(net(x, hidden=True), model.lm_head.weight, x).backward()
+            if micro_step % 2:
+                for o in optimizers:
+                    o.step()
+                    o.zero_grad()
+        peak = memory("VmHWM:")
+        del model, net, optimizers
+    return peak - before
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist = runtime.setup("cpu", "float32", 60)
