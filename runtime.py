@@ -60,6 +60,11 @@ def setup(device: str = "auto", dtype: str = "auto", timeout: float = 120) -> Di
         torch.set_float32_matmul_precision("high")
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if (int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+            and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
+        # a restarted process would read there where its dead predecessors listened
+        raise ValueError("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
+                         "environment of torchrun")
     if world > 1:
         backend = "nccl" if device.startswith("cuda") else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))

@@ -27,7 +27,7 @@ import runtime
 import sharding
 from configurator import configure
 from costs import count_parameters, flops_per_token, training_memory
-from data import IGNORE, TokenFile, Windows, open_data, passages
+from data import IGNORE, TokenFile, Windows, ahead, open_data, passages
 from generate import complete, load_model
 from model import ModelConfig, Transformer
 from runtime import Dist, all_sum, print0
@@ -263,6 +263,10 @@ def train(cfg: Config, dist: Dist) -> None:
            f"windows of {cfg.max_seq_len} tokens, {rows * cfg.max_steps / windows.n:.2f} epochs")
     tok_bytes = torch.tensor(tok.token_bytes())
     log = runtime.Log(cfg.out_dir, dist, first, cfg.max_steps, cfg.batch_tokens, flops)
+    # the windows of a step, of all processes, stand side by side: its start is step x rows
+    batches = ahead(windows.batch, (
+        (step * rows + (micro_step * dist.world + dist.rank) * cfg.batch_size, cfg.batch_size)
+        for step in range(first, max_steps) for micro_step in range(accumulate)))
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
 
     for step in range(first, max_steps + 1):
@@ -301,8 +305,7 @@ def train(cfg: Config, dist: Dist) -> None:
         # end same
         loss = torch.zeros((), device=dist.device)
         for micro_step in range(accumulate):
-            start = step * rows + (micro_step * dist.world + dist.rank) * cfg.batch_size
-            x, y = (t.to(dist.device) for t in windows.batch(start, cfg.batch_size))
+            x, y = (t.to(dist.device) for t in next(batches))
             sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once
             with dist.autocast():
                 part = pt_loss(net(x, hidden=True), model.lm_head.weight, y) / cfg.batch_tokens
