@@ -62,6 +62,8 @@ def round_trip(dist: runtime.Dist, path: str, shard: bool, optimizer: str) -> di
     sharding.wrap(model, dist, shard)
     optimizers = train_pt.make_optimizers(model, train_pt.Config(optimizer=optimizer))
     sharding.load(model, optimizers, state)
+    held = [v for o in optimizers for of_one in o.state.values() for v in of_one.values()]
+    assert all(hasattr(v, "to_local") == shard for v in held if v.dim()), "moments not in parts"
     tensors, moments = sharding.gather(model, optimizers)
     return {"model": tensors, "optimizer": moments} if dist.rank == 0 else None
 
@@ -93,17 +95,22 @@ def steps(dist: runtime.Dist, shape: dict, **how) -> list[float]:
     return norms
 
 
-def write(dist: runtime.Dist, shape: dict) -> list[list[int]]:
-    """A reply by each rank alone, of another length, and two more steps behind it."""
+def write(dist: runtime.Dist, shape: dict) -> list:
+    """A reply by the last rank alone, then one by each, of another length; another behind a step;
+    last, how many parameters of the blocks a call without gradients leaves gathered."""
     model, optimizers, _ = example(dist, shape)
     with sharding.whole(model, dist):
+        if dist.rank == dist.world - 1:
+            replies(model, [[1, 2, 3]], 2)
         said = replies(model, [[1, 2, 3]], 4 + 3 * dist.rank, temperature=0)
     model(torch.arange(8)[None]).square().mean().backward()
     for o in optimizers:
         o.step()
     with sharding.whole(model, dist):
         said += replies(model, [[1, 2, 3]], 5, temperature=0)
-    return said
+    with torch.no_grad():
+        model(torch.arange(8)[None])
+    return [*said, [not hasattr(p, "to_local") for p in model.layers.parameters()].count(True)]
 
 
 def memory(key: str) -> int:

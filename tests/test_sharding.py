@@ -221,6 +221,7 @@ def test_each_process_writes_by_itself_with_all_weights_and_learns_on(runs, worl
     said, = results(runs, world, "write")
     assert [len(own[0]) for own in said] == [4 + 3 * rank for rank in range(world)]
     assert all(own[0][:4] == said[0][0] and own[1] == said[0][1] for own in said)
+    assert [own[2] for own in said] == [0] * world
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
