@@ -286,7 +286,7 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
         return step
 
     def dpo(net: Transformer) -> Tensor:
-        logps, n = train_dpo.reply_logps(net, net.lm_head.weight, *alike[:2], alone)
+        logps, n = train_dpo.reply_logps(net, net, *alike[:2], alone)
         return train_dpo.dpo_loss(*logps.chunk(2), nothing, nothing, *n.chunk(2)).mean()
 
     losses = {

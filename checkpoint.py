@@ -165,8 +165,8 @@ def load(where: str, device: str | torch.device = "cpu") -> tuple[dict, Path]:
 
 
 def restore(cfg, kind: str, optimizers: list, tokenizer: str) -> tuple[int, dict]:
-    """Where a run of a later stage goes on: the step and the state that `cfg.resume` asks for, with
-    the optimizers loaded; (0, {}) for a fresh start. Raises ValueError if the newest checkpoint in
+    """Where a run of a later stage goes on: the step and the state that `cfg.resume` asks for, to
+    be loaded; (0, {}) for a fresh start. Raises ValueError if the newest checkpoint in
     `cfg.out_dir` does not fit, or if a fresh run would be mixed with an older one."""
     say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
     found = list_checkpoints(cfg.out_dir)
@@ -187,7 +187,5 @@ def restore(cfg, kind: str, optimizers: list, tokenizer: str) -> tuple[int, dict
             say(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
     if len(state["optimizer"]) != len(optimizers):
         raise ValueError(f"{path}: was trained with another --optimizer")
-    for optimizer, saved in zip(optimizers, state["optimizer"]):
-        optimizer.load_state_dict(saved)
     say(f"loaded {path}")
     return state["step"], state

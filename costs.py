@@ -22,27 +22,57 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 
 def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumulate: int = 1,
-                    width: int = 4, learnt: int | None = None,
-                    head: bool = True) -> dict[str, int]:
+                    width: int = 4, learnt: int | None = None, head: bool = True,
+                    shards: int = 1, recompute: bool = False) -> dict[str, int]:
     """Bytes at the fullest moment of an AdamW step on one device, by what takes them. `width` is
     bytes per activation: 4, or 2 under autocast, which leaves norms and the sum x in fp32. Counted
     is what autograd keeps of each line above on a CPU; a fused RMSNorm keeps one tensor less.
-    `learnt` parameters have gradients, None: all; without `head` no token is predicted."""
+    `learnt` parameters have gradients, None: all; without `head` no token is predicted. `shards`
+    and `recompute` as in sharding.py: parameters in so many parts, blocks run again."""
     c, n, tokens = config, count_parameters(config), batch_size * seq_len
     heads = (c.n_head + c.n_kv_head) * c.head_dim
     matrix = c.vocab_size * c.n_embd
     exact = 4 * c.n_embd + 2 * heads  # x and x / rms(x): two norms of x, those of q and k
     # inputs of products, turned q and k, v and y; autocast makes q, k, v, gate and up a copy each
     rounded = (2 if width == 4 else 5) * c.n_embd + 4 * c.n_hidden + 2 * heads
-    kept = tokens * (c.n_layer * (4 * exact + width * rounded) + 5 * 4 * c.n_embd)
-    if width < 4:
-        kept += width * (n - (1 if c.tied else 2) * matrix)  # autocast's copies of the weights
+    of_block, root = 4 * exact + width * rounded, (1 if c.tied else 2) * matrix + c.n_embd
+    inside = (n - root) // c.n_layer  # parameters of a block
+    copies = width * inside if width < 4 and shards == 1 else 0  # autocast's, of a block's weights
+    # of a block that is run again its input waits; one at a time has all the rest
+    again = tokens * of_block + copies if recompute else 0
+    kept = c.n_layer * (tokens * 4 * c.n_embd if recompute else tokens * of_block + copies)
+    kept += tokens * 5 * 4 * c.n_embd
     learnt = n if learnt is None else learnt
     grads = 4 * learnt
     # where backward starts, the head has its gradient and autograd's zeros of the same size; on
     # the way activations go as gradients come; the two gradients of a tied matrix meet at the end
     spare = 4 * matrix if head and learnt == n else 0
-    start = kept + 2 * spare + (grads if accumulate > 1 else 0)
+    if shards > 1:
+        # embedding and head stay while they are needed, in fp32; of the blocks one is in use and
+        # one on its way; the gradient of one is whole, in `width` and in fp32 to be summed
+        summed = inside * (width + 4) if learnt == n else 0
+        return {"parameters": 4 * n // shards, "optimizer": 8 * learnt // shards,
+                "gradients": grads // shards, "gathered": 4 * root + 2 * width * inside,
+                "activations": kept + spare + max(spare, again + summed)}
+    start = kept + spare + max(spare, again) + (grads if accumulate > 1 else 0)
     end = grads + (spare if c.tied else 0)
     return {"parameters": 4 * n, "optimizer": 8 * learnt, "gradients": grads,
             "activations": max(start, end) - grads}
+
+
+def evaluation_memory(config: ModelConfig, rows: int, seq_len: int, width: int = 4,
+                      shards: int = 1) -> int:
+    """Bytes that writing `rows` replies takes beside what is held anyway: keys and values, and, of
+    a model in parts, all of its weights (sharding.whole). A copy writes in fp32, parts in `width`
+    bytes."""
+    c, n = config, count_parameters(config)
+    root = (1 if c.tied else 2) * c.vocab_size * c.n_embd + c.n_embd
+    cache = 2 * c.n_layer * rows * c.n_kv_head * c.head_dim * seq_len  # numbers
+    return 4 * cache if shards == 1 else width * cache + 4 * root + width * (n - root)
+
+
+def lora_parameters(config: ModelConfig, rank: int) -> int:
+    """Parameters that --lora_rank learns: rank (rows + columns) for each matrix of the blocks."""
+    c, q, kv = config, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    sides = 2 * (c.n_embd + q) + 2 * (c.n_embd + kv) + 3 * (c.n_embd + c.n_hidden)
+    return rank * c.n_layer * sides

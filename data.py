@@ -18,7 +18,9 @@ import struct
 import time
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -232,6 +234,19 @@ class Windows:
         """Where the first window of each file starts, as far in as the file has room for."""
         draw = mix(self.seed, epoch, 1)
         return [draw % min(self.length, max(len(ids) - self.length, 1)) for ids in self.ids]
+
+
+def ahead(make: Callable, places: Iterable[tuple]) -> Iterator:
+    """make(*place) of each place in turn, the next one made by a thread while the caller is busy:
+    a slow disk then costs time only where it takes longer than the work."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque()
+        for place in places:
+            coming.append(thread.submit(make, *place))
+            if len(coming) > 1:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def check_ids(file: TokenFile, ids: np.ndarray) -> None:

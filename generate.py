@@ -107,9 +107,9 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
     rows = [list(p) for p in prompts]
     running = [True] * len(rows)
     if cache:
-        pad = [longest - len(r) for r in rows]
-        kv = KVCache(model.config, len(rows), longest + max_tokens, pad, weight.device,
-                     weight.dtype)
+        pad, kind = [longest - len(r) for r in rows], weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        kv = KVCache(model.config, len(rows), longest + max_tokens, pad, weight.device, dtype)
         fresh = torch.tensor([[0] * n + r for n, r in zip(pad, rows)], device=weight.device)
     for i in range(max_tokens):
         if cache:

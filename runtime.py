@@ -2,7 +2,6 @@
 What a training script needs around its loop: device, processes, signals, learning rate, log.
 
     dist = setup()                                  # under torchrun or not
-    model = wrap(model, dist)
     total, = all_sum(dist, loss)
 
 On CUDA the processes speak NCCL, on a CPU gloo. Everything here may be skipped on a first reading.
@@ -24,8 +23,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from configurator import fail
 
@@ -63,6 +60,11 @@ def setup(device: str = "auto", dtype: str = "auto", timeout: float = 120) -> Di
         torch.set_float32_matmul_precision("high")
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if (int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+            and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
+        # a restarted process would read there where its dead predecessors listened
+        raise ValueError("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
+                         "environment of torchrun")
     if world > 1:
         backend = "nccl" if device.startswith("cuda") else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
@@ -74,13 +76,6 @@ def finish(dist: Dist) -> None:
     if dist.world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def wrap(model: nn.Module, dist: Dist) -> nn.Module:
-    if dist.world == 1:
-        return model
-    ids = [dist.device.index] if dist.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import checkpoint
 import runtime
+import sharding
 from configurator import configure
 from corpus import Progress
 from costs import count_parameters, flops_per_token, training_memory
@@ -89,6 +90,8 @@ class Config:
     seed: int = 0  # of the order of the data
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # activations; auto: bfloat16 on cuda
+    shard: bool = False  # each process keeps a part of every matrix (FSDP2), else all of them (DDP)
+    recompute: bool = False  # keep a block's input only and run it again: less memory, more work
     dist_timeout: float = 120.0  # seconds without word from another process that end the run
 
 
@@ -118,11 +121,12 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
     return -F.logsigmoid(margin - gamma)
 
 
-def reply_logps(model: nn.Module, head: Tensor, idx: Tensor, targets: Tensor,
+def reply_logps(net: nn.Module, model: Transformer, idx: Tensor, targets: Tensor,
                 dist: Dist) -> tuple[Tensor, Tensor]:
-    """(summed log P, number of tokens) of the reply in each row, (2 B,) each."""
+    """(summed log P, number of tokens) of the reply in each row, (2 B,) each, of a model through
+    its wrapper `net`."""
     with dist.autocast():
-        logps = token_logps(model(idx, hidden=True), head, targets)
+        logps = token_logps(net(idx, hidden=True), model.lm_head.weight, targets)
     return logps.sum(-1), (targets != IGNORE).sum(-1)
 
 
@@ -137,8 +141,8 @@ def pair_logps(model: Transformer, rows: Rows, chosen: list[int], cfg: Config,
     for i, batch in enumerate(in_batches(by_length, 2 * cfg.batch_size)):
         if i % dist.world == dist.rank:
             idx, targets, _ = pair_batch(rows, [chosen[j] for j in batch])
-            sums, _ = reply_logps(model, model.lm_head.weight, idx.to(dist.device),
-                                  targets.to(dist.device), dist)
+            sums, _ = reply_logps(model, model, idx.to(dist.device), targets.to(dist.device),
+                                  dist)
             found[batch] = sums.view(2, -1).t().cpu().numpy()
         if dist.rank == 0 and len(chosen) > 2000:
             progress.show(f"log-probabilities of {i * 2 * cfg.batch_size:,}/{len(chosen):,} pairs")
@@ -160,7 +164,8 @@ def reference_logps(model: Transformer, rows: Rows, used: list[int], name: str, 
     note = path.with_suffix(".json")
     if not (path.exists() and note.exists() and note.read_text() == key):
         found = np.full((len(rows), 2), np.nan)
-        found[used] = pair_logps(model, rows, used, cfg, dist)
+        with sharding.whole(model, dist):
+            found[used] = pair_logps(model, rows, used, cfg, dist)
         if dist.rank == 0:
             temporary = f"{path}.tmp"
             with open(temporary, "wb") as f:
@@ -171,7 +176,9 @@ def reference_logps(model: Transformer, rows: Rows, used: list[int], name: str, 
     found = np.load(path)
     some = used[:2 * cfg.batch_size]
     tokens = np.array([[sum(row.mask) for row in rows.example(i)] for i in some])
-    if not (np.abs(pair_logps(model, rows, some, cfg, dist) - found[some]) <= 1e-3 * tokens).all():
+    with sharding.whole(model, dist):
+        now = pair_logps(model, rows, some, cfg, dist)
+    if not (np.abs(now - found[some]) <= 1e-3 * tokens).all():
         raise ValueError(f"{path}: not what {model.path} gives; delete it")
     print0(f"reference log-probabilities from {path}")
     return found
@@ -183,7 +190,8 @@ def evaluate(model: Transformer, rows: Rows, ref: np.ndarray, cfg: Config, dist:
              everything: bool) -> dict[str, dict[str, float]]:
     """Loss, implicit rewards and log-probabilities of held-out pairs, of all and each language."""
     chosen = spread(range(len(rows)), None if everything else cfg.eval_pairs)
-    now = pair_logps(model, rows, chosen, cfg, dist)
+    with sharding.whole(model, dist):
+        now = pair_logps(model, rows, chosen, cfg, dist)
     tokens = np.array([[sum(row.mask) for row in rows.example(i)] for i in chosen])
     rewards = cfg.beta * (now - ref[chosen])
     columns = [torch.tensor(x) for x in (*now.T, *ref[chosen].T, *tokens.T)]
@@ -210,19 +218,21 @@ def sample_replies(model: Transformer, tok: Tokenizer, rows: Rows, cfg: Config,
                    dist: Dist) -> dict[str, float]:
     """Sampled replies to held-out prompts: KL to the reference per reply (the mean of log P - log
     P_ref), length, and the share that ends by itself. Prints one reply per language."""
-    reference, _ = load_model(cfg.init_from, dist.device, torch.float32)
+    reference, _ = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
+    sharding.wrap(reference.requires_grad_(False), dist, cfg.shard)
     room = model.config.max_seq_len - cfg.answer_tokens
     chosen = [i for i in spread(range(len(rows)), cfg.eval_samples)
               if len(prompt_of(rows.example(i)[0])) <= room]
     kls, lengths, stops, shown = [], [], [], set()
     for batch in in_batches(chosen, 32):
         prompts = [prompt_of(rows.example(i)[0]) for i in batch]
-        said = replies(model, prompts, cfg.answer_tokens, stop=(tok.im_end,),
-                       seed=mix(cfg.seed, batch[0]))
-        full = [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, said)]
-        idx, targets, _ = (t.to(dist.device) for t in pad_right(full, 0))
-        own, n = reply_logps(model, model.lm_head.weight, idx, targets, dist)
-        ref, _ = reply_logps(reference, reference.lm_head.weight, idx, targets, dist)
+        with sharding.whole(model, dist):
+            said = replies(model, prompts, cfg.answer_tokens, stop=(tok.im_end,),
+                           seed=mix(cfg.seed, batch[0]))
+            full = [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, said)]
+            idx, targets, _ = (t.to(dist.device) for t in pad_right(full, 0))
+            own, n = reply_logps(model, model, idx, targets, dist)
+        ref, _ = reply_logps(reference, reference, idx, targets, dist)
         kls += (own - ref).tolist()
         lengths += n.tolist()
         stops += [reply[-1] == tok.im_end for reply in said]
@@ -298,13 +308,13 @@ def check(cfg: Config, world: int) -> None:
         raise ValueError("nll_coef, gamma and eval_samples must not be negative")
 
 
-def weights(model: Transformer) -> dict:
-    return {"model": model.state_dict()}
+def weights(model: Transformer, tensors: dict[str, Tensor]) -> dict:
+    return {"model": tensors}
 
 
 def train(cfg: Config, dist: Dist) -> None:
     check(cfg, dist.world)
-    model, tok = load_model(cfg.init_from, dist.device, torch.float32)
+    model, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
     config = model.config
     length = cfg.max_len or config.max_seq_len
 
@@ -323,7 +333,8 @@ def train(cfg: Config, dist: Dist) -> None:
         print0(f"WARNING: {model.path} has not learnt to answer: start from an SFT model")
     print0(runtime.describe_run(dist))
     parts = training_memory(config, 2 * cfg.batch_size, int(np.mean(pairs.lengths())) + 1,
-                            cfg.batch_pairs // cfg.batch_size // dist.world, dist.dtype.itemsize)
+                            cfg.batch_pairs // cfg.batch_size // dist.world, dist.dtype.itemsize,
+                            shards=dist.world if cfg.shard else 1, recompute=cfg.recompute)
     if not cfg.precompute_ref:
         parts["reference"] = parts["parameters"]
     print0(runtime.memory_line(parts, dist))
@@ -331,19 +342,20 @@ def train(cfg: Config, dist: Dist) -> None:
     print0(f"{count_parameters(config):,} parameters; {len(pairs):,} pairs of {tokens:,} tokens, "
            f"{len(val):,} held out; {max_steps:,} steps, "
            f"{max_steps * cfg.batch_pairs / len(pairs):.2f} epochs")
+    net = sharding.wrap(model, dist, cfg.shard, cfg.recompute)
     ref_val = reference_logps(model, val, list(range(len(val))), "val", cfg, dist)
     if cfg.precompute_ref:
         used = sorted(set(order.take(0, min(max_steps * cfg.batch_pairs, len(pairs)))))
         ref_train, reference = reference_logps(model, pairs, used, "train", cfg, dist), None
     else:
-        reference = load_model(cfg.init_from, dist.device, torch.float32)[0].requires_grad_(False)
+        reference, _ = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
+        sharding.wrap(reference.requires_grad_(False), dist, cfg.shard)
     optimizers = make_optimizers(model, cfg)
     start = {"pairs": evaluate(model, val, ref_val, cfg, dist, False), "samples":
              sample_replies(model, tok, val, cfg, dist) if cfg.eval_samples else {}}
     first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text)
     if state:
-        model.load_state_dict(state["model"])
-    net = runtime.wrap(model, dist)
+        sharding.load(model, optimizers, state)
     log = runtime.Log(cfg.out_dir, dist, first, max_steps, 0, flops_per_token(config, length))
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
 
@@ -367,11 +379,12 @@ def train(cfg: Config, dist: Dist) -> None:
 
         # same in every train_*.py: save
         if last or stopping or (step % cfg.save_every == 0 and step > first):
+            tensors, moments = sharding.gather(model, optimizers)  # by all processes
             if dist.rank == 0:
                 path = checkpoint.save(cfg.out_dir, step, {
-                    "format": 1, "kind": KIND, "step": step, **weights(model),
-                    "optimizer": [o.state_dict() for o in optimizers],
-                    "model_config": asdict(config), "config": asdict(cfg), "tokenizer": tok.text})
+                    "format": 1, "kind": KIND, "step": step, **weights(model, tensors),
+                    "optimizer": moments, "model_config": asdict(config),
+                    "config": asdict(cfg), "tokenizer": tok.text})
                 print0(f"saved {path}")
             log.start_clock()
         if last or stopping:
@@ -393,15 +406,13 @@ def train(cfg: Config, dist: Dist) -> None:
         loss, sums, seen = torch.zeros((), device=dist.device), torch.zeros(3), 0
         for micro_step, (some, batch) in enumerate(zip(micro, batches)):
             idx, targets, lengths = (t.to(dist.device) for t in batch)
-            if dist.world > 1:  # exchange gradients once, behind the last micro-step
-                net.require_backward_grad_sync = micro_step == len(micro) - 1
+            sharding.exchange_gradients(net, micro_step == len(micro) - 1)  # once
             if reference is None:
                 ref = torch.tensor(ref_train[some].T, dtype=torch.float32, device=dist.device)
             else:
                 with torch.no_grad():
-                    ref = reply_logps(reference, reference.lm_head.weight, idx, targets,
-                                      dist)[0].view(2, -1)
-            logps, n_tokens = reply_logps(net, model.lm_head.weight, idx, targets, dist)
+                    ref = reply_logps(reference, reference, idx, targets, dist)[0].view(2, -1)
+            logps, n_tokens = reply_logps(net, model, idx, targets, dist)
             chosen_logp, rejected_logp = logps.chunk(2)
             losses = dpo_loss(chosen_logp, rejected_logp, *ref, *n_tokens.chunk(2), cfg.loss,
                               cfg.beta, cfg.label_smoothing, cfg.gamma)
@@ -416,7 +427,7 @@ def train(cfg: Config, dist: Dist) -> None:
         samples = f"pairs {step * cfg.batch_pairs:,} to {(step + 1) * cfg.batch_pairs - 1:,}"
 
         # same in every train_*.py: step
-        norm = float(nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip))
+        norm = sharding.clip_gradients(net, cfg.grad_clip)
         total, stops = all_sum(dist, loss, float(bool(signals.name)))
         stopping = stops > 0
         if guard.allows(norm, step, total, samples):

@@ -24,9 +24,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import checkpoint
 import runtime
+import sharding
 from configurator import configure
 from costs import count_parameters, flops_per_token, training_memory
-from data import IGNORE, TokenFile, Windows, open_data, passages
+from data import IGNORE, TokenFile, Windows, ahead, open_data, passages
 from generate import complete, load_model
 from model import ModelConfig, Transformer
 from runtime import Dist, all_sum, print0
@@ -75,6 +76,8 @@ class Config:
     seed: int = 0  # of the weights and the order of the data
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # activations; auto: bfloat16 on cuda
+    shard: bool = False  # each process keeps a part of every matrix (FSDP2), else all of them (DDP)
+    recompute: bool = False  # keep a block's input only and run it again: less memory, more work
     compile: bool = False  # torch.compile: faster steps after a slow start
     verify: Literal["auto", "full", "fast"] = "auto"  # hash the data: up to 1 GB, always, never
     dist_timeout: float = 120.0  # seconds without word from another process that end the run
@@ -89,20 +92,20 @@ def pt_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, files: list[TokenFile], tok_bytes: Tensor, batch_size: int,
+def evaluate(model: Transformer, files: list[TokenFile], tok_bytes: Tensor, batch_size: int,
              dist: Dist, max_tokens: int | None) -> dict[str, tuple[float, float]]:
     """(nats per token, bits per byte of UTF-8 text) of each language; each rank takes its share of
     the windows. The cost of ending a document is in, with no bytes of its own."""
     model.eval()
-    length = raw(model).config.max_seq_len
+    length = model.config.max_seq_len
     sums = {lang: torch.zeros(3, dtype=torch.float64) for lang in sorted({f.lang for f in files})}
     for file in files:
         for i, (x, y) in enumerate(passages(file, length, batch_size, max_tokens)):
             if i % dist.world != dist.rank:
                 continue
             with dist.autocast():
-                hidden = raw(model)(x.to(dist.device), hidden=True)
-                nats = pt_loss(hidden, raw(model).lm_head.weight, y.to(dist.device))
+                hidden = model(x.to(dist.device), hidden=True)
+                nats = pt_loss(hidden, model.lm_head.weight, y.to(dist.device))
             real = y[y != IGNORE]
             sums[file.lang] += torch.tensor([float(nats), len(real), int(tok_bytes[real].sum())])
     model.train()
@@ -116,11 +119,6 @@ def evaluate(model: nn.Module, files: list[TokenFile], tok_bytes: Tensor, batch_
 def score_line(scores: dict[str, tuple[float, float]]) -> str:
     return " | ".join(f"{lang} {nats:.4f} nats/token, {bpb:.4f} bits/byte"
                       for lang, (nats, bpb) in scores.items())
-
-
-def raw(model: nn.Module) -> Transformer:
-    """The Transformer inside DistributedDataParallel."""
-    return getattr(model, "module", model)
 
 
 # same in every train_*.py: optimizers
@@ -181,8 +179,8 @@ def check(cfg: Config, world: int) -> int:
     return cfg.batch_tokens // unit
 
 
-def weights(model: Transformer) -> dict:
-    return {"model": model.state_dict()}
+def weights(model: Transformer, tensors: dict[str, Tensor]) -> dict:
+    return {"model": tensors}
 
 
 def judge(cfg: Config, dist: Dist) -> None:
@@ -220,7 +218,7 @@ def restore(cfg: Config, model: Transformer, optimizers: list, tok: Tokenizer) -
         raise ValueError(f"{path}: its model has another shape: {', '.join(differ)}")
     if Tokenizer(state["tokenizer"], str(path)).sha256 != tok.sha256:
         raise ValueError(f"{path}: made with another tokenizer than {cfg.data_dir}")
-    model.load_state_dict(state["model"])
+    sharding.load_model(model, state["model"])
     print0(f"loaded {path}")
     if where != cfg.out_dir or not cfg.resume:
         return 0
@@ -230,7 +228,7 @@ def restore(cfg: Config, model: Transformer, optimizers: list, tok: Tokenizer) -
     if len(state["optimizer"]) != len(optimizers):
         raise ValueError(f"{path}: was trained with another --optimizer")
     for optimizer, saved in zip(optimizers, state["optimizer"]):
-        optimizer.load_state_dict(saved)
+        sharding.load_optimizer(optimizer, saved)
     return state["step"]
 
 
@@ -250,10 +248,12 @@ def train(cfg: Config, dist: Dist) -> None:
     accumulate = check(cfg, dist.world)
     config, max_steps = shape(cfg, tok.n_vocab), cfg.max_steps
     print0(runtime.describe_run(dist))
-    print0(runtime.memory_line(training_memory(config, cfg.batch_size, cfg.max_seq_len, accumulate,
-                                               dist.dtype.itemsize), dist))
+    print0(runtime.memory_line(training_memory(
+        config, cfg.batch_size, cfg.max_seq_len, accumulate, dist.dtype.itemsize,
+        shards=dist.world if cfg.shard else 1, recompute=cfg.recompute), dist))
     torch.manual_seed(cfg.seed)
-    model = Transformer(config).to(dist.device)
+    model = Transformer(config)
+    net = sharding.wrap(model, dist, cfg.shard, cfg.recompute, cfg.compile)
     optimizers = make_optimizers(model, cfg)
     first = restore(cfg, model, optimizers, tok)
     windows = Windows(splits["train"], cfg.max_seq_len, cfg.seed)
@@ -262,29 +262,35 @@ def train(cfg: Config, dist: Dist) -> None:
     print0(f"{count_parameters(config):,} parameters, {flops:,} FLOPs per token; {windows.n:,} "
            f"windows of {cfg.max_seq_len} tokens, {rows * cfg.max_steps / windows.n:.2f} epochs")
     tok_bytes = torch.tensor(tok.token_bytes())
-    net = runtime.wrap(torch.compile(model) if cfg.compile else model, dist)
     log = runtime.Log(cfg.out_dir, dist, first, cfg.max_steps, cfg.batch_tokens, flops)
+    # the windows of a step, of all processes, stand side by side: its start is step x rows
+    batches = ahead(windows.batch, (
+        (step * rows + (micro_step * dist.world + dist.rank) * cfg.batch_size, cfg.batch_size)
+        for step in range(first, max_steps) for micro_step in range(accumulate)))
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
 
     for step in range(first, max_steps + 1):
         last = step == max_steps
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
-            scores = evaluate(net, splits["val"], tok_bytes, cfg.batch_size, dist,
-                              None if last else cfg.eval_tokens)
+            with sharding.whole(model, dist):
+                scores = evaluate(model, splits["val"], tok_bytes, cfg.batch_size, dist,
+                                  None if last else cfg.eval_tokens)
             print0(f"val at step {step:,} | {score_line(scores)}")
             log.write(step=step, val={k: {"loss": a, "bits_per_byte": b}
                                       for k, (a, b) in scores.items()})
-        if cfg.sample_every and dist.rank == 0 and (
-                last or (step % cfg.sample_every == 0 and step > first)):
-            write_samples(model, tok, splits["val"], cfg)
+        if cfg.sample_every and (last or (step % cfg.sample_every == 0 and step > first)):
+            with sharding.whole(model, dist):
+                if dist.rank == 0:
+                    write_samples(model, tok, splits["val"], cfg)
 
         # same in every train_*.py: save
         if last or stopping or (step % cfg.save_every == 0 and step > first):
+            tensors, moments = sharding.gather(model, optimizers)  # by all processes
             if dist.rank == 0:
                 path = checkpoint.save(cfg.out_dir, step, {
-                    "format": 1, "kind": KIND, "step": step, **weights(model),
-                    "optimizer": [o.state_dict() for o in optimizers],
-                    "model_config": asdict(config), "config": asdict(cfg), "tokenizer": tok.text})
+                    "format": 1, "kind": KIND, "step": step, **weights(model, tensors),
+                    "optimizer": moments, "model_config": asdict(config),
+                    "config": asdict(cfg), "tokenizer": tok.text})
                 print0(f"saved {path}")
             log.start_clock()
         if last or stopping:
@@ -299,10 +305,8 @@ def train(cfg: Config, dist: Dist) -> None:
         # end same
         loss = torch.zeros((), device=dist.device)
         for micro_step in range(accumulate):
-            start = step * rows + (micro_step * dist.world + dist.rank) * cfg.batch_size
-            x, y = (t.to(dist.device) for t in windows.batch(start, cfg.batch_size))
-            if dist.world > 1:  # exchange gradients once, behind the last micro-step
-                net.require_backward_grad_sync = micro_step == accumulate - 1
+            x, y = (t.to(dist.device) for t in next(batches))
+            sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once
             with dist.autocast():
                 part = pt_loss(net(x, hidden=True), model.lm_head.weight, y) / cfg.batch_tokens
             (part * dist.world).backward()  # DDP takes the mean over processes, the loss is a sum
@@ -310,7 +314,7 @@ def train(cfg: Config, dist: Dist) -> None:
         samples = f"windows {step * rows:,} to {(step + 1) * rows - 1:,}"
 
         # same in every train_*.py: step
-        norm = float(nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip))
+        norm = sharding.clip_gradients(net, cfg.grad_clip)
         total, stops = all_sum(dist, loss, float(bool(signals.name)))
         stopping = stops > 0
         if guard.allows(norm, step, total, samples):

@@ -33,6 +33,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import checkpoint
 import runtime
+import sharding
 from configurator import configure
 from costs import count_parameters, flops_per_token, training_memory
 from data import IGNORE, Order, mix
@@ -85,6 +86,8 @@ class Config:
     seed: int = 0  # of the order of the prompts and of the sampling
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # activations; auto: bfloat16 on cuda
+    shard: bool = False  # each process keeps a part of every matrix (FSDP2), else all of them (DDP)
+    recompute: bool = False  # keep a block's input only and run it again: less memory, more work
     dist_timeout: float = 600.0  # seconds without word from another process that end the run
 
 
@@ -180,15 +183,20 @@ def roll_out(model: Transformer, reference: Transformer, reward: RewardModel,
              dist: Dist) -> Rollout:
     """Write, score and compare `group` replies to each prompt."""
     begin = time.perf_counter()
-    rows, seen = write_replies(model, [p for p in prompts for _ in range(cfg.group)],
-                               [mix(key, g) for key in keys for g in range(cfg.group)], stop, cfg)
-    seconds = time.perf_counter() - begin
-    raw = score(reward, rows, cfg, dist)
+    with sharding.whole(model, dist):
+        rows, seen = write_replies(
+            model, [p for p in prompts for _ in range(cfg.group)],
+            [mix(key, g) for key in keys for g in range(cfg.group)], stop, cfg)
+        seconds = time.perf_counter() - begin
+        old = reply_logps(model, rows, cfg, dist)
+    with sharding.whole(reference, dist):
+        ref = reply_logps(reference, rows, cfg, dist)
+    with sharding.whole(reward, dist):
+        raw = score(reward, rows, cfg, dist)
     ended = torch.tensor([row.ids[-1] == stop for row in rows])
     rewards = ((raw - reward.mean.cpu()) / reward.std.cpu()).clamp(-5, 5)
     worst = -all_max(dist, -float(rewards.min()))
     rewards = torch.where(ended, rewards, worst - 1.0)
-    old, ref = (reply_logps(net, rows, cfg, dist) for net in (model, reference))
     kl = torch.stack([(a - b).sum() for a, b in zip(old, ref)])
     kinder = torch.stack([((b - a).exp() - 1 - (b - a)).sum() for a, b in zip(old, ref)])
     groups = (rewards - cfg.beta * kl).view(-1, cfg.group)
@@ -220,10 +228,15 @@ def evaluate(model: Transformer, reference: Transformer, reward: RewardModel, ro
     """Held-out prompts, answered once each at temperature 1; prints one reply per language."""
     chosen = spread(range(len(rows)), cfg.eval_prompts)
     prompts = [rows.example(i)[0].ids for i in chosen]
-    said, _ = write_replies(model, prompts, [mix(cfg.seed, -1, i) for i in chosen], tok.im_end, cfg)
-    raw = score(reward, said, cfg, dist)
-    logps = [reply_logps(net, said, cfg, dist) for net in (model, reference)]
-    kl = torch.stack([(a - b).sum() for a, b in zip(*logps)])
+    with sharding.whole(model, dist):
+        said, _ = write_replies(model, prompts, [mix(cfg.seed, -1, i) for i in chosen], tok.im_end,
+                                cfg)
+        own = reply_logps(model, said, cfg, dist)
+    with sharding.whole(reference, dist):
+        ref = reply_logps(reference, said, cfg, dist)
+    with sharding.whole(reward, dist):
+        raw = score(reward, said, cfg, dist)
+    kl = torch.stack([(a - b).sum() for a, b in zip(own, ref)])
     shown = set()
     for i, prompt, row, points in zip(chosen, prompts, said, raw):
         if rows.lang(i) not in shown:
@@ -261,16 +274,17 @@ def same_weights(model: nn.Module, dist: Dist) -> None:
 
 
 # same in every train_*.py: reward model
-def load_reward_model(where: str, dist: Dist) -> tuple[RewardModel, Tokenizer]:
+def load_reward_model(where: str, dist: Dist, shard: bool = False) -> tuple[RewardModel, Tokenizer]:
     """A frozen reward model and its tokenizer. Raises ValueError naming the file."""
-    state, path = checkpoint.load(where, dist.device)
+    state, path = checkpoint.load(where)
     if state.get("kind") != "rm":
         raise ValueError(f"{path}: not a reward model, but of stage {state.get('kind')}; "
                          "train_rm.py makes one")
-    model = RewardModel(Transformer(ModelConfig(**state["model_config"])).to(dist.device))
+    model = RewardModel(Transformer(ModelConfig(**state["model_config"])))
     model.load_state_dict(state["model"])
     tok = Tokenizer(state["tokenizer"], str(path))
-    return model.eval().requires_grad_(False), tok
+    model.eval().requires_grad_(False)
+    return sharding.wrap(model, dist, shard), tok
 # end same
 
 
@@ -322,15 +336,16 @@ def check(cfg: Config, world: int) -> int:
     return replies // unit
 
 
-def weights(model: Transformer) -> dict:
-    return {"model": model.state_dict()}
+def weights(model: Transformer, tensors: dict[str, Tensor]) -> dict:
+    return {"model": tensors}
 
 
 def train(cfg: Config, dist: Dist) -> None:
     accumulate = check(cfg, dist.world)
-    model, tok = load_model(cfg.init_from, dist.device, torch.float32)
-    reference = load_model(cfg.init_from, dist.device, torch.float32)[0].requires_grad_(False)
-    reward, reward_tok = load_reward_model(cfg.reward_from, dist)
+    model, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
+    reference, _ = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
+    sharding.wrap(reference.requires_grad_(False), dist, cfg.shard)
+    reward, reward_tok = load_reward_model(cfg.reward_from, dist, cfg.shard)
     config = model.config
     if reward_tok.sha256 != tok.sha256:
         raise ValueError(f"{cfg.reward_from}: made with another tokenizer than {cfg.init_from}")
@@ -348,18 +363,20 @@ def train(cfg: Config, dist: Dist) -> None:
     if model.kind == "pt":
         print0(f"WARNING: {model.path} has not learnt to answer: start from an SFT model")
     print0(runtime.describe_run(dist))
-    parts = training_memory(config, cfg.batch_size, length, accumulate, dist.dtype.itemsize)
+    shards = dist.world if cfg.shard else 1
+    parts = training_memory(config, cfg.batch_size, length, accumulate, dist.dtype.itemsize,
+                            shards=shards, recompute=cfg.recompute)
     parts["reference"] = parts["parameters"]
-    parts["reward model"] = 4 * count_parameters(reward.backbone.config)
+    parts["reward model"] = 4 * count_parameters(reward.backbone.config) // shards
     print0(runtime.memory_line(parts, dist))
     print0(f"{count_parameters(config):,} parameters; {len(prompts):,} prompts, {len(val):,} held "
            f"out; {max_steps:,} steps of {cfg.prompts_per_step} x {cfg.group} replies")
+    net = sharding.wrap(model, dist, cfg.shard, cfg.recompute)
     optimizers = make_optimizers(model, cfg)
     start = evaluate(model, reference, reward, val, tok, cfg, dist)
     first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text)
     if state:
-        model.load_state_dict(state["model"])
-    net = runtime.wrap(model, dist)
+        sharding.load(model, optimizers, state)
     log = runtime.Log(cfg.out_dir, dist, first, max_steps, 0, flops_per_token(config, length))
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
     mean = {"mismatch": 0.0}
@@ -367,7 +384,8 @@ def train(cfg: Config, dist: Dist) -> None:
     for step in range(first, max_steps + 1):
         last = step == max_steps
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
-            same_weights(model, dist)
+            with sharding.whole(model, dist):
+                same_weights(model, dist)
             now = evaluate(model, reference, reward, val, tok, cfg, dist) if step else start
             print0(f"val at step {step:,} | reward {now['reward']:+.3f} sd (score {now['raw']:.3f})"
                    f", KL {now['kl']:.3f}, J {now['reward'] - cfg.beta * now['kl']:+.3f}, "
@@ -378,11 +396,12 @@ def train(cfg: Config, dist: Dist) -> None:
 
         # same in every train_*.py: save
         if last or stopping or (step % cfg.save_every == 0 and step > first):
+            tensors, moments = sharding.gather(model, optimizers)  # by all processes
             if dist.rank == 0:
                 path = checkpoint.save(cfg.out_dir, step, {
-                    "format": 1, "kind": KIND, "step": step, **weights(model),
-                    "optimizer": [o.state_dict() for o in optimizers],
-                    "model_config": asdict(config), "config": asdict(cfg), "tokenizer": tok.text})
+                    "format": 1, "kind": KIND, "step": step, **weights(model, tensors),
+                    "optimizer": moments, "model_config": asdict(config),
+                    "config": asdict(cfg), "tokenizer": tok.text})
                 print0(f"saved {path}")
             log.start_clock()
         if last or stopping:
@@ -410,8 +429,7 @@ def train(cfg: Config, dist: Dist) -> None:
                 mask = targets != IGNORE
                 old = torch.zeros(mask.shape, device=dist.device)
                 old[mask] = torch.cat([rollout.old_logps[i] for i in some]).to(dist.device)
-                if dist.world > 1:  # exchange gradients once, behind the last micro-step
-                    net.require_backward_grad_sync = micro_step == accumulate - 1
+                sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once
                 with dist.autocast():
                     logps = token_logps(net(idx, hidden=True), model.lm_head.weight, targets)
                 advantage = rollout.advantage[some].to(dist.device)
@@ -426,7 +444,7 @@ def train(cfg: Config, dist: Dist) -> None:
             samples = f"prompts {chosen}, update {update}"
 
             # same in every train_*.py: step
-            norm = float(nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip))
+            norm = sharding.clip_gradients(net, cfg.grad_clip)
             total, stops = all_sum(dist, loss, float(bool(signals.name)))
             stopping = stops > 0
             if guard.allows(norm, step, total, samples):

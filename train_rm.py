@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import checkpoint
 import runtime
+import sharding
 from configurator import configure
 from corpus import BadLine, find_files, parse_records, read_batches
 from costs import count_parameters, flops_per_token, training_memory
@@ -80,6 +81,8 @@ class Config:
     seed: int = 0  # of the head and the order of the data
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # activations; auto: bfloat16 on cuda
+    shard: bool = False  # each process keeps a part of every matrix (FSDP2), else all of them (DDP)
+    recompute: bool = False  # keep a block's input only and run it again: less memory, more work
     dist_timeout: float = 120.0  # seconds without word from another process that end the run
 
 
@@ -177,7 +180,8 @@ def report(found: dict[str, dict[str, float]], step: int) -> None:
 
 def note_spread(model: RewardModel, rows: Rows, cfg: Config, dist: Dist) -> None:
     """Keep mean and standard deviation of the scores of what the SFT model itself replies."""
-    policy, tok = load_model(cfg.init_from, dist.device, torch.float32)
+    policy, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
+    sharding.wrap(policy.requires_grad_(False), dist, cfg.shard)
     chosen = spread(range(len(rows)), cfg.norm_samples)
     prompts = [prompt_of(rows.example(i)[0]) for i in chosen]
     room = policy.config.max_seq_len - cfg.answer_tokens
@@ -185,7 +189,9 @@ def note_spread(model: RewardModel, rows: Rows, cfg: Config, dist: Dist) -> None
     scores: list[float] = []
     for at in range(0, len(prompts), 32):
         part = prompts[at:at + 32]
-        said = replies(policy, part, cfg.answer_tokens, stop=(tok.im_end,), seed=mix(cfg.seed, at))
+        with sharding.whole(policy, dist):
+            said = replies(policy, part, cfg.answer_tokens, stop=(tok.im_end,),
+                           seed=mix(cfg.seed, at))
         rows_said = [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(part, said)]
         with torch.no_grad():
             scores += score_rows(model, rows_said, dist).tolist()
@@ -197,16 +203,17 @@ def note_spread(model: RewardModel, rows: Rows, cfg: Config, dist: Dist) -> None
 
 
 # same in every train_*.py: reward model
-def load_reward_model(where: str, dist: Dist) -> tuple[RewardModel, Tokenizer]:
+def load_reward_model(where: str, dist: Dist, shard: bool = False) -> tuple[RewardModel, Tokenizer]:
     """A frozen reward model and its tokenizer. Raises ValueError naming the file."""
-    state, path = checkpoint.load(where, dist.device)
+    state, path = checkpoint.load(where)
     if state.get("kind") != "rm":
         raise ValueError(f"{path}: not a reward model, but of stage {state.get('kind')}; "
                          "train_rm.py makes one")
-    model = RewardModel(Transformer(ModelConfig(**state["model_config"])).to(dist.device))
+    model = RewardModel(Transformer(ModelConfig(**state["model_config"])))
     model.load_state_dict(state["model"])
     tok = Tokenizer(state["tokenizer"], str(path))
-    return model.eval().requires_grad_(False), tok
+    model.eval().requires_grad_(False)
+    return sharding.wrap(model, dist, shard), tok
 # end same
 
 
@@ -285,13 +292,13 @@ def check(cfg: Config, world: int) -> None:
         raise ValueError("learning_rate, grad_clip and epochs must be positive")
 
 
-def weights(model: RewardModel) -> dict:
-    return {"model": model.state_dict()}
+def weights(model: RewardModel, tensors: dict[str, Tensor]) -> dict:
+    return {"model": tensors}
 
 
 def train(cfg: Config, dist: Dist) -> None:
     check(cfg, dist.world)
-    backbone, tok = load_model(cfg.init_from, dist.device, torch.float32)
+    backbone, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
     config = backbone.config
     length = cfg.max_len or config.max_seq_len
 
@@ -313,25 +320,27 @@ def train(cfg: Config, dist: Dist) -> None:
     print0(runtime.describe_run(dist))
     print0(runtime.memory_line(training_memory(
         config, 2 * cfg.batch_size, int(np.mean(pairs.lengths())) + 1,
-        cfg.batch_pairs // cfg.batch_size // dist.world, dist.dtype.itemsize, head=False), dist))
+        cfg.batch_pairs // cfg.batch_size // dist.world, dist.dtype.itemsize, head=False,
+        shards=dist.world if cfg.shard else 1, recompute=cfg.recompute), dist))
     tokens = int(pairs.lengths().sum())
     print0(f"{count_parameters(config):,} parameters; {len(pairs):,} pairs of {tokens:,} tokens, "
            f"{len(val):,} held out; {max_steps:,} steps, "
            f"{max_steps * cfg.batch_pairs / len(pairs):.2f} epochs")
     let_in_until = cfg.curriculum * max_steps
     shortest_first = pairs.shortest_first()
+    net = sharding.wrap(model, dist, cfg.shard, cfg.recompute)
     optimizers = make_optimizers(model, cfg)
     first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text)
     if state:
-        model.load_state_dict(state["model"])
-    net = runtime.wrap(model, dist)
+        sharding.load(model, optimizers, state)
     log = runtime.Log(cfg.out_dir, dist, first, max_steps, 0, flops_per_token(config, length))
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
 
     for step in range(first, max_steps + 1):
         last = step == max_steps
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
-            found = evaluate(model, val, cfg, dist, last)
+            with sharding.whole(model, dist):
+                found = evaluate(model, val, cfg, dist, last)
             report(found, step)
             log.write(step=step, val=found)
         if last:
@@ -339,11 +348,12 @@ def train(cfg: Config, dist: Dist) -> None:
 
         # same in every train_*.py: save
         if last or stopping or (step % cfg.save_every == 0 and step > first):
+            tensors, moments = sharding.gather(model, optimizers)  # by all processes
             if dist.rank == 0:
                 path = checkpoint.save(cfg.out_dir, step, {
-                    "format": 1, "kind": KIND, "step": step, **weights(model),
-                    "optimizer": [o.state_dict() for o in optimizers],
-                    "model_config": asdict(config), "config": asdict(cfg), "tokenizer": tok.text})
+                    "format": 1, "kind": KIND, "step": step, **weights(model, tensors),
+                    "optimizer": moments, "model_config": asdict(config),
+                    "config": asdict(cfg), "tokenizer": tok.text})
                 print0(f"saved {path}")
             log.start_clock()
         if last or stopping:
@@ -364,8 +374,7 @@ def train(cfg: Config, dist: Dist) -> None:
         for micro_step, some in enumerate(micro):
             idx, lengths, (better, worse), margin, share = (t.to(dist.device) for t in
                                                             ranking_batch(pairs, some))
-            if dist.world > 1:  # exchange gradients once, behind the last micro-step
-                net.require_backward_grad_sync = micro_step == len(micro) - 1
+            sharding.exchange_gradients(net, micro_step == len(micro) - 1)  # once
             with dist.autocast():
                 scores = net(idx, lengths)
             a, b = scores[better], scores[worse]
@@ -378,7 +387,7 @@ def train(cfg: Config, dist: Dist) -> None:
         samples = f"pairs {step * cfg.batch_pairs:,} to {(step + 1) * cfg.batch_pairs - 1:,}"
 
         # same in every train_*.py: step
-        norm = float(nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip))
+        norm = sharding.clip_gradients(net, cfg.grad_clip)
         total, stops = all_sum(dist, loss, float(bool(signals.name)))
         stopping = stops > 0
         if guard.allows(norm, step, total, samples):

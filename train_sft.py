@@ -28,6 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import checkpoint
 import runtime
+import sharding
 from configurator import configure
 from costs import count_parameters, flops_per_token, training_memory
 from data import IGNORE, open_data, passages
@@ -78,6 +79,8 @@ class Config:
     seed: int = 0  # of the order of the data
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # activations; auto: bfloat16 on cuda
+    shard: bool = False  # each process keeps a part of every matrix (FSDP2), else all of them (DDP)
+    recompute: bool = False  # keep a block's input only and run it again: less memory, more work
     dist_timeout: float = 120.0  # seconds without word from another process that end the run
 
 
@@ -101,8 +104,9 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + F.linear(F.linear(x, self.a), self.b) * self.scale
 
-    def merged(self) -> Tensor:
-        return self.base.weight + self.scale * (self.b @ self.a)
+    def merged(self, base: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """One matrix that does the same. What this module holds may be a part of these."""
+        return base + self.scale * (b @ a)
 
 
 def add_lora(model: Transformer, rank: int, alpha: float) -> None:
@@ -114,16 +118,18 @@ def add_lora(model: Transformer, rank: int, alpha: float) -> None:
                 setattr(parent, name, LowRank(child, rank, alpha))
 
 
-def weights(model: Transformer) -> dict:
-    """What a checkpoint keeps: the weights under their ordinary names, every LowRank merged into
-    its matrix; and what is learnt by LoRA, with the file it was added to, to go on from."""
+def weights(model: Transformer, tensors: dict[str, Tensor]) -> dict:
+    """What a checkpoint keeps of the model's `tensors`: the weights under their ordinary names,
+    every LowRank merged into its matrix; and what is learnt by LoRA, with the file it was added to,
+    to go on from."""
     thin = {name: m for name, m in model.named_modules() if isinstance(m, LowRank)}
     if not thin:
-        return {"model": model.state_dict()}
-    state = model.state_dict()
-    lora = {k: v for k, v in state.items() if k.endswith((".a", ".b"))}
-    merged = {k: v for k, v in state.items() if k not in lora and not k.endswith(".base.weight")}
-    merged |= {f"{name}.weight": m.merged().detach() for name, m in thin.items()}
+        return {"model": tensors}
+    lora = {k: v for k, v in tensors.items() if k.endswith((".a", ".b"))}
+    merged = {k: v for k, v in tensors.items() if k not in lora and not k.endswith(".base.weight")}
+    merged |= {f"{name}.weight": m.merged(*(tensors[f"{name}.{part}"]
+                                            for part in ("base.weight", "a", "b")))
+               for name, m in thin.items()}
     return {"model": merged, "lora": lora, "base": Path(model.path).name}
 
 
@@ -246,7 +252,7 @@ def check(cfg: Config, length: int, world: int) -> int:
 
 
 def train(cfg: Config, dist: Dist) -> None:
-    model, tok = load_model(cfg.init_from, dist.device, torch.float32)
+    model, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
     config = model.config
     length = cfg.max_len or config.max_seq_len
     if not 2 <= length <= config.max_seq_len:
@@ -266,22 +272,23 @@ def train(cfg: Config, dist: Dist) -> None:
     print0(runtime.describe_run(dist))
     print0(runtime.memory_line(training_memory(
         config, cfg.batch_size, length, accumulate, dist.dtype.itemsize,
-        learnt=sum(p.numel() for p in model.parameters() if p.requires_grad)), dist))
+        learnt=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        shards=dist.world if cfg.shard else 1, recompute=cfg.recompute), dist))
     tokens = int(chats.lengths().sum())
     learnt = int((chats.words >> 31).sum())
     print0(f"{count_parameters(config):,} parameters; {len(chats):,} chats of {tokens:,} "
            f"tokens, {learnt / tokens:.0%} supervised, in {len(packed.bins):,} windows of {length}"
            f", {tokens / len(packed.bins) / length:.0%} full; {max_steps:,} steps, "
            f"{max_steps * per_step / len(packed.bins):.2f} epochs")
+    net = sharding.wrap(model, dist, cfg.shard, cfg.recompute)
     optimizers = make_optimizers(model, cfg)
     first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text)
     if state and cfg.lora_rank:
         if state["base"] != Path(model.path).name:
             raise ValueError(f"{cfg.out_dir}: was adapted from {state['base']}, not {model.path}")
-        model.load_state_dict(state["lora"], strict=False)
+        sharding.load(model, optimizers, state, part="lora")
     elif state:
-        model.load_state_dict(state["model"])
-    net = runtime.wrap(model, dist)
+        sharding.load(model, optimizers, state)
     log = runtime.Log(cfg.out_dir, dist, first, max_steps, cfg.batch_tokens,
                       flops_per_token(config, length))
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
@@ -289,25 +296,27 @@ def train(cfg: Config, dist: Dist) -> None:
     for step in range(first, max_steps + 1):
         last = step == max_steps
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
-            scores = evaluate(model, val, cfg, dist, last)
+            with sharding.whole(model, dist):
+                scores = evaluate(model, val, cfg, dist, last)
+                text_loss = forgetting(model, cfg, tok, dist) if cfg.pt_data else {}
+                answers = answer_held_out(model, tok, val, cfg) if dist.rank == 0 else {}
             line = " | ".join(f"{lang} {nats:.4f} nats/token" for lang, nats in scores.items())
             print0(f"val at step {step:,} | {line}")
-            text_loss = forgetting(model, cfg, tok, dist) if cfg.pt_data else {}
             if text_loss:
                 print0(f"text at step {step:,} | " + " | ".join(
                     f"{lang} {nats:.4f} nats/token" for lang, nats in text_loss.items()))
-            answers = answer_held_out(model, tok, val, cfg) if dist.rank == 0 else {}
             for lang, result in answers.items():
                 print0(f"answers at step {step:,} | {lang} {result}")
             log.write(step=step, val=scores, text=text_loss, answers=answers)
 
         # same in every train_*.py: save
         if last or stopping or (step % cfg.save_every == 0 and step > first):
+            tensors, moments = sharding.gather(model, optimizers)  # by all processes
             if dist.rank == 0:
                 path = checkpoint.save(cfg.out_dir, step, {
-                    "format": 1, "kind": KIND, "step": step, **weights(model),
-                    "optimizer": [o.state_dict() for o in optimizers],
-                    "model_config": asdict(config), "config": asdict(cfg), "tokenizer": tok.text})
+                    "format": 1, "kind": KIND, "step": step, **weights(model, tensors),
+                    "optimizer": moments, "model_config": asdict(config),
+                    "config": asdict(cfg), "tokenizer": tok.text})
                 print0(f"saved {path}")
             log.start_clock()
         if last or stopping:
@@ -328,8 +337,7 @@ def train(cfg: Config, dist: Dist) -> None:
         n, = all_sum(dist, sum(int((targets != IGNORE).sum()) for _, targets, _ in micro))
         for micro_step, batch in enumerate(micro):
             idx, targets, segments = (t.to(dist.device) for t in batch)
-            if dist.world > 1:  # exchange gradients once, behind the last micro-step
-                net.require_backward_grad_sync = micro_step == accumulate - 1
+            sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once
             with dist.autocast():
                 hidden = net(idx, hidden=True, segments=segments)
                 part = sft_loss(hidden, model.lm_head.weight, targets) / max(n, 1)
@@ -338,7 +346,7 @@ def train(cfg: Config, dist: Dist) -> None:
         samples = f"windows {step * per_step:,} to {(step + 1) * per_step - 1:,}"
 
         # same in every train_*.py: step
-        norm = float(nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip))
+        norm = sharding.clip_gradients(net, cfg.grad_clip)
         total, stops = all_sum(dist, loss, float(bool(signals.name)))
         stopping = stops > 0
         if guard.allows(norm, step, total, samples):

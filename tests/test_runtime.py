@@ -78,6 +78,18 @@ def test_device_and_precision_are_chosen_or_refused():
             runtime.setup("cuda")
 
 
+def test_restarts_that_could_not_work_are_refused_at_once(monkeypatch):
+    """Else the second start waits for the dead processes of the first."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert runtime.setup("cpu").world == 1
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"):
+        runtime.setup("cpu")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert runtime.setup("cpu").world == 1
+
+
 def test_bfloat16_computes_products_in_bfloat16():
     dist = runtime.setup("cpu", "bfloat16")
     with dist.autocast():

@@ -140,7 +140,7 @@ def test_lora_starts_as_the_model_and_merges_into_it():
     assert learnt == {"a", "b"} and len(thin) == 14
     for m in thin:
         torch.nn.init.normal_(m.b)
-    state = weights(model)["model"]
+    state = weights(model, model.state_dict())["model"]
     merged = Transformer(model.config)
     merged.load_state_dict(state)
     assert set(state) == names

@@ -1,0 +1,99 @@
+"""
+What a model of a config costs before anything is bought: memory of each stage, and days.
+
+    python estimate.py config/pt_1b.py
+    python estimate.py config/pt_7b.py --gpus=64 --mfu=0.45 --batch_size=2
+
+Settings of train_pt.py say how large the model and a batch are; those of this script (--help) what
+it runs on. Memory is per GPU, by the formulas of costs.py, and leaves out what CUDA and NCCL take
+for themselves (a few GB). Days are 20 tokens for each parameter (Hoffmann et al. 2022) at
+
+    tokens / s = gpus x peak x mfu / FLOPs per token
+"""
+import io
+import sys
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass, fields
+
+import train_pt
+from configurator import configure, fail
+from costs import (count_parameters, evaluation_memory, flops_per_token, lora_parameters,
+                   training_memory)
+from model import ModelConfig
+
+STAGES = ("pt", "sft", "lora", "rm", "dpo", "rl")
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab_size: int = 65_536  # tokens of the tokenizer
+    gpus: int = 8  # as many processes
+    gpu_gb: float = 80.0  # memory of one, in 10^9 bytes
+    peak_tflops: float = 989.0  # of one, 10^12 dense bf16 operations a second: H100
+    mfu: float = 0.4  # share of the peak that goes into the model
+    lora_rank: int = 16  # of the stage lora
+    rollout_size: int = 64  # replies that a GPU writes at once in RL
+    written: int = 1024  # tokens of a prompt and its reply
+
+
+def stage_memory(stage: str, config: ModelConfig, batch_size: int, cfg: Config, shards: int,
+                 recompute: bool) -> int:
+    """Bytes on each GPU at the fullest moment of a stage in bf16, training or writing. Pairs are
+    two rows; DPO holds the reference while it is judged, RL the reference and a reward model of
+    the same size all the time."""
+    rows = 2 * batch_size if stage in ("rm", "dpo") else batch_size
+    learnt = lora_parameters(config, cfg.lora_rank) if stage == "lora" else None
+    parts = training_memory(config, rows, config.max_seq_len, accumulate=2, width=2, learnt=learnt,
+                            head=stage != "rm", shards=shards, recompute=recompute)
+    held = parts["parameters"] + parts["optimizer"]
+    frozen = {"dpo": 1, "rl": 2}.get(stage, 0) * parts["parameters"]
+    training = sum(parts.values()) - held + (frozen if stage == "rl" else 0)
+    writes = {"pt": 1, "rl": cfg.rollout_size}.get(stage, 32)
+    judging = frozen + evaluation_memory(config, writes, cfg.written, 2, shards)
+    return held + max(training, judging)
+
+
+def tokens_per_day(config: ModelConfig, cfg: Config) -> float:
+    flops = flops_per_token(config, config.max_seq_len)
+    return 86_400 * cfg.gpus * cfg.peak_tflops * 1e12 * cfg.mfu / flops
+
+
+def report(config: ModelConfig, batch_size: int, cfg: Config) -> str:
+    """The table, and the days."""
+    n = count_parameters(config)
+    lines = [f"{n:,} parameters, {flops_per_token(config, config.max_seq_len):,} FLOPs per token",
+             "", f"GB per GPU in bf16, {batch_size} rows of {config.max_seq_len} tokens at once; "
+             f"* more than {cfg.gpu_gb:g}", "",
+             f"{'':<28}" + "".join(f"{stage:>8} " for stage in STAGES).rstrip()]
+    for shards in sorted({1, 8, 64, cfg.gpus}):
+        for recompute in (False, True):
+            row = "a copy" if shards == 1 else f"a part of {shards}"
+            row = f"{row + (', recompute' if recompute else ''):<28}"
+            for stage in STAGES:
+                need = stage_memory(stage, config, batch_size, cfg, shards, recompute) / 1e9
+                row += f"{need:>8.1f}" + ("*" if need > cfg.gpu_gb else " ")
+            lines.append(row.rstrip())
+    day = tokens_per_day(config, cfg)
+    return "\n".join(lines + [
+        "", f"{cfg.gpus} GPUs x {cfg.peak_tflops:g} TFLOP/s x {cfg.mfu:.0%}: {day / 1e9:,.2f}B "
+        f"tokens a day; 20 tokens for each parameter, {20 * n / 1e9:,.1f}B, take "
+        f"{20 * n / day:,.1f} days"])
+
+
+def main() -> None:
+    names = {f"--{f.name}" for f in fields(Config)} | {"--help", "-h"}
+    own = [arg for arg in sys.argv[1:] if arg.partition("=")[0] in names]
+    quiet = nullcontext() if {"--help", "-h"} & set(own) else redirect_stdout(io.StringIO())
+    with quiet:
+        cfg = configure(Config, own)
+        trained = configure(train_pt.Config, [arg for arg in sys.argv[1:] if arg not in own])
+    try:
+        if min(vars(cfg).values()) <= 0:
+            raise ValueError("every setting of estimate.py must be positive")
+        print(report(train_pt.shape(trained, cfg.vocab_size), trained.batch_size, cfg))
+    except ValueError as error:
+        fail(f"{error}")
+
+
+if __name__ == "__main__":
+    main()

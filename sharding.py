@@ -1,0 +1,169 @@
+"""
+One model over several processes: a copy in each, or a part of it in each.
+
+    model_in_parts = wrap(model, dist, shard=True)
+    with whole(model, dist): ...                # all of its weights here: to evaluate, to write
+    state = gather(model, optimizers)           # what a checkpoint holds, on rank 0
+
+Copies (DDP) cost 16 bytes a parameter in each of N processes: weight, gradient and two moments.
+Parts (--shard: FSDP2; ZeRO, Rajbhandari et al. 2020) cost 16 / N: each process keeps the N-th part
+of the rows of every matrix, the weights of a block are gathered just before it is used and
+forgotten behind it, and its gradient is summed and split at once. Both make the same update.
+Checkpoints do not know how many processes there were, nor which of the two.
+"""
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     set_model_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from model import Block
+from runtime import Dist
+
+
+def wrap(model: nn.Module, dist: Dist, shard: bool = False, recompute: bool = False,
+         compiled: bool = False) -> nn.Module:
+    """The model on its device, ready to learn with the other processes: call what is returned for
+    a loss. A frozen model (a reference, a judge) is sharded or left as it is. Make optimizers
+    behind it: with `shard` it puts DTensors in the place of the parameters. `recompute` keeps only
+    the input of a block for the backward pass, which runs the block again: a third more
+    operations, and as many activations as one block has."""
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    shard = shard and dist.world > 1
+    for block in blocks:
+        if compiled and shard:  # FSDP's hooks stay outside of what is compiled
+            block.forward = torch.compile(block.forward)
+        if recompute:
+            block.forward = run_again(block.forward)
+    if shard:
+        # Autocast would round a block's matrices to dist.dtype anyway: they travel in it. The
+        # inputs stay fp32, else the sum x and the angles of RoPE would be rounded as well.
+        policy = MixedPrecisionPolicy(dist.dtype, torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(dist.device.type, (dist.world,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        # embedding, last norm and head: used first and last, gathered in fp32
+        model = fully_shard(model, mesh=mesh,
+                            mp_policy=replace(policy, param_dtype=torch.float32))
+        return model
+    model.to(dist.device)
+    net = torch.compile(model) if compiled else model
+    if dist.world == 1 or not any(p.requires_grad for p in model.parameters()):
+        return net
+    ids = [dist.device.index] if dist.device.type == "cuda" else None
+    return DistributedDataParallel(net, device_ids=ids)
+
+
+def run_again(forward: Callable) -> Callable:
+    """`forward`, which keeps nothing for the backward pass but its inputs."""
+    def again(*args):
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+    return again
+
+
+def parts_of(model: nn.Module) -> list[FSDPModule]:
+    """The blocks and the rest of a sharded model, [] of another."""
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+@contextmanager
+def whole(model: nn.Module, dist: Dist) -> Iterator[None]:
+    """Inside, every process holds all weights, so that they may call the model as often as each
+    likes: with parts alone, a call is an exchange that all must make. All enter and leave
+    together. Nothing happens to a model that is not sharded."""
+    parts = parts_of(model)
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        if not parts:
+            yield
+            return
+        with dist.autocast():  # the gathered matrices are of dist.dtype, what meets them is not
+            yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
+
+
+def exchange_gradients(net: nn.Module, now: bool) -> None:
+    """Copies add up their gradients in the next backward pass if `now`, else later: once a step is
+    enough. Parts exchange in each, for there is no room for a whole gradient."""
+    if isinstance(net, DistributedDataParallel):
+        net.require_backward_grad_sync = now
+
+
+def clip_gradients(net: nn.Module, largest: float) -> float:
+    """Scale the gradients so that their norm is at most `largest`; the norm before, on all ranks
+    alike."""
+    norm = nn.utils.clip_grad_norm_(net.parameters(), largest)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[dict, list[dict]]:
+    """State of the model and of its optimizers as one process alone would have it, on the CPU of
+    rank 0; the others, which must call it too, get what they must not use."""
+    moments = [o.state_dict() for o in optimizers]
+    if not parts_of(model):
+        return model.state_dict(), moments
+    rank = torch.distributed.get_rank()
+
+    def collect(part: DTensor) -> Tensor | None:
+        full = part.full_tensor()  # by all ranks, one tensor at a time
+        return full.cpu() if rank == 0 else None
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    first = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if state and name in state:  # a tied matrix is one matrix in the file too
+            state[name] = state[first.setdefault(p, name)]
+    return state, tree_map_only(DTensor, collect, moments)
+
+
+def load(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict,
+         part: str = "model") -> None:
+    """Give a model and its optimizers, sharded or not, what a checkpoint holds, which every rank
+    has opened: its "model", or another `part` of the weights."""
+    load_model(model, state[part], strict=part == "model")
+    for optimizer, saved in zip(optimizers, state["optimizer"]):
+        load_optimizer(optimizer, saved)
+
+
+def load_model(model: nn.Module, state: dict[str, Tensor], strict: bool = True) -> None:
+    """The weights alone."""
+    if not parts_of(model):
+        model.load_state_dict(state, strict=strict)
+        return
+    for part in parts_of(model):
+        part.reshard()  # a call without gradients leaves the embedding and the head gathered
+    options = StateDictOptions(full_state_dict=True, strict=strict)
+    set_model_state_dict(model, dict(state), options=options)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """The state of one optimizer alone, bit for bit what was saved by however many processes."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def split(value, p: Tensor):
+        if isinstance(p, DTensor) and isinstance(value, Tensor) and value.shape == p.shape:
+            # src_data_rank None: each rank cuts its part out of the file, nothing is sent
+            return distribute_tensor(value.to(p.device), p.device_mesh, p.placements,
+                                     src_data_rank=None)
+        return value
+
+    state = {i: {key: split(value, params[i]) for key, value in of_one.items()}
+             for i, of_one in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": state})

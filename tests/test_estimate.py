@@ -1,0 +1,126 @@
+"""estimate.py: what it prints against figures worked out by hand, and the large configs against
+what eight processes would hold."""
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import configurator
+import costs
+import estimate
+import train_pt
+from model import ModelConfig
+
+ROOT = Path(estimate.__file__).parent
+#         vocabulary, layers, heads, kv heads, width, head, hidden, window
+TINY = ModelConfig(10, 1, 1, 1, 2, 2, 3, 4)
+# embedding 10 x 2, four matrices 2 x 2, three of 2 x 3, five gains of 2
+N = 20 + 4 * 4 + 3 * 6 + 5 * 2
+
+
+def test_parameters_operations_and_days_are_those_worked_out_by_hand():
+    """64 parameters; 6 x 64 + 12 x 1 layer x 1 head x 2 x 4 tokens = 480 operations a token; half
+    of 2 x 10^12 a second are 86400 x 10^12 / 480 = 1.8 x 10^14 tokens a day; 1,280 tokens."""
+    cfg = estimate.Config(vocab_size=10, gpus=2, peak_tflops=1.0, mfu=0.5)
+    assert N == costs.count_parameters(TINY) == 64
+    assert estimate.tokens_per_day(TINY, cfg) == 1.8e14
+    text = estimate.report(TINY, 1, cfg)
+    assert text.startswith("64 parameters, 480 FLOPs per token")
+    assert "2 GPUs x 1 TFLOP/s x 50%: 180,000.00B tokens a day" in text
+    slow = estimate.Config(vocab_size=10, gpus=1, peak_tflops=1e-10, mfu=0.5)  # 50 a second
+    assert "take 0.1 days" in estimate.report(TINY, 1, slow)  # 1,280 x 480 / 50 s = 3.4 h
+
+
+def test_lora_learns_rows_and_columns():
+    """q, k, v, o: 2 + 2 each; gate, up, down: 2 + 3 each: 31 for a rank of one."""
+    assert costs.lora_parameters(TINY, 5) == 5 * 31
+
+
+def test_writing_takes_a_cache_and_of_parts_the_whole_model():
+    """Keys and values of 3 rows of 5 tokens, 2 numbers each: 60. Whole: embedding and last gain,
+    22 numbers of 4 bytes; the block, 42 of 2."""
+    assert costs.evaluation_memory(TINY, 3, 5) == 4 * 60
+    assert costs.evaluation_memory(TINY, 3, 5, width=2, shards=8) == 2 * 60 + 4 * 22 + 2 * 42
+
+
+def test_a_part_holds_its_share_and_frozen_models_theirs():
+    copy, part = (costs.training_memory(TINY, 1, 4, shards=shards) for shards in (1, 8))
+    assert [copy[k] for k in ("parameters", "optimizer", "gradients")] == [256, 512, 256]
+    assert [part[k] for k in ("parameters", "optimizer", "gradients")] == [32, 64, 32]
+    assert part["gathered"] == 4 * 22 + 2 * 4 * 42  # of the block: in use, and on its way
+    cfg = estimate.Config(rollout_size=1, written=1)
+    need = {stage: estimate.stage_memory(stage, TINY, 1, cfg, 1, False)
+            for stage in estimate.STAGES}
+    assert need["rl"] - need["pt"] == 2 * 4 * 64  # the reference and the reward model
+    assert need["lora"] < need["sft"]
+
+
+def test_recomputed_blocks_leave_their_inputs():
+    """Per token and block 4 bytes for each of the width, beside one block in full."""
+    config = ModelConfig(96, 10, 4, 2, 64, 16, 160, 64)
+    plain, again = (costs.training_memory(config, 8, 64, accumulate=2, recompute=recompute)
+                    ["activations"] for recompute in (False, True))
+    of_block, rest = divmod(plain - again + 10 * 512 * 4 * 64, 9 * 512)
+    ends = 2 * 4 * 96 * 64  # of these the second is free again before a block runs
+    assert of_block == pytest.approx(4 * (4 * 64 + 2 * 96 + 2 * 64 + 4 * 160 + 2 * 96), rel=0.02)
+    assert rest < ends
+
+
+@pytest.mark.parametrize("name", ["7b", "13b"])
+def test_the_large_configs_fit_eight_gpus_of_80_gb(name):
+    """And no row without parts fits one: this is what they are for."""
+    cfg = configurator.configure(train_pt.Config, [str(ROOT / f"config/pt_{name}.py")])
+    config = train_pt.shape(cfg, 65_536)
+    assert cfg.shard and cfg.recompute
+    need, copied = (estimate.stage_memory("pt", config, cfg.batch_size, estimate.Config(), shards,
+                                          True) for shards in (8, 1))
+    assert need < 0.9 * 80e9 < 80e9 < copied
+
+
+def shares_on_meta(name: str) -> tuple[int, int]:
+    """Parameters of one of eight processes, and of all, of a model that is never allocated: the
+    other seven are pretended."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    import runtime
+    import sharding
+    from model import Transformer
+    torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    cfg = configurator.configure(train_pt.Config, [str(ROOT / f"config/pt_{name}.py")])
+    with torch.device("meta"):
+        model = Transformer(train_pt.shape(cfg, 65_536))
+    whole = sum(p.numel() for p in model.parameters())
+    sharding.wrap(model, runtime.Dist(0, 8, torch.device("cpu"), torch.bfloat16), cfg.shard)
+    return sum(p.to_local().numel() for p in model.parameters()), whole
+
+
+@pytest.mark.parametrize("name", ["7b", "13b"])
+def test_one_of_eight_processes_holds_an_eighth_of_the_large_models(name):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        part, whole = pool.apply(shares_on_meta, (name,))
+    assert whole > 7e9 and whole / 8 <= part <= 1.05 * whole / 8
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "estimate.py", *arguments], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_the_command_reads_a_config_and_settings_of_both_kinds():
+    done = run("config/pt_1b.py", "--gpus=16", "--batch_size=2", "--gpu_gb=20")
+    assert done.returncode == 0 and done.stdout.startswith("989,962,240 parameters, 7,147,732,992")
+    assert "2 rows of 2048 tokens" in done.stdout and "a part of 16, recompute" in done.stdout
+    assert "*" in done.stdout and "16 GPUs x 989 TFLOP/s x 40%" in done.stdout
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--mfu=0.0", "must be positive"), ("--gpus=x", "'gpus' must be int"),
+    ("--n_head=3", "must be a multiple of n_head 3"), ("nowhere.py", "no such config file")])
+def test_a_mistake_is_one_line(argument, message):
+    done = run(argument)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
