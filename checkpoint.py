@@ -232,7 +232,7 @@ def _untrue(state, size: int) -> str | None:
         return None if asked <= held else (f"its shape asks for {asked:,} parameters, it holds "
                                            f"{held:,}")
     except (KeyError, TypeError):
-        return "its shape is damaged"
+        return "holds no language model: its shape is damaged"
 
 
 def load(where: str, device: str | torch.device = "cpu") -> tuple[dict, Path]:

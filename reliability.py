@@ -1,0 +1,792 @@
+"""
+The scoreboard: break the shipped scripts in every way we know, and count what is lost.
+
+    make reliability                          5 minutes; writes RELIABILITY.md
+    python reliability.py --kills=2000        the long form of the first row
+    python reliability.py --only=hostile_files,disk_full --out=
+
+One function per row: its docstring says what is done and with which deliberate break the row was
+seen to fail. They return what was measured and whether that is what is promised; tests/
+test_reliability.py calls the same functions with smaller numbers.
+"""
+import argparse
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import os
+import platform
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import fields
+from datetime import date
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import tiktoken
+import torch
+
+import checkpoint
+import corpus
+import data
+import examples
+import hostile
+import interrupts
+import runtime
+from configurator import configure
+from faults import (STAGES, Lab, Run, crash_everywhere, damaged, newest, same_bits, same_run, spoil,
+                    trace)
+from tokenizer import (CHAR_PATTERN, PATTERN, SPECIALS, Tokenizer, dump, load_tokenizer, render,
+                       train_char)
+
+ROOT = Path(__file__).resolve().parent
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+Result = tuple[str, bool]  # what was measured, and whether it is what is promised
+
+
+# ---------------------------------------------------------------------------- files
+
+def kill_storm(lab: Lab, kills: int = 300) -> Result:
+    """SIGKILL at random moments from the first instruction of main() on, each life resuming where
+    the last one was shot, until the run ends; then the next of the five stages. After each kill
+    every checkpoint is read back; at the end losses, weights and moments are compared bit by bit
+    with a run that nothing disturbed. Seen to fail when checkpoint.save wrote in place, and when
+    the optimizer was not restored."""
+    whole = {stage: lab.whole(stage, max_steps=12) for stage in STAGES}
+    r, done, runs, corrupt, differ = Random(0), 0, 0, 0, 0
+    while done < kills:
+        stage = STAGES[runs % len(STAGES)]
+        out, (expected, seconds) = lab.new("storm"), whole[stage]
+        patience = 0.4 * seconds
+        while True:
+            run = lab.start(stage, out, resume=True, max_steps=12)
+            if run.ends(r.uniform(0.002, patience)):
+                break
+            run.send(signal.SIGKILL)
+            run.wait()
+            done += 1
+            patience *= 1.02  # a run must end some time, even on a busy machine
+            corrupt += len(damaged(out))
+        differ += run.code != 0 or not same_run(out, expected)
+        runs += 1
+        shutil.rmtree(out)
+    return (f"{done:,} kills in {runs:,} runs: {corrupt} corrupt checkpoints, {differ} runs that "
+            "differ by a bit", not corrupt and not differ)
+
+
+def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
+    """A child dies at its k-th call that touches the disk, for every k, once between two calls and
+    once in the middle of a write: while a checkpoint is saved (the older one is there), while
+    data.py makes token shards, and while examples.py makes the rows of a chat file. Whatever makes
+    files can be tried so: give `crash_everywhere` the operation. Seen to fail when checkpoint.save
+    wrote under the final name, when write_text did, and when examples.prepare renamed its folder
+    before meta.json was written."""
+    results = {}
+    out = lab.new("crash")
+    old, new = (dict(newest(lab.folder / "base")) | {"step": step} for step in (1, 2))
+
+    def old_or_new() -> bool:
+        found = newest(out)
+        right = same_bits(found, new if found["step"] == 2 else old) and not damaged(out)
+        checkpoint.save(str(out), 3, old)  # what the dead left behind is swept by the next save
+        return right and newest(out)["step"] == 3 and not list(out.glob(".tmp-*"))
+
+    def only_old() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        checkpoint.save(str(out), 1, old)
+
+    results["checkpoint"] = crash_everywhere(
+        lambda: checkpoint.save(str(out), 2, new, keep=1), old_or_new, only_old, every)
+
+    text = lab.folder / "few.jsonl"
+    text.write_text("".join((lab.folder / "pt.jsonl").read_text().splitlines(True)[:40]))
+    cfg = data.Config(str(text), f"{lab.folder}/tok.txt", str(lab.new("shards")), 0.2, workers=1)
+
+    def prepare() -> None:
+        corpus.BATCH_BYTES, data.JOURNAL_SECONDS = 3_000, 0  # a journal behind each small batch
+        with contextlib.redirect_stdout(io.StringIO()):
+            data.prepare(cfg, corpus.Progress())
+
+    def contents(folder: str) -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+    def again(make, folder: str, expected: dict) -> bool:
+        """A second try ends with the same bytes, and nothing else lies about."""
+        with contextlib.suppress(FileNotFoundError):
+            if (Path(folder) / "meta.json").exists() and contents(folder) != expected:
+                return False  # it says it is whole, and is not
+        make()
+        return contents(folder) == expected
+
+    sizes = corpus.BATCH_BYTES, data.JOURNAL_SECONDS
+    prepare()
+    results["shards"] = crash_everywhere(
+        prepare, partial(again, prepare, cfg.out_dir, contents(cfg.out_dir)),
+        lambda: shutil.rmtree(cfg.out_dir, ignore_errors=True), every)
+    corpus.BATCH_BYTES, data.JOURNAL_SECONDS = sizes
+
+    rows = lab.new("rows")
+    tok = load_tokenizer(cfg.tokenizer)
+
+    def load_rows() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            examples.load_examples(f"{lab.folder}/sft.jsonl", "chat", tok, 256, f"{rows}/data", 0.2)
+
+    def clear() -> None:
+        shutil.rmtree(rows, ignore_errors=True)
+
+    load_rows()
+    results["rows"] = crash_everywhere(load_rows, partial(again, load_rows, str(rows),
+                                                          contents(str(rows))), clear, every)
+    text = ", ".join(f"{name} {n:,}" for name, (n, _) in results.items())
+    bad = sum(b for _, b in results.values())
+    return f"crashes: {text}; {bad} bad states", not bad
+
+
+def damaged_files(lab: Lab, n: int = 1500) -> Result:
+    """A flipped bit, a cut end or a zeroed page in a checkpoint of each stage, in a token shard and
+    in the rows of examples: the file must be named and not used (of two checkpoints the other one
+    is). Seen to fail when `damage` trusted the zip archive's own end, when open_token_file looked
+    at the size only, and when load_examples did not compare the sha256."""
+    files = {}
+    for stage in STAGES:
+        files[stage] = checkpoint.list_checkpoints(lab.whole(stage, max_steps=2)[0])[0]
+    folder = lab.new("damaged")
+    shutil.copytree(lab.folder / "data", folder)
+    tok = load_tokenizer(f"{lab.folder}/tok.txt")
+    rows = lab.new("rows")
+    with contextlib.redirect_stdout(io.StringIO()):
+        examples.load_examples(f"{lab.folder}/sft.jsonl", "chat", tok, 256, str(rows), 0.2)
+    files |= {"shard": folder / "train_en.bin", "words": rows / "train.words",
+              "rows": rows / "train.rows"}
+
+    def notices(name: str, path: Path) -> bool:
+        said = io.StringIO()
+        checkpoint._known_good.clear()  # as a new process
+        with contextlib.redirect_stdout(said):
+            try:
+                if name in STAGES:
+                    return checkpoint.load(path.parent)[1] != path and path.name in said.getvalue()
+                if name == "shard":
+                    data.open_data(str(folder))
+                else:
+                    examples.load_examples(f"{lab.folder}/sft.jsonl", "chat", tok, 256, str(rows),
+                                           0.2)
+            except ValueError as error:
+                return str(path) in str(error)
+        return False
+
+    r, found, kinds = Random(1), 0, {}
+    for i in range(n):
+        name, path = list(files.items())[i % len(files)]
+        raw = path.read_bytes()
+        kind, bad = spoil(raw, r)
+        path.write_bytes(bad)
+        kinds[kind] = kinds.get(kind, 0) + 1
+        found += notices(name, path)
+        path.write_bytes(raw)
+    unharmed = not any(notices(name, path) for name, path in files.items())
+    text = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
+    return f"{found:,} of {n:,} ({text})", found == n and unharmed
+
+
+def disk_full(lab: Lab, shares: tuple[float, ...] = (0.1, 0.5, 0.99)) -> Result:
+    """Each stage goes on from a checkpoint with a limit on the size of files (RLIMIT_FSIZE) that
+    the next checkpoint passes after some share of it; and, where we may mount one, on a tmpfs with
+    room for less than another checkpoint. The script must end with exit code 3 and say why, the old
+    checkpoint must be what it was, no temporary file may be left, and with room again the run goes
+    on. Seen to fail when save left its temporary file, and when it passed on torch's own error."""
+    cases = bad = 0
+    for stage in STAGES:
+        whole, _ = lab.whole(stage, max_steps=4)
+        start = lab.new("full")
+        lab.start(stage, start, die_after_save(2), max_steps=4).wait()
+        size = checkpoint.list_checkpoints(start)[0].stat().st_size
+        for share in shares:
+            out = lab.new("full")
+            shutil.copytree(start, out)
+
+            def limit() -> None:
+                most = int(share * size)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+            bad += not refuses(lab, stage, out, start, whole, "File too large", limit)
+            cases += 1
+        if not mounted(lab.folder / "tmpfs", 1):
+            continue
+        with tmpfs(lab.folder / "tmpfs", folder_size(start) + size // 3) as room:
+            out = room / "out"
+            shutil.copytree(start, out)
+            bad += not refuses(lab, stage, out, start, None, "No space left on device")
+            cases += 1
+    return (f"{cases - bad} of {cases} full disks: old checkpoint intact, exit code 3, reason said, "
+            f"no temporary file" + ("" if mounted(lab.folder / "tmpfs", 1) else "; no tmpfs: no "
+                                    "right to mount one"), not bad)
+
+
+def refuses(lab: Lab, stage: str, out: Path, start: Path, whole: Path | None, reason: str,
+            limit=lambda: None) -> bool:
+    """Whether a run that meets a full disk ends as it should, and goes on once there is room."""
+    run = lab.start(stage, out, limit, resume=True, max_steps=4)
+    good = run.wait() == 3 and reason in run.text and "Traceback" not in run.text
+    good &= same_bits(newest(out), newest(start)) and not damaged(out)
+    good &= not [p for p in out.rglob("*") if "tmp" in p.name]
+    if whole:
+        good &= lab.start(stage, out, resume=True, max_steps=4).wait() == 0 and same_run(out, whole)
+    return good
+
+
+def folder_size(folder: Path) -> int:
+    return sum(-(-p.stat().st_size // 4096) * 4096 for p in folder.rglob("*"))
+
+
+def mounted(at: Path, size: int) -> bool:
+    """Whether we may mount a tmpfs."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError), tmpfs(at, 1 << 16):
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def tmpfs(at: Path, size: int):
+    at.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", at], check=True,
+                   capture_output=True)
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", at], check=True)
+
+
+# ---------------------------------------------------------------------------- stops
+
+def die_after_save(step: int):
+    """For Lab.start: SIGKILL from inside, right behind the checkpoint of a step."""
+    def before() -> None:
+        real = checkpoint.save
+
+        def save(out_dir, at, state, **more):
+            path = real(out_dir, at, state, **more)
+            if at == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return path
+        checkpoint.save = save
+    return before
+
+
+def resume_anywhere(lab: Lab, steps: int = 30, stages: tuple[str, ...] = STAGES) -> Result:
+    """Each stage in as many lives as it has steps, one step each: so every step is resumed at, and
+    all but the first by a run that was itself resumed. Pre-training also goes from each step to the
+    end in one life. Losses, weights and moments against those of one long life. Then 4 steps on one
+    process, 4 on two, 4 on one: the same samples in the same order, losses to 1e-5. Seen to fail
+    when the batch depended on the first step of the process, when the optimizer was not restored,
+    and when ranks took their rows from a stream of their own."""
+    good = total = 0
+    for stage in stages:
+        whole, _ = lab.whole(stage, max_steps=steps)
+        out = lab.new("lives")
+        for step in range(1, steps + 1):
+            lab.start(stage, out, die_after_save(step), resume=True, max_steps=steps).wait()
+            if stage == "pt" and step < steps:
+                copy = lab.new("copy")
+                shutil.copytree(out, copy)
+                lab.must("train_pt", lab.arguments(stage, copy, resume=True, max_steps=steps))
+                good += same_run(copy, whole)
+                total += 1
+                shutil.rmtree(copy)
+        good += same_run(out, whole)
+        total += 1
+    order = [same_order(lab, stage) for stage in ("pt", "sft") if stage in stages]
+    return (f"{good} of {total} runs ({len(stages)} stages x {steps} resumes in a row; pt from each "
+            f"step to the end) equal to the last bit; order with 1, 2, 1 processes the same in "
+            f"{sum(order)} of {len(order)}", good == total and all(order))
+
+
+def same_order(lab: Lab, stage: str) -> bool:
+    """4 steps on one process, 4 on two, 4 on one: are samples and losses those of 12 on one?"""
+    def recording(to: Path, then=lambda: None):
+        def before() -> None:
+            real = data.Order.take
+
+            def take(self, start, size):
+                found = real(self, start, size)
+                with open(to, "a") as f:
+                    f.write(json.dumps([start, found]) + "\n")
+                return found
+            data.Order.take = take
+            then()
+        return before
+
+    def taken(*files: Path) -> list[tuple[int, int]]:
+        """(place in the stream, sample), sorted."""
+        rows = [json.loads(line) for f in files for line in f.read_text().splitlines()]
+        return sorted({(start + i, sample) for start, found in rows
+                       for i, sample in enumerate(found)})
+
+    one, torn = lab.new("order"), lab.new("order")
+    notes = [lab.new("note") for _ in range(4)]
+    lab.start(stage, one, recording(notes[0]), max_steps=12).wait()
+    lab.start(stage, torn, recording(notes[1], die_after_save(4)), max_steps=12).wait()
+    ranks = two_ranks(lab, stage, torn, recording(notes[2], die_after_save(8)), resume=True,
+                      max_steps=12)
+    codes = [run.wait() for run in ranks]
+    lab.start(stage, torn, recording(notes[3]), resume=True, max_steps=12).wait()
+    a, b = ([float.fromhex(x) for _, x in trace(out)] for out in (one, torn))
+    return (codes == [-9, 6] and len(a) == len(b) == 12 and taken(notes[0]) == taken(*notes[1:])
+            and bool(np.allclose(a, b, rtol=1e-5)))
+
+
+def two_ranks(lab: Lab, stage: str, out: Path, before=lambda: None, **changes) -> list[Run]:
+    """A run on two gloo processes, forked instead of started by torchrun."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(port)}
+    return [lab.start(stage, out, before, common | {"RANK": rank, "LOCAL_RANK": rank}, **changes)
+            for rank in "01"]
+
+
+def signals(lab: Lab, moments: int = 20) -> Result:
+    """SIGTERM and SIGINT, in turn, at random moments of each stage: a third of them while Python
+    still imports torch (a process of its own), a sixth in the middle of a save, the others anywhere
+    between the first instruction of main() and the end. The exit code must be 0 without a
+    traceback, within 2 s, and --resume must give the run that nothing disturbed. Seen to fail
+    without interrupts.py (exit code -15), and when the handler raised instead of setting a flag."""
+    r, good, slowest = Random(2), 0, 0.0
+    whole = {stage: lab.whole(stage, max_steps=8) for stage in STAGES}
+    for i in range(moments):
+        stage, number = STAGES[i % 5], (signal.SIGTERM, signal.SIGINT)[i // 5 % 2]
+        out, (expected, seconds) = lab.new("signal"), whole[stage]
+        settings = dict(max_steps=8, resume=True, save_every=3)
+        if i % 3 == 0:
+            code, text, took = signal_while_importing(lab, stage, out, settings, number, r)
+        else:
+            run = lab.start(stage, out, interrupts.end_quietly, **settings)
+            if i % 6 == 1:
+                while not list(out.glob(".tmp-*")) and not run.ends(0.0002):
+                    pass
+            else:
+                run.ends(r.uniform(0.01, seconds))
+            start = time.perf_counter()
+            run.send(number)
+            code, text, took = run.wait(), run.text, time.perf_counter() - start
+        slowest = max(slowest, took)
+        lab.start(stage, out, **settings).wait()
+        good += code == 0 and "Traceback" not in text and same_run(out, expected)
+    return (f"{good} of {moments} exit with 0 and go on to the last bit; the slowest took "
+            f"{slowest:.1f} s", good == moments and slowest <= 2)
+
+
+def signal_while_importing(lab: Lab, stage: str, out: Path, settings: dict, number: int,
+                           r: Random) -> tuple[int, str, float]:
+    """Exit code, output and seconds of a script that gets the signal before it has begun."""
+    process = subprocess.Popen(
+        [sys.executable, f"train_{stage}.py", *lab.arguments(stage, out, **settings)], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    caught = 0  # before the script's first line Python itself has no handler for SIGTERM
+    while not caught >> (signal.SIGTERM - 1) & 1:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+    time.sleep(r.uniform(0, 0.9))
+    start = time.perf_counter()
+    process.send_signal(number)
+    text = process.communicate(timeout=60)[0]
+    return process.returncode, text, time.perf_counter() - start
+
+
+# ---------------------------------------------------------------------------- processes
+
+FAULT = """import os, sys, time
+sys.path.insert(0, {root!r})
+import runtime
+allows = runtime.GradientGuard.allows
+def faulty(self, norm, step, *rest):
+    if os.environ["RANK"] == "1" and step == 5:
+        open({note!r}, "w").write(str(time.time()))
+        {fault}
+    return allows(self, norm, step, *rest)
+runtime.GradientGuard.allows = faulty
+import train_pt
+train_pt.main()
+"""
+
+
+def ranks(lab: Lab, timeout: float = 4.0) -> Result:
+    """Under torchrun with gloo, at step 5 rank 1 of 2 is killed, raises, or hangs (sleeps for ever,
+    as on a dead network drive). From then until no process is left: 3 s, 3 s, dist_timeout + 2 s;
+    and what is printed must say which rank failed and at which step. Seen to fail without
+    end_if_hanging (torchrun waits 30 s more for the rank that hangs), and before messages named
+    rank and step."""
+    took, named = {}, {}
+    for name, fault, wanted in (
+            ("killed", "os.kill(os.getpid(), 9)", r"rank 0 of 2, step [56]: lost contact"),
+            ("raises", "raise RuntimeError('deliberate')", r"rank 1 of 2, step 5: failed"),
+            ("hangs", "time.sleep(1000)", r"rank 1 of 2, step 5: hangs")):
+        note, script = lab.new("note"), lab.new("fault").with_suffix(".py")
+        script.write_text(FAULT.format(root=str(ROOT), note=str(note), fault=fault))
+        process = subprocess.run(
+            [*TORCHRUN, script, *lab.arguments("pt", lab.new(), max_steps=5000, save_every=5000,
+                                               dist_timeout=timeout)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+            env=os.environ | {"OMP_NUM_THREADS": "1"})
+        took[name] = time.time() - float(note.read_text())
+        root_cause = re.search(r"Root Cause.*?rank +: (\d)", process.stdout, re.S)
+        named[name] = (process.returncode != 0 and bool(re.search(wanted, process.stdout))
+                       and bool(root_cause))
+    good = (took["killed"] <= 3 and took["raises"] <= 3 and took["hangs"] <= timeout + 2
+            and all(named.values()))
+    return (", ".join(f"{name} {seconds:.1f} s" for name, seconds in took.items())
+            + f" (timeout {timeout:.0f} s); rank and step named in {sum(named.values())} of 3", good)
+
+
+def children(parent: int) -> dict[str, int]:
+    """{rank: pid} of the workers of a torchrun."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                for word in (entry / "environ").read_bytes().split(b"\0"):
+                    if word.startswith(b"RANK="):
+                        found[word[5:].decode()] = int(entry.name)
+    return found
+
+
+def restarts(lab: Lab, kills: int = 3) -> Result:
+    """torchrun --max-restarts: rank 1 of 2 is killed, each time after a few more steps; torchrun
+    starts both again, they resume from the newest valid checkpoint. The losses must be those of two
+    processes that nobody disturbed, to the last bit. Seen to fail when a rank resumed from its own
+    count of steps."""
+    steps = 6 * kills + 12
+    whole, out = lab.new("two"), lab.new("restarted")
+    for run in two_ranks(lab, "pt", whole, max_steps=steps):
+        run.wait()
+    process = subprocess.Popen(
+        [*TORCHRUN, f"--max-restarts={kills}", "train_pt.py",
+         *lab.arguments("pt", out, max_steps=steps, resume=True)], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    killed: list[int] = []
+    log = out / "log.jsonl"
+    while len(killed) < kills and process.poll() is None:
+        time.sleep(0.01)
+        pid = children(process.pid).get("1")
+        lines = log.read_text().count("\n") if log.exists() else 0
+        if pid and pid not in killed and lines > 6 * len(killed) + 3:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+    code = 1
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.communicate(timeout=90)
+        code = process.returncode
+    good = code == 0 and len(killed) == kills and same_run(out, whole)
+    return f"{len(killed)} kills, exit code {code}, the trace is {'equal' if good else 'NOT equal'}", good
+
+
+# ---------------------------------------------------------------------------- numbers
+
+def poisoned(kind: str, steps: range):
+    """For Lab.start: at these steps the loss, one gradient, or (behind the guard) one weight is not
+    finite."""
+    def before() -> None:
+        calls = iter(range(10**6))
+        clip, backward, now = torch.nn.utils.clip_grad_norm_, torch.Tensor.backward, [0]
+
+        def count_and_clip(parameters, most):
+            parameters = list(parameters)
+            step = now[0] = next(calls)
+            learnt = [p for p in parameters if p.grad is not None]
+            if step in steps and kind in ("nan", "inf"):
+                learnt[-1].grad.view(-1)[0] = float(kind)
+            norm = clip(parameters, most)
+            if step in steps and kind == "weight":
+                learnt[-1].data.view(-1)[0] = float("nan")
+            now[0] = step + 1
+            return norm
+
+        def count_and_go_back(self, *args, **more):
+            if now[0] in steps and kind == "loss":
+                self = self * float("nan")
+            return backward(self, *args, **more)
+        torch.nn.utils.clip_grad_norm_ = count_and_clip
+        torch.Tensor.backward = count_and_go_back
+    return before
+
+
+def not_finite(lab: Lab, stages: tuple[str, ...] = STAGES) -> Result:
+    """At step 2 of each stage the loss is NaN, or one number of one gradient is NaN or infinite:
+    weights and moments at step 3 must be those of step 2, bit for bit (and those of an undisturbed
+    run are not). From step 2 on, or with a weight that is NaN: exit code 4, and the checkpoint it
+    names is whole and finite. Seen to fail when the guard looked at the loss instead of the norm,
+    when it let the optimizer step, and when the message named the folder only."""
+    good = total = 0
+
+    def both(out: Path) -> list[dict]:
+        checkpoint._known_good.clear()
+        return [checkpoint.load(p)[0] for p in checkpoint.list_checkpoints(out)[:2]]
+
+    def still(out: Path) -> bool:
+        new, old = both(out)
+        return (new["step"], old["step"]) == (3, 2) and same_bits(new["model"], old["model"]) and (
+            same_bits([o["state"] for o in new["optimizer"]],
+                      [o["state"] for o in old["optimizer"]]))
+
+    for stage in stages:
+        moves = not still(lab.whole(stage, max_steps=3)[0])
+        for kind in ("loss", "nan", "inf"):
+            out = lab.new("nan")
+            run = lab.start(stage, out, poisoned(kind, range(2, 3)), max_steps=3)
+            if stage == "rm":  # at its end it notes the spread of scores, beside the weights
+                run.wait()
+            good += run.wait() == 0 and "skipped 1/3" in run.text and moves and still(out)
+            total += 1
+        for kind in ("nan", "weight"):
+            out = lab.new("nan")
+            run = lab.start(stage, out, poisoned(kind, range(2, 99)), max_steps=20)
+            code = run.wait()
+            name = re.search(r"the last good checkpoint: (\S+\.pt)", run.text)
+            good += bool(code == 4 and name and "Traceback" not in run.text
+                         and checkpoint.damage(Path(name[1])) is None
+                         and all(torch.isfinite(t).all()
+                                 for t in checkpoint.load(name[1])[0]["model"].values()))
+            total += 1
+    return f"{good} of {total} injections in {len(stages)} stages", good == total
+
+
+# ---------------------------------------------------------------------------- what people write
+
+def bad_lines(lab: Lab, n: int = 10_000) -> Result:
+    """A file of 10,000 lines with the kinds of damage that tests/test_corpus.py collects: each must
+    be reported with file, line and column, and no good line may be lost; data.py must stop at each
+    with that message. Seen to fail when columns were counted in bytes and when a line was split at
+    U+2028."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from test_corpus import DAMAGE, GOOD
+    r, lines, wanted = Random(0), [], []
+    path = lab.folder / "bad.jsonl"
+    for i in range(n):
+        kind = i * len(DAMAGE) // n
+        if i == (2 * kind + 1) * n // (2 * len(DAMAGE)):
+            before, after = DAMAGE[kind][0].split(b"@")
+            lines.append(before + after)
+            wanted.append((f"{path}:{i + 1}:{len(before.decode()) + 1}", DAMAGE[kind][1]))
+        else:
+            lines.append(json.dumps(r.choice(GOOD)).encode())
+    path.write_bytes(b"\n".join(lines))
+    items = [item for batch in corpus.read_batches([str(path)], "text", 1)
+             for item in corpus.parse(batch)]
+    found = [(b.where, b.what) for b in items if isinstance(b, corpus.BadLine)]
+    right = sum(a == b for a, b in zip(found, wanted))
+    kept = len(items) - len(found)
+    stops = 0
+    for (where, what), line in zip(wanted, [raw for raw in lines if raw not in
+                                            {json.dumps(g).encode() for g in GOOD}]):
+        path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+        run = Run("data", [f"--input={path}", f"--tokenizer={lab.folder}/tok.txt", "--workers=1",
+                           f"--out_dir={lab.new()}", "--max_line_mb=1"], lab.folder / "said")
+        column = where.rpartition(":")[2]
+        stops += run.wait() == 2 and f"{path}:2:{column}: {what}" in run.text
+    return (f"{right} of {len(wanted)} kinds located by line and column, {stops} by data.py; "
+            f"{n - len(wanted) - kept} good lines lost",
+            right == stops == len(wanted) == len(found) and len(wanted) >= 12
+            and kept == n - len(wanted))
+
+
+def typos(lab: Lab, every: int = 1) -> Result:
+    """Every setting of every script with one character left out or two neighbours swapped: refused
+    with exit code 2, and the setting that was meant is the one suggested. Seen to fail when the
+    command line ignored unknown settings, and with difflib's suggestion alone (96 %)."""
+    tried = refused = right = 0
+    for path in sorted(ROOT.glob("*.py")):
+        if "\nclass Config:" not in path.read_text():
+            continue
+        cls = importlib.import_module(path.stem).Config
+        keys = [field.name for field in fields(cls)]
+        for key in keys:
+            slips = {key[:i] + key[i + 1:] for i in range(len(key))}
+            slips |= {key[:i] + key[i + 1] + key[i] + key[i + 2:] for i in range(len(key) - 1)}
+            for slip in sorted(slips - set(keys))[::every]:
+                said = io.StringIO()
+                tried += 1
+                with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+                    try:
+                        configure(cls, [f"--{slip}=1"])
+                    except SystemExit as end:
+                        refused += end.code == 2
+                right += f"did you mean '{key}'?" in said.getvalue()
+    return (f"{refused:,} of {tried:,} refused, {right / tried:.1%} with the right suggestion",
+            refused == tried and right >= 0.98 * tried)
+
+
+# ---------------------------------------------------------------------------- what strangers write
+
+def hostile_files(lab: Lab) -> Result:
+    """generate.py --checkpoint=FILE with each of the files of hostile.py: one line and exit code 2,
+    no file made by code in it, less than 200 MB and 1 s more. Seen to fail when checkpoint.load did
+    not look at the archive first (bytearray of 2 GB, storages that claim more than they hold, a
+    pipe that is waited for), and with weights_only=False (code ran)."""
+    folder, marker = lab.new("hostile"), lab.folder / "marker"
+    folder.mkdir()
+    good = newest(lab.folder / "base")
+    total = refused = ran = 0
+    most, slowest = 0.0, 0.0
+
+    def start(path: Path) -> tuple[int, str, float, float]:
+        note = lab.new("memory")
+
+        def measure() -> None:
+            leave, base = os._exit, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+            def leaving(code: int) -> None:
+                grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
+                note.write_text(str(grown / 1024))
+                leave(code)
+            os._exit = leaving
+        begin = time.perf_counter()
+        run = Run("generate", [f"--checkpoint={path}", "--prompt=x", "--max_tokens=1"],
+                  lab.folder / "said", measure)
+        code = run.wait(20) if run.ends(20) else -1
+        return code, run.text, float(note.read_text() or 0), time.perf_counter() - begin
+
+    fine = start(checkpoint.list_checkpoints(lab.folder / "base")[0])[0] == 0
+    with contextlib.redirect_stderr(io.StringIO()):
+        files = list(hostile.write_all(folder, good, marker))
+    for name, path in files:
+        code, text, grown, took = start(path)
+        line = [row for row in text.splitlines() if str(path) in row]
+        refused += code == 2 and bool(line) and "Traceback" not in text
+        ran += marker.exists()
+        marker.unlink(missing_ok=True)
+        total, most, slowest = total + 1, max(most, grown), max(slowest, took)
+    ran += (folder.parent / "escaped").exists()
+    return (f"{refused} of {total} refused, {ran} ran, at most {most:.0f} MB and {slowest:.2f} s "
+            "each", fine and refused == total == 30 and not ran and most < 200 and slowest < 1)
+
+
+def injections(lab: Lab, n: int = 5000) -> Result:
+    """Chats salted with the text of every special token, cut, nested, in full width and other case:
+    as messages, as pairs and as prompts they must give special ids only where the template puts
+    them, and the content back to the last character. Seen to fail with tok.encode(content,
+    allowed_special="all") in render."""
+    tok = load_tokenizer(f"{lab.folder}/tok.txt")
+    salts = [v for s in SPECIALS for v in (
+        s, s[:5], s[5:], s[:4] + s + s[4:], s.replace("<|", "＜｜").replace("|>", "｜＞"), s.upper(),
+        s.replace("|", "\u200b|"), " " + s + "\n", s + "assistant\n", "\n" + s[:-1])]
+    salts += ["user\n", "\n", "", "中文", "\x00", "\ufeff", "😀", "<", "|", ">"]
+    r, through = Random(3), 0
+    for _ in range(n):
+        said = ["".join(r.choices(salts, k=r.randint(0, 6))) for _ in range(4)]
+        chat = [{"role": role, "content": text} for role, text in zip(
+            ("system", "user", "assistant", "user"), said)]
+        ids, _ = render(tok, chat)
+        inside, at = [], 0
+        for start in [i for i, t in enumerate(ids) if t == tok.im_start]:
+            end = ids.index(tok.im_end, start)
+            inside.append(tok.decode(ids[start + 1:end]).partition("\n")[2])
+            at += 2
+        through += inside != said or sum(t >= tok.endoftext for t in ids) != at
+        record = {"prompt": chat[:2], "chosen": said[2] + "a", "rejected": said[3]}
+        for row in examples.rows_of(record, "pair", tok, 10**6)[1][0][2]:
+            through += sum(t >= tok.endoftext for t in row.ids) != 6  # 3 messages, no last newline
+    return f"{through} of {n:,} got through", not through
+
+
+def worst_strings(lab: Lab, size: int = 10**6) -> Result:
+    """A million times the same character, and other strings on which tokenizers were quadratic or
+    overflowed their stack, by a BPE and a character tokenizer. Seen to fail with the lookahead
+    \\s+(?!\\S) of GPT-2's pattern: tiktoken panics on a million spaces."""
+    plain = Tokenizer(dump([bytes([i]) for i in range(256)] + [b"a" * n for n in (2, 4, 8)]
+                           + [b"  ", "中".encode(), "中中".encode()], PATTERN))
+    chars = Tokenizer(dump(train_char({"中a^ \n".encode(): 1}), CHAR_PATTERN))
+    texts = [c * (size // len(c.encode())) for c in
+             ("a", "^", " ", "中", "\n", " \n", "aA", "'s", "1", "\u0301", "😀", "\x00")]
+    texts += [" " * size + "a", "".join(Random(4).choices("abcdefgh", k=size))]
+    slowest = 0.0
+    same = True
+    for tok in (plain, chars):
+        for text in texts:
+            start = time.process_time()
+            ids = tok.encode_ordinary(text)
+            slowest = max(slowest, (time.process_time() - start) * 10**6 / len(text.encode()))
+            same &= tok.decode(ids) == text
+    return f"{2 * len(texts)} strings, the slowest {slowest:.2f} s per MB", same and slowest < 2
+
+
+# ---------------------------------------------------------------------------- the board
+
+ROWS = [
+    (kill_storm, "SIGKILL storm on the five training scripts",
+     "300 kills, 0 corrupt checkpoints, 0 differing bits"),
+    (crash_at_every_call, "crash at every I/O call: checkpoint, token shards, rows",
+     "all calls, 0 bad states"),
+    (damaged_files, "damaged files detected and named", "1,500 of 1,500"),
+    (disk_full, "full disk (file size limit, tmpfs)", "100 %, 0 temporary files"),
+    (resume_anywhere, "resume at every step of 30; 1, 2, 1 processes", "all equal"),
+    (signals, "SIGTERM or SIGINT at random moments, imports and saves too",
+     "20 of 20, each within 2 s"),
+    (ranks, "a rank is killed, raises, hangs: all gone, rank and step named",
+     "3 s, 3 s, timeout + 2 s"),
+    (restarts, "torchrun --max-restarts=3", "3 of 3, trace equal"),
+    (not_finite, "NaN and infinity: weights unchanged; a streak stops", "100 %"),
+    (bad_lines, "bad JSONL lines located", "12 of 12 kinds, 0 good lines lost"),
+    (typos, "misspelt settings refused; suggestion right", "100 %; 98 %"),
+    (hostile_files, "hostile model files refused", "30 of 30, below 200 MB and 1 s each"),
+    (injections, "special tokens typed by users", "0 of 5,000"),
+    (worst_strings, "worst strings for the tokenizer", "below 2 s per MB"),
+]
+
+
+def machine() -> str:
+    cpu = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo")
+                if line.startswith("model name")), platform.processor())
+    return f"{os.cpu_count()} cores of {cpu}, {platform.system()} {platform.release()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=300, help="of the SIGKILL storm")
+    parser.add_argument("--only", default="", help="rows, comma-separated: "
+                        + ", ".join(row.__name__ for row, *_ in ROWS))
+    parser.add_argument("--out", default="RELIABILITY.md", help="report; empty: none")
+    args = parser.parse_args()
+    wanted = args.only.split(",") if args.only else [row.__name__ for row, *_ in ROWS]
+    begin = time.time()
+    lines = ["| # | what | target | measured | s | passed |", "|---|---|---|---|---|---|"]
+    passed = 0
+    print("\n".join(lines), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        lab = Lab(Path(folder))
+        for i, (row, what, target) in enumerate(ROWS, 1):
+            if row.__name__ not in wanted:
+                continue
+            start = time.time()
+            measured, good = row(lab, args.kills) if row is kill_storm else row(lab)
+            passed += good
+            lines.append(f"| {i} | {what} | {target} | {measured} | {time.time() - start:.0f} | "
+                         f"{'yes' if good else '**NO**'} |")
+            print(lines[-1], flush=True)
+    tally = f"{passed} of {len(wanted)} rows passed in {time.time() - begin:.0f} s."
+    print(tally)
+    if args.out:
+        head = (f"# Faults survived\n\nPrinted by `{' '.join(['python', *sys.argv])}` on "
+                f"{date.today()}, {machine()}; Python {platform.python_version()}, torch "
+                f"{torch.__version__}, numpy {np.__version__}, tiktoken {tiktoken.__version__}.\n"
+                "What each row does, and with which deliberate break it was seen to fail, stands "
+                "in the function of the same order in `reliability.py`.\n")
+        corpus.write_text(args.out, "\n".join([head, *lines, "", tally, ""]))
+    raise SystemExit(passed < len(wanted))
+
+
+if __name__ == "__main__":
+    main()
