@@ -25,7 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch._dynamo  # noqa: F401  else the first optimizer of every child imports it
 
 import checkpoint
 import runtime
@@ -106,6 +105,7 @@ class Lab:
 
     def __init__(self, folder: Path):
         torch.set_num_threads(1)  # children inherit it, and that no thread was started
+        importlib.import_module("torch._dynamo")  # else the first optimizer of every child does it
         self.folder, self.count = folder, 0
         self.random = random.Random(0)
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,23 +141,55 @@ class Lab:
               environ: dict | None = None, **changes) -> Run:
         self.count += 1
         return Run(f"train_{stage}", self.arguments(stage, out_dir, **changes),
-                   self.folder / f"said{self.count % 100}", before, **(environ or {}))
+                   self.folder / f"said{os.getpid()}.{self.count % 100}", before,
+                   **(environ or {}))
 
     def must(self, script: str, arguments: list[str]) -> None:
-        run = Run(script, arguments, self.folder / "said")
+        run = Run(script, arguments, self.folder / f"said{os.getpid()}")
         if run.wait() != 0:
             raise RuntimeError(f"{script} fails without any fault: {run.text[-2000:]}")
 
     def new(self, name: str = "run") -> Path:
         """A folder name that is not in use."""
         self.count += 1
-        return self.folder / f"{name}{self.count}"
+        return self.folder / f"{name}{os.getpid()}.{self.count}"
 
     def whole(self, stage: str, **changes) -> tuple[Path, float]:
         """Out_dir of a run that nothing disturbs, and its seconds."""
         out, start = self.new(f"whole_{stage}"), time.perf_counter()
         self.must(f"train_{stage}", self.arguments(stage, out, **changes))
         return out, time.perf_counter() - start
+
+
+def side_by_side(jobs: list[Callable[[], list]], workers: int = 2) -> list[list]:
+    """What each job returns (of numbers and strings), run in forked children, `workers` at once.
+    Raises RuntimeError if one fails; its traceback is printed."""
+    found: list[list] = [[] for _ in jobs]
+    waiting, running = list(enumerate(jobs)), {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            i, job = waiting.pop(0)
+            out, into = os.pipe()
+            sys.stdout.flush()
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    os.write(into, json.dumps(job()).encode())
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(1)
+            os.close(into)
+            running[out] = i, pid
+        for out in select.select(list(running), [], [])[0]:  # an answer, or the end of a child
+            i, pid = running.pop(out)
+            answer = os.read(out, 1 << 16)
+            os.close(out)
+            if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
+                raise RuntimeError(f"job {i} of {len(jobs)} failed")
+            found[i] = json.loads(answer)
+    return found
 
 
 # ---------------------------------------------------------------------------- comparing

@@ -67,7 +67,15 @@ def setup(device: str = "auto", dtype: str = "auto", timeout: float = 120) -> Di
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if world > 1:
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        store, *_ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        if world == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
+            # torchrun keeps one store over --max-restarts: with the addresses of the dead in it the
+            # next processes would wait for ever. (Several machines count restarts apart: there
+            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives a new store each time.)
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                             timeout=timedelta(seconds=timeout))
         Thread(target=end_if_hanging, args=(timeout,), daemon=True).start()
     return Dist(rank, world, torch.device(device), getattr(torch, dtype))
 
