@@ -31,6 +31,8 @@ import runtime
 import toyworld
 from tokenizer import PATTERN, dump
 
+ROOT = Path(__file__).resolve().parent
+Result = tuple[str, bool]  # of a row: what was measured, and whether it is what is promised
 STAGES = ("pt", "sft", "rm", "dpo", "rl")
 SHORT = dict(warmup_steps=1, eval_every=1000, save_every=1, log_every=1, learning_rate=1e-3)
 LATER = dict(answer_tokens=4, val_fraction=0.2, batch_size=2)
@@ -110,7 +112,8 @@ class Lab:
         self.random = random.Random(0)
         folder.mkdir(parents=True, exist_ok=True)
         self.write("pt", lambda r: toyworld.pt_document(r, "train", 2, 3, 0.3), 150)
-        for name, make in (("sft", toyworld.chat), ("rm", toyworld.pair), ("rl", toyworld.rl_prompt)):
+        for name, make in (("sft", toyworld.chat), ("rm", toyworld.pair),
+                           ("rl", toyworld.rl_prompt)):
             self.write(name, lambda r, make=make: make(r, "train", 1), 40)
         (folder / "tok.txt").write_text(dump([bytes([i]) for i in range(256)], PATTERN))
         self.must("data", [f"--input={folder}/pt.jsonl", f"--tokenizer={folder}/tok.txt",
@@ -301,7 +304,7 @@ def crash_everywhere(operation: Callable[[], None], right: Callable[[], bool],
     """SQLite's method, for any operation that writes: let a child die at its k-th call that touches
     the disk, for every k (or some, `every` so many), with the last write torn or not, until it
     survives. `reset` puts everything back before each; `right` says whether what is left is either
-    old or new, and whether doing it again ends well. How many crashes there were, and bad states."""
+    old or new, and doing it again ends well. How many crashes there were, and bad states."""
     crashes = bad = 0
     for torn in (False, True):
         for number in range(torn * (every // 2), 100_000, every):

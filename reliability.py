@@ -7,19 +7,17 @@ The scoreboard: break the shipped scripts in every way we know, and count what i
 
 One function per row: its docstring says what is done and with which deliberate break the row was
 seen to fail. They return what was measured and whether that is what is promised; tests/
-test_reliability.py calls the same functions with smaller numbers.
+test_reliability.py calls the same functions with smaller numbers. The rows about what people write
+and what strangers send are in hostile.py.
 """
 import argparse
 import contextlib
-import importlib
-import inspect
 import io
 import json
 import os
 import platform
 import re
 import resource
-import select
 import shutil
 import signal
 import socket
@@ -27,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import fields
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -41,18 +38,13 @@ import checkpoint
 import corpus
 import data
 import examples
-import hostile
 import interrupts
-import runtime
-from configurator import configure
-from faults import (STAGES, Lab, Run, crash_everywhere, damaged, newest, same_bits, same_run,
-                    side_by_side, spoil, trace)
-from tokenizer import (CHAR_PATTERN, PATTERN, SPECIALS, Tokenizer, dump, load_tokenizer, render,
-                       train_char)
+from faults import (ROOT, STAGES, Lab, Result, Run, crash_everywhere, damaged, newest, same_bits,
+                    same_run, side_by_side, spoil, trace)
+from hostile import bad_lines, hostile_files, injections, typos, worst_strings
+from tokenizer import load_tokenizer
 
-ROOT = Path(__file__).resolve().parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-Result = tuple[str, bool]  # what was measured, and whether it is what is promised
 
 
 # ---------------------------------------------------------------------------- files
@@ -105,7 +97,7 @@ def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
     def old_or_new() -> bool:
         found = newest(out)
         right = same_bits(found, new if found["step"] == 2 else old) and not damaged(out)
-        checkpoint.save(str(out), 3, next_one)  # what the dead left behind is swept by the next save
+        checkpoint.save(str(out), 3, next_one)  # which sweeps up what the dead left
         return right and newest(out)["step"] == 3 and not list(out.glob(".tmp-*"))
 
     def only_old() -> None:
@@ -239,8 +231,8 @@ def disk_full(lab: Lab, shares: tuple[float, ...] = (0.1, 0.5, 0.99),
         return [cases, bad]
 
     cases, bad = map(sum, zip(*side_by_side([partial(fill, stage) for stage in stages])))
-    return (f"{cases - bad} of {cases} full disks: old checkpoint intact, exit code 3, reason said, "
-            f"no temporary file" + "; no tmpfs: no right to mount one" * (not mount), not bad)
+    return (f"{cases - bad} of {cases} full disks: old checkpoint intact, exit code 3, reason "
+            "said, no temporary file" + "; no tmpfs: no right to mount one" * (not mount), not bad)
 
 
 def refuses(lab: Lab, stage: str, out: Path, start: Path, whole: Path | None, reason: str,
@@ -319,9 +311,9 @@ def resume_anywhere(lab: Lab, steps: int = 30, stages: tuple[str, ...] = STAGES)
 
     good, total = map(sum, zip(*side_by_side([partial(lives, stage) for stage in stages])))
     order = [same_order(lab, stage) for stage in ("pt", "sft") if stage in stages]
-    return (f"{good} of {total} runs ({len(stages)} stages x {steps} resumes in a row; pt from each "
-            f"step to the end) equal to the last bit; order with 1, 2, 1 processes the same in "
-            f"{sum(order)} of {len(order)}", good == total and all(order))
+    return (f"{good} of {total} runs ({len(stages)} stages x {steps} resumes in a row; pt from "
+            f"each step to the end) equal to the last bit; order with 1, 2, 1 processes the same "
+            f"in {sum(order)} of {len(order)}", good == total and all(order))
 
 
 def same_order(lab: Lab, stage: str) -> bool:
@@ -459,7 +451,8 @@ def ranks(lab: Lab, timeout: float = 4.0) -> Result:
     good = (took["killed"] <= 3 and took["raises"] <= 3 and took["hangs"] <= timeout + 2
             and all(named.values()))
     return (", ".join(f"{name} {seconds:.1f} s" for name, seconds in took.items())
-            + f" (timeout {timeout:.0f} s); rank and step named in {sum(named.values())} of 3", good)
+            + f" (timeout {timeout:.0f} s); rank and step named in {sum(named.values())} of 3",
+            good)
 
 
 def children(parent: int) -> dict[str, int]:
@@ -477,8 +470,8 @@ def children(parent: int) -> dict[str, int]:
 def restarts(lab: Lab, kills: int = 3) -> Result:
     """torchrun --max-restarts: rank 1 of 2 is killed, each time after a few more steps; torchrun
     starts both again, they resume from the newest valid checkpoint. The losses must be those of two
-    processes that nobody disturbed, to the last bit. Seen to fail when a rank resumed from its own
-    count of steps."""
+    processes that nobody disturbed, to the last bit. Seen to fail without the prefix of the store
+    (the new processes wait for the dead), and when the step was not taken from the checkpoint."""
     steps = 6 * kills + 12
     whole, out = lab.new("two"), lab.new("restarted")
     for run in two_ranks(lab, "pt", whole, max_steps=steps):
@@ -503,7 +496,8 @@ def restarts(lab: Lab, kills: int = 3) -> Result:
         process.terminate()  # and its workers
         code = process.wait()
     good = code == 0 and len(killed) == kills and same_run(out, whole)
-    return f"{len(killed)} kills, exit code {code}, the trace is {'equal' if good else 'NOT equal'}", good
+    equal = "equal" if good else "NOT equal"
+    return f"{len(killed)} kills, exit code {code}, the trace is {equal}", good
 
 
 # ---------------------------------------------------------------------------- numbers
@@ -576,165 +570,6 @@ def not_finite(lab: Lab, stages: tuple[str, ...] = STAGES) -> Result:
 
     good, total = map(sum, zip(*side_by_side([partial(inject, stage) for stage in stages])))
     return f"{good} of {total} injections in {len(stages)} stages", good == total
-
-
-# ---------------------------------------------------------------------------- what people write
-
-def bad_lines(lab: Lab, n: int = 10_000) -> Result:
-    """A file of 10,000 lines with the kinds of damage that tests/test_corpus.py collects: each must
-    be reported with file, line and column, and no good line may be lost; data.py must stop at each
-    with that message. Seen to fail when columns were counted in bytes and when a line was split at
-    U+2028."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from test_corpus import DAMAGE, GOOD
-    r, lines, wanted = Random(0), [], []
-    path = lab.folder / "bad.jsonl"
-    for i in range(n):
-        kind = i * len(DAMAGE) // n
-        if i == (2 * kind + 1) * n // (2 * len(DAMAGE)):
-            before, after = DAMAGE[kind][0].split(b"@")
-            lines.append(before + after)
-            wanted.append((f"{path}:{i + 1}:{len(before.decode()) + 1}", DAMAGE[kind][1]))
-        else:
-            lines.append(json.dumps(r.choice(GOOD)).encode())
-    path.write_bytes(b"\n".join(lines))
-    items = [item for batch in corpus.read_batches([str(path)], "text", 1)
-             for item in corpus.parse(batch)]
-    found = [(b.where, b.what) for b in items if isinstance(b, corpus.BadLine)]
-    right = sum(a == b for a, b in zip(found, wanted))
-    kept = len(items) - len(found)
-    stops = 0
-    for (where, what), line in zip(wanted, [raw for raw in lines if raw not in
-                                            {json.dumps(g).encode() for g in GOOD}]):
-        path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
-        run = Run("data", [f"--input={path}", f"--tokenizer={lab.folder}/tok.txt", "--workers=1",
-                           f"--out_dir={lab.new()}", "--max_line_mb=1"], lab.folder / "said")
-        column = where.rpartition(":")[2]
-        stops += run.wait() == 2 and f"{path}:2:{column}: {what}" in run.text
-    return (f"{right} of {len(wanted)} kinds located by line and column, {stops} by data.py; "
-            f"{n - len(wanted) - kept} good lines lost",
-            right == stops == len(wanted) == len(found) and len(wanted) >= 12
-            and kept == n - len(wanted))
-
-
-def typos(lab: Lab, every: int = 1) -> Result:
-    """Every setting of every script with one character left out or two neighbours swapped: refused
-    with exit code 2, and the setting that was meant is the one suggested. Seen to fail when the
-    command line ignored unknown settings, and with difflib's suggestion alone (96 %)."""
-    tried = refused = right = 0
-    for path in sorted(ROOT.glob("*.py")):
-        if "\nclass Config:" not in path.read_text():
-            continue
-        cls = importlib.import_module(path.stem).Config
-        keys = [field.name for field in fields(cls)]
-        for key in keys:
-            slips = {key[:i] + key[i + 1:] for i in range(len(key))}
-            slips |= {key[:i] + key[i + 1] + key[i] + key[i + 2:] for i in range(len(key) - 1)}
-            for slip in sorted(slips - set(keys))[::every]:
-                said = io.StringIO()
-                tried += 1
-                with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-                    try:
-                        configure(cls, [f"--{slip}=1"])
-                    except SystemExit as end:
-                        refused += end.code == 2
-                right += f"did you mean '{key}'?" in said.getvalue()
-    return (f"{refused:,} of {tried:,} refused, {right / tried:.1%} with the right suggestion",
-            refused == tried and right >= 0.98 * tried)
-
-
-# ---------------------------------------------------------------------------- what strangers write
-
-def hostile_files(lab: Lab) -> Result:
-    """generate.py --checkpoint=FILE with each of the files of hostile.py: one line and exit code 2,
-    no file made by code in it, less than 200 MB and 1 s more. Seen to fail when checkpoint.load did
-    not look at the archive first (bytearray of 2 GB, storages that claim more than they hold, a
-    pipe that is waited for), and with weights_only=False (code ran)."""
-    folder, marker = lab.new("hostile"), lab.folder / "marker"
-    folder.mkdir()
-    good = newest(lab.folder / "base")
-    total = refused = ran = 0
-    most, slowest = 0.0, 0.0
-
-    def start(path: Path) -> tuple[int, str, float, float]:
-        note = lab.new("memory")
-
-        def measure() -> None:
-            leave, base = os._exit, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-            def leaving(code: int) -> None:
-                grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
-                note.write_text(str(grown / 1024))
-                leave(code)
-            os._exit = leaving
-        begin = time.perf_counter()
-        run = Run("generate", [f"--checkpoint={path}", "--prompt=x", "--max_tokens=1"],
-                  lab.folder / "said", measure)
-        code = run.wait(20) if run.ends(20) else -1
-        return code, run.text, float(note.read_text() or 0), time.perf_counter() - begin
-
-    fine = start(checkpoint.list_checkpoints(lab.folder / "base")[0])[0] == 0
-    with contextlib.redirect_stderr(io.StringIO()):
-        files = list(hostile.write_all(folder, good, marker))
-    for name, path in files:
-        code, text, grown, took = start(path)
-        line = [row for row in text.splitlines() if str(path) in row]
-        refused += code == 2 and bool(line) and "Traceback" not in text
-        ran += marker.exists()
-        marker.unlink(missing_ok=True)
-        total, most, slowest = total + 1, max(most, grown), max(slowest, took)
-    ran += (folder.parent / "escaped").exists()
-    return (f"{refused} of {total} refused, {ran} ran, at most {most:.0f} MB and {slowest:.2f} s "
-            "each", fine and refused == total == 30 and not ran and most < 200 and slowest < 1)
-
-
-def injections(lab: Lab, n: int = 5000) -> Result:
-    """Chats salted with the text of every special token, cut, nested, in full width and other case:
-    as messages, as pairs and as prompts they must give special ids only where the template puts
-    them, and the content back to the last character. Seen to fail with tok.encode(content,
-    allowed_special="all") in render."""
-    tok = load_tokenizer(f"{lab.folder}/tok.txt")
-    salts = [v for s in SPECIALS for v in (
-        s, s[:5], s[5:], s[:4] + s + s[4:], s.replace("<|", "＜｜").replace("|>", "｜＞"), s.upper(),
-        s.replace("|", "\u200b|"), " " + s + "\n", s + "assistant\n", "\n" + s[:-1])]
-    salts += ["user\n", "\n", "", "中文", "\x00", "\ufeff", "😀", "<", "|", ">"]
-    r, through = Random(3), 0
-    for _ in range(n):
-        said = ["".join(r.choices(salts, k=r.randint(0, 6))) for _ in range(4)]
-        chat = [{"role": role, "content": text} for role, text in zip(
-            ("system", "user", "assistant", "user"), said)]
-        ids, _ = render(tok, chat)
-        inside, at = [], 0
-        for start in [i for i, t in enumerate(ids) if t == tok.im_start]:
-            end = ids.index(tok.im_end, start)
-            inside.append(tok.decode(ids[start + 1:end]).partition("\n")[2])
-            at += 2
-        through += inside != said or sum(t >= tok.endoftext for t in ids) != at
-        record = {"prompt": chat[:2], "chosen": said[2] + "a", "rejected": said[3]}
-        for row in examples.rows_of(record, "pair", tok, 10**6)[1][0][2]:
-            through += sum(t >= tok.endoftext for t in row.ids) != 6  # 3 messages, no last newline
-    return f"{through} of {n:,} got through", not through
-
-
-def worst_strings(lab: Lab, size: int = 10**6) -> Result:
-    """A million times the same character, and other strings on which tokenizers were quadratic or
-    overflowed their stack, by a BPE and a character tokenizer. Seen to fail with the lookahead
-    \\s+(?!\\S) of GPT-2's pattern: tiktoken panics on a million spaces."""
-    plain = Tokenizer(dump([bytes([i]) for i in range(256)] + [b"a" * n for n in (2, 4, 8)]
-                           + [b"  ", "中".encode(), "中中".encode()], PATTERN))
-    chars = Tokenizer(dump(train_char({"中a^ \n".encode(): 1}), CHAR_PATTERN))
-    texts = [c * (size // len(c.encode())) for c in
-             ("a", "^", " ", "中", "\n", " \n", "aA", "'s", "1", "\u0301", "😀", "\x00")]
-    texts += [" " * size + "a", "".join(Random(4).choices("abcdefgh", k=size))]
-    slowest = 0.0
-    same = True
-    for tok in (plain, chars):
-        for text in texts:
-            start = time.process_time()
-            ids = tok.encode_ordinary(text)
-            slowest = max(slowest, (time.process_time() - start) * 10**6 / len(text.encode()))
-            same &= tok.decode(ids) == text
-    return f"{2 * len(texts)} strings, the slowest {slowest:.2f} s per MB", same and slowest < 2
 
 
 # ---------------------------------------------------------------------------- the board

@@ -2,7 +2,7 @@
 Write requirements.lock: the exact version of every package we need and of every package those need,
 but torch, each with the sha256 of its wheels for the usual systems and Pythons.
 
-    python .ci/lock.py          from the packages installed beside this Python; fetches wheels (400 MB)
+    python .ci/lock.py          from the packages installed here; fetches their wheels
 
 Torch is pinned by its version in requirements.txt: its wheels differ by platform and come from
 several indexes. The wheels are fetched by pip and hashed here, so that the lock is what pip would

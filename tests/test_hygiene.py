@@ -85,8 +85,8 @@ def test_importing_any_module_opens_no_socket_and_writes_no_file():
                                             ("2.10.0", True), ("2.13.0+cu130", True),
                                             ("3.0.0a1", True)])
 def test_an_old_torch_opens_no_file(tmp_path, monkeypatch, version, opens):
-    """Below 2.10 weights_only=True can be made to run code (CVE-2025-32434, CVE-2026-24747). Seen to
-    fail with a comparison of strings, for which 2.10 is less than 2.9."""
+    """Below 2.10 weights_only=True can be made to run code (CVE-2025-32434, CVE-2026-24747). Seen
+    to fail with a comparison of strings, for which 2.10 is less than 2.9."""
     path = checkpoint.save(str(tmp_path), 1, {"format": 1, "step": 1, "model": {}})
     monkeypatch.setattr(torch, "__version__", version)
     if opens:
