@@ -4,6 +4,7 @@ bad lines, special tokens and worst strings have short forms in the tests of tho
 import os
 import re
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 import reliability
 from faults import Lab, crash_everywhere, damaged, newest, side_by_side
 from reliability import ROWS, die_after_save, two_ranks
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and kills as Linux does")
 
 
 @pytest.fixture(scope="module")
