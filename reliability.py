@@ -611,10 +611,9 @@ def main() -> None:
     parser.add_argument("--out", default="RELIABILITY.md", help="report; empty: none")
     args = parser.parse_args()
     wanted = args.only.split(",") if args.only else [row.__name__ for row, *_ in ROWS]
-    begin = time.time()
-    lines = ["| # | what | target | measured | s | passed |", "|---|---|---|---|---|---|"]
-    passed = 0
-    print("\n".join(lines), flush=True)
+    begin, passed = time.time(), 0
+    board = old_rows(args.out)
+    print(HEAD, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder))
         for i, (row, what, target) in enumerate(ROWS, 1):
@@ -623,19 +622,32 @@ def main() -> None:
             start = time.time()
             measured, good = row(lab, args.kills) if row is kill_storm else row(lab)
             passed += good
-            lines.append(f"| {i} | {what} | {target} | {measured} | {time.time() - start:.0f} | "
-                         f"{'yes' if good else '**NO**'} |")
-            print(lines[-1], flush=True)
-    tally = f"{passed} of {len(wanted)} rows passed in {time.time() - begin:.0f} s."
-    print(tally)
-    if args.out:
-        head = (f"# Faults survived\n\nPrinted by `{' '.join(['python', *sys.argv])}` on "
-                f"{date.today()}, {machine()}; Python {platform.python_version()}, torch "
-                f"{torch.__version__}, numpy {np.__version__}, tiktoken {tiktoken.__version__}.\n"
-                "What each row does, and with which deliberate break it was seen to fail, stands "
-                "in the function of the same order in `reliability.py`.\n")
-        corpus.write_text(args.out, "\n".join([head, *lines, "", tally, ""]))
+            board[i] = (f"| {i} | {what} | {target} | {measured} | {date.today()}, "
+                        f"{time.time() - start:.0f} s | {'yes' if good else '**NO**'} |")
+            print(board[i], flush=True)
+            if args.out:  # behind each row: what is known is not lost if this is stopped
+                write_report(args.out, board)
+    print(f"{passed} of {len(wanted)} rows passed in {time.time() - begin:.0f} s")
     raise SystemExit(passed < len(wanted))
+
+
+HEAD = "| # | what | target | measured | on, took | passed |\n|---|---|---|---|---|---|"
+
+
+def old_rows(path: str) -> dict[int, str]:
+    """The rows of an earlier report, which stay until they are run again."""
+    text = Path(path).read_text() if path and Path(path).exists() else ""
+    return {int(line.split()[1]): line for line in text.splitlines() if re.match(r"\| \d+ ", line)}
+
+
+def write_report(path: str, board: dict[int, str]) -> None:
+    head = (f"# Faults survived\n\nWritten by `make reliability`, or row by row by `python "
+            f"reliability.py --only=ROW` (the function's name), on {machine()}; Python "
+            f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
+            f"tiktoken {tiktoken.__version__}.\nWhat each row does, and with which deliberate "
+            "break it was seen to fail, stands in its function\nin `reliability.py` or "
+            "`hostile.py`. Times depend on what else the machine does.\n")
+    corpus.write_text(path, "\n".join([head, HEAD, *(board[i] for i in sorted(board)), ""]))
 
 
 if __name__ == "__main__":
