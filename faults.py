@@ -11,6 +11,7 @@ so that a kill costs a fraction of a second and a thousand are affordable. What 
 each life, and the imports are already done.
 """
 import builtins
+import ctypes
 import importlib
 import io
 import json
@@ -45,6 +46,11 @@ SETTINGS = {
     "rl": LATER | dict(prompts_per_step=2, group=2, eval_prompts=2, rollout_size=4)}
 
 
+def die_with_parent() -> None:
+    """A child of a test that was stopped must not go on alone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 class Run:
     """main() of a script in a forked child, which may die any way it likes."""
 
@@ -59,6 +65,7 @@ class Run:
             return
         code = 1
         try:
+            die_with_parent()
             out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1), os.dup2(out, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
@@ -177,6 +184,7 @@ def side_by_side(jobs: list[Callable[[], list]], workers: int = 2) -> list[list]
             pid = os.fork()
             if pid == 0:
                 try:
+                    die_with_parent()
                     os.write(into, json.dumps(job()).encode())
                     os._exit(0)
                 except BaseException:
