@@ -1,12 +1,16 @@
 # make demo: a small bilingual model, from nothing to its first words.    make test: the tests.
+# make reliability: what the scripts survive, into RELIABILITY.md.
 PY = .venv/bin/python
 
-.PHONY: demo test
+.PHONY: demo test reliability
 demo: .venv/ready
 	$(PY) demo.py
 
 test: .venv/ready
 	$(PY) -m pytest
+
+reliability: .venv/ready
+	OMP_NUM_THREADS=1 $(PY) reliability.py
 
 .venv/ready: requirements.txt
 	python3 -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed'"

@@ -6,17 +6,28 @@ Checkpoints that are whole or not there: written aside, flushed, renamed, and ch
 
 The name carries the hash, so one rename commits data and checksum together: a crash at any moment
 leaves the old files or the new one. A file that does not match its name is passed over by name.
-Files are read with `weights_only=True`: data, never code.
+Files are read with `weights_only=True`: data, never code. Before that, `foreign` looks at what
+the file says it is: a file of a stranger is refused before anything in it is unpacked.
 """
 import hashlib
 import os
+import pickletools
 import re
+import stat
 import zipfile
 from pathlib import Path
 
 import torch
 
 NAME = re.compile(r"step(\d{8,})-([0-9a-f]{16})\.pt")
+SAFE_TORCH = (2, 10)  # below, weights_only=True can be made to run code: CVE-2026-24747
+# what a checkpoint of ours names, and all that it may: tensors and containers of them
+WIDTH = {f"torch {kind}Storage": width for kind, width in {
+    "Float": 4, "Double": 8, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1,
+    "Byte": 1, "Bool": 1}.items()}  # bytes of a number
+NAMES = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+         "collections OrderedDict", "torch Size", "torch device", *WIDTH}
+MAX_OPS = 500_000  # of a pickle: 30 for each tensor
 _known_good: dict[Path, tuple[int, int]] = {}  # (size, mtime) of files written or checked here
 
 
@@ -105,8 +116,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def list_checkpoints(out_dir: str) -> list[Path]:
@@ -120,6 +131,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint file, or None. The contents are compared with the hash in the
     name, or with the checksums inside the file if it was renamed."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+            return "not a file"
         if _known_good.get(path) == _stamp(path):
             return None
         if match := NAME.fullmatch(path.name):
@@ -127,6 +140,8 @@ def damage(path: Path) -> str | None:
                 if hashlib.file_digest(f, "sha256").hexdigest()[:16] != match[2]:
                     return "its contents do not match the hash in its name"
         else:
+            if wrong := foreign(path):
+                return wrong
             with zipfile.ZipFile(path) as z:
                 if bad := z.testzip():
                     return f"its part {bad} does not match its checksum"
@@ -134,6 +149,90 @@ def damage(path: Path) -> str | None:
         return None
     except (OSError, zipfile.BadZipFile, RuntimeError) as error:
         return str(error)
+
+
+def foreign(path: Path) -> str | None:
+    """What no checkpoint of this program has, or None: read from the list of the archive's parts
+    and the names in its pickle, with nothing unpacked, built or allocated."""
+    version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+    if version < SAFE_TORCH:
+        return (f"not opened: with torch {torch.__version__} a file can run code of its own "
+                "(CVE-2026-24747); pip install 'torch>=2.10'")
+    try:
+        with zipfile.ZipFile(path) as z:
+            parts = z.infolist()
+            names = [part.filename for part in parts]
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                return "has compressed parts, which checkpoints never have"
+            if len(set(names)) < len(names) or any(
+                    ".." in name.split("/") or name.startswith(("/", "\\")) for name in names):
+                return "has parts of the same name, or outside the archive"
+            if sum(part.file_size for part in parts) > path.stat().st_size:
+                return "has parts that overlap"
+            pickles = [name for name in names if name.endswith("/data.pkl")]
+            if len(pickles) != 1 or any("/code/" in name for name in names):
+                return "not written by torch.save"
+            sizes = {name.rpartition("/")[2]: part.file_size for name, part in zip(names, parts)
+                     if "/data/" in name}
+            return _foreign_pickle(z.read(pickles[0]), sizes)
+    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        return str(error)
+
+
+def _foreign_pickle(pickle: bytes, sizes: dict[str, int]) -> str | None:
+    """The first thing in a pickle that torch.save would not write: a name that is none of NAMES, an
+    operation of other kinds of objects, a storage of another size than its part in `sizes`."""
+    pushed: list = []  # what went on the pickle machine's stack so far: plain values, None for more
+    memo: dict = {}
+    try:
+        for n, (op, value, _) in enumerate(pickletools.genops(pickle)):
+            if n == MAX_OPS:
+                return f"its pickle has more than {MAX_OPS:,} operations"
+            if op.name == "GLOBAL" and value not in NAMES:
+                return f"refers to {value.replace(' ', '.')!r:.80}, which a checkpoint never does"
+            if op.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2",
+                           "EXT4", "PERSID", "MEMOIZE", "PUT", "GET"):
+                return f"holds the operation {op.name}, which torch.save never writes"
+            if op.name in ("BINPUT", "LONG_BINPUT"):
+                memo[value] = pushed[-1]
+            elif op.name == "BINPERSID":  # of ("storage", type, part, device, numbers)
+                kind, part, _, numbers = pushed[-5:-1]
+                if numbers * WIDTH[kind] != sizes[part]:
+                    return f"says that its part {part!r:.20} holds {numbers:,} numbers"
+            elif op.name in ("BINGET", "LONG_BINGET"):
+                pushed.append(memo[value])
+            elif op.stack_after:
+                pushed.append(value)
+    except Exception as error:  # pickletools raises whatever comes to its mind
+        return f"its pickle is damaged: {str(error)[:80]}"
+    return None
+
+
+def _untrue(state, size: int) -> str | None:
+    """What a state from a file of `size` bytes claims and does not hold, or None. Whoever builds
+    the model it describes must not be made to allocate a terabyte by a kilobyte."""
+    if not isinstance(state, dict) or state.get("format") != 1:
+        return "not a checkpoint of this program"
+    weights = state.get("model", {})
+    if not isinstance(weights, dict) or not all(
+            isinstance(t, torch.Tensor) and t.device.type != "meta" for t in weights.values()):
+        return "its model is not made of tensors"
+    for name, t in _tensors(state):
+        held = t.untyped_storage().nbytes() if t.layout == torch.strided else 0
+        if t.numel() * t.element_size() > held or held > size:
+            return f"{name} claims {t.numel():,} numbers and holds fewer"
+    config = state.get("model_config")
+    if config is None:
+        return None
+    try:
+        heads = 2 * (config["n_head"] + config["n_kv_head"]) * config["head_dim"]
+        layer = config["n_embd"] * (heads + 3 * config["n_hidden"])
+        asked = config["vocab_size"] * config["n_embd"] + config["n_layer"] * layer
+        held = sum(t.numel() for t in weights.values())
+        return None if asked <= held else (f"its shape asks for {asked:,} parameters, it holds "
+                                           f"{held:,}")
+    except (KeyError, TypeError):
+        return "holds no language model: its shape is damaged"
 
 
 def load(where: str, device: str | torch.device = "cpu") -> tuple[dict, Path]:
@@ -148,14 +247,14 @@ def load(where: str, device: str | torch.device = "cpu") -> tuple[dict, Path]:
     else:
         raise ValueError(f"{where}: no such file or folder; train_pt.py writes checkpoints")
     for path in paths:
-        wrong = damage(path)
+        wrong = damage(path) or foreign(path)
         if wrong is None:
             try:
                 mmap = torch.device(device).type == "cpu"
                 state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-                if isinstance(state, dict) and state.get("format") == 1:
+                wrong = _untrue(state, path.stat().st_size)
+                if wrong is None:
                     return state, path
-                wrong = "not a checkpoint of this program"
             except Exception as error:  # whatever a hostile file makes torch raise
                 wrong = f"cannot be read: {str(error).splitlines()[0]}"
         if len(paths) > 1:

@@ -13,6 +13,7 @@ reply, best first, so that k replies are read once for their k (k - 1) / 2 pairs
 ranking of two. Rows are made once, in a
 folder whose meta.json says from what, and are read as they are used: a corpus of any size works.
 """
+import glob
 import hashlib
 import json
 import os
@@ -262,8 +263,9 @@ def load_splits(cfg, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[Rows, Ro
 def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str) -> dict:
     """Write the rows beside `folder`, then give it its name; what meta.json says."""
     max_len, val_fraction, on_bad_line = job["settings"]
+    for stale in glob.glob(f"{glob.escape(folder)}.*.tmp"):  # left by a run that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     temporary = f"{folder}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
     tok_path = os.path.join(temporary, "tokenizer.txt")
     write_text(tok_path, tok.text)

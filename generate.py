@@ -163,6 +163,9 @@ def load_model(where: str, device: torch.device,
             model = Transformer(ModelConfig(**state["model_config"]))
         model.load_state_dict(state["model"], assign=True)
         tok = Tokenizer(state["tokenizer"], str(path))
+        if tok.n_vocab != model.config.vocab_size:
+            raise ValueError(f"{path}: its tokenizer has {tok.n_vocab:,} tokens, its model "
+                             f"{model.config.vocab_size:,}")
         model.kind, model.path = state["kind"], str(path)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: holds no language model of this program: "

@@ -6,6 +6,7 @@ What a training script needs around its loop: device, processes, signals, learni
 
 On CUDA the processes speak NCCL, on a CPU gloo. Everything here may be skipped on a first reading.
 """
+import faulthandler
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 
 import torch
 import torch.distributed
@@ -67,15 +69,54 @@ def setup(device: str = "auto", dtype: str = "auto", timeout: float = 120) -> Di
                          "environment of torchrun")
     if world > 1:
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        store, *_ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        if world == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
+            # torchrun keeps one store over --max-restarts: with the addresses of the dead in it the
+            # next processes would wait for ever. (Several machines count restarts apart: there
+            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives a new store each time.)
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                             timeout=timedelta(seconds=timeout))
+        Thread(target=end_if_hanging, args=(timeout,), daemon=True).start()
     return Dist(rank, world, torch.device(device), getattr(torch, dtype))
 
 
+class Here:
+    """Where this process is: `step`; `heard`, when it last exchanged something with the others
+    (time.monotonic; None: not yet, or no longer); `gap`, the longest time between two exchanges."""
+    step: int | str = "start"
+    heard: float | None = None
+    gap: float = 0.0
+
+
+def who() -> str:
+    """What a message of one process of several begins with: "rank 1 of 2, step 37: "; else ""."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return f"rank {os.environ['RANK']} of {world}, step {Here.step}: " if world > 1 else ""
+
+
+def end_if_hanging(timeout: float) -> None:
+    """A rank that does not come to the next exchange ends itself and says where it is, when the
+    others have come to theirs and given up: torchrun would wait for it another 30 s."""
+    while True:
+        time.sleep(0.1)
+        since = time.monotonic() - (Here.heard or math.inf)
+        if since > timeout + 0.5 + 1.5 * Here.gap:
+            print(f"{who()}hangs for {since:.1f} s, here:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback()
+            os._exit(1)
+
+
 def finish(dist: Dist) -> None:
-    """Leave together: a rank that goes early makes the others fail."""
+    """Leave together: a rank that goes early makes the others fail. All is saved by now, so a
+    signal has nothing left to stop, and must not turn the exit code 0 into another."""
     if dist.world > 1:
         torch.distributed.barrier()
+        Here.heard = None
         torch.distributed.destroy_process_group()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
@@ -99,6 +140,8 @@ def all_sum(dist: Dist, *values: float | torch.Tensor) -> list[float]:
     if dist.world > 1:
         total = total.to(dist.device)
         torch.distributed.all_reduce(total)
+        now = time.monotonic()
+        Here.gap, Here.heard = max(Here.gap, now - (Here.heard or now)), now
     return total.tolist()
 
 
@@ -157,6 +200,7 @@ class Log:
                  flops: int):
         """`tokens` go into an optimizer step of the whole run, `flops` into a token."""
         self.max_steps, self.tokens, self.file = max_steps, tokens, None
+        Here.step = step
         peak = peak_flops(dist)
         self.mfu = flops / peak / dist.world if peak else None  # per token/s
         self.start_clock()
@@ -178,6 +222,7 @@ class Log:
     def write(self, **record) -> None:
         """A record with a loss is that of a step; its `tokens`, if not always the same, too."""
         self.steps += "loss" in record
+        Here.step = record["step"] + ("loss" in record)
         self.seen += record.get("tokens", self.tokens) * ("loss" in record)
         if self.file:
             self.file.write(json.dumps(record) + "\n")
@@ -243,6 +288,15 @@ def resume_command() -> str:
     return f"{start} {' '.join(words)} --resume"
 
 
+def name_rank() -> None:
+    """Before a traceback, whose it is."""
+    if who():
+        print(f"{who()}failed, see the traceback", file=sys.stderr, flush=True)
+
+
+# how gloo and NCCL say that another process is gone or silent
+LOST_CONTACT = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Broken pipe",
+                "Socket Timeout", "NCCL communicator was aborted", "Connection refused")
 LESS_MEMORY = ("halve --batch_size (the update stays the same: --batch_tokens does not change), "
                "then --max_seq_len, then the model")
 
@@ -258,24 +312,37 @@ def memory_line(parts: dict[str, int], dist: Dist) -> str:
 @contextmanager
 def errors_in_one_line(out_dir: str) -> Iterator[None]:
     """What a user can mend ends a run with one line: exit code 2 for a mistake, 3 for a full disk,
-    4 for numbers that are not finite, 5 for too little memory. Else it is a bug: a traceback."""
+    4 for numbers that are not finite, 5 for too little memory, 6 for another process that is gone.
+    Else it is a bug: a traceback. One process of several says which it is, and at which step."""
     try:
         yield
         return
     except ValueError as error:
-        fail(f"{error}")
+        fail(f"{who()}{error}")
     except OSError as error:
         code, text = 3, f"{error}"
     except FloatingPointError as error:
         code = 4
-        text = f"{error}; the last good checkpoint is in {out_dir}; try a lower learning rate"
+        # newest first by name: the steps have leading zeros, and only finite weights are saved
+        saved = max(Path(out_dir).glob("step*.pt"), default=f"none, {out_dir} is empty")
+        text = f"{error}; the last good checkpoint: {saved}; try a lower learning rate"
     except (MemoryError, torch.OutOfMemoryError):
         code, text = 5, f"out of memory: {LESS_MEMORY}"
     except RuntimeError as error:
-        if "allocate memory" not in str(error):  # what the CPU allocator says
+        said = str(error)
+        if "allocate memory" in said:  # what the CPU allocator says
+            code, text = 5, f"out of memory: {LESS_MEMORY}"
+        elif who() and any(words in said for words in LOST_CONTACT):
+            code = 6
+            text = (f"lost contact with another process ({said.splitlines()[0][-120:]}); the first "
+                    "failure, which torchrun names as the root cause, is the one to mend")
+        else:
+            name_rank()
             raise
-        code, text = 5, f"out of memory: {LESS_MEMORY}"
-    print(text, file=sys.stderr)
+    except Exception:
+        name_rank()
+        raise
+    print(f"{who()}{text}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

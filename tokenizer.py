@@ -184,10 +184,18 @@ class Tokenizer(tiktoken.Encoding):
             raise ValueError(f"{name}: not a tokenizer file, or damaged") from None
         if not intact:
             raise ValueError(f"{name}: damaged: its contents do not match its sha256")
-        pairs = (line.split() for line in lines.splitlines())
         specials = head["special_tokens"]
-        super().__init__(name, pat_str=head["pattern"], special_tokens=specials,
-                         mergeable_ranks={base64.b64decode(token): int(i) for token, i in pairs})
+        try:  # right hashes do not make right contents, and tiktoken panics on wrong ones
+            pairs = [line.split() for line in lines.splitlines()]
+            ranks = {base64.b64decode(token): int(i) for token, i in pairs}
+            if (list(ranks.values()) != list(range(len(pairs)))
+                    or not ranks.keys() >= {bytes([i]) for i in range(256)}
+                    or specials != {s: len(pairs) + i for i, s in enumerate(SPECIALS)}):
+                raise ValueError("not what tokenizer.py writes")
+            super().__init__(name, pat_str=head["pattern"], special_tokens=specials,
+                             mergeable_ranks=ranks)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: not a usable tokenizer: {str(error)[:100]}") from None
         self.text, self.sha256 = text, head["sha256"]
         self.endoftext, self.pad, self.im_start, self.im_end = map(specials.get, SPECIALS)
 

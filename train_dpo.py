@@ -17,6 +17,13 @@ is the margin between the rewards beta (log P - log P_ref) that the policy gives
 Hinge, KTO and the rest are one line each in `dpo_loss` and left out on purpose. The reference's log
 P are computed once and kept in out_dir. Files: examples.py says what a line of --data looks like.
 """
+# same in every train_*.py: early signals
+import interrupts
+
+if __name__ == "__main__":  # a stop during the imports below must end them without a traceback
+    interrupts.end_quietly()
+# end same
+
 import hashlib
 import json
 import math

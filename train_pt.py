@@ -12,6 +12,13 @@ An optimizer step sees `batch_tokens` tokens, whatever the number of processes: 
 of the batch in portions of `batch_size` and adds up their gradients. Radford et al. 2019;
 hyper-parameters after Touvron et al. 2023 (AdamW) and Jordan et al. 2024 (Muon).
 """
+# same in every train_*.py: early signals
+import interrupts
+
+if __name__ == "__main__":  # a stop during the imports below must end them without a traceback
+    interrupts.end_quietly()
+# end same
+
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass

@@ -21,6 +21,13 @@ A reply that does not end gets 1 less than the worst of its step. Sampled ids ar
 they are, never decoded and encoded again. Nothing but temperature 1 is sampled from: a cut
 distribution is not the one that the gradient is of.
 """
+# same in every train_*.py: early signals
+import interrupts
+
+if __name__ == "__main__":  # a stop during the imports below must end them without a traceback
+    interrupts.end_quietly()
+# end same
+
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass

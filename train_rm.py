@@ -12,6 +12,13 @@ the first nothing, which knows differences only. r is one number read from the l
 own replies are spread, mean and standard deviation, is kept for train_rl.py, so that its penalty
 means the same for every reward model. Files: examples.py says what a line of --data looks like.
 """
+# same in every train_*.py: early signals
+import interrupts
+
+if __name__ == "__main__":  # a stop during the imports below must end them without a traceback
+    interrupts.end_quietly()
+# end same
+
 import json
 import math
 from collections.abc import Iterator

@@ -15,6 +15,13 @@ With --lora_rank=16 only a product of two thin matrices is learnt for each matri
 (Hu et al. 2021), and merged into it when saved: 1B parameters then need 4 GB, not 16, and
 activations. Files: examples.py says what a line of --data looks like.
 """
+# same in every train_*.py: early signals
+import interrupts
+
+if __name__ == "__main__":  # a stop during the imports below must end them without a traceback
+    interrupts.end_quietly()
+# end same
+
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass

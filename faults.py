@@ -1,0 +1,353 @@
+"""
+Tools to break a training run with, for reliability.py and its tests.
+
+    lab = Lab(folder)                                  # toy data and a first checkpoint per stage
+    run = lab.start("sft", out_dir, max_steps=6)       # train_sft.py's own main(), in a child
+    run.kill(after=0.1);  run.wait();  run.text
+
+The scripts and torch are imported once; a run is then a fork that sets sys.argv and calls main(),
+so that a kill costs a fraction of a second and a thousand are affordable. What a child does is what
+`python train_sft.py …` does, but for two things: the peak speed of the CPU is not measured anew in
+each life, and the imports are already done.
+"""
+import builtins
+import ctypes
+import importlib
+import io
+import json
+import os
+import random
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import runtime
+import toyworld
+from tokenizer import PATTERN, dump
+
+ROOT = Path(__file__).resolve().parent
+Result = tuple[str, bool]  # of a row: what was measured, and whether it is what is promised
+STAGES = ("pt", "sft", "rm", "dpo", "rl")
+SHORT = dict(warmup_steps=1, eval_every=1000, save_every=1, log_every=1, learning_rate=1e-3)
+LATER = dict(answer_tokens=4, val_fraction=0.2, batch_size=2)
+SETTINGS = {
+    "pt": dict(n_layer=1, n_embd=16, n_head=2, n_kv_head=1, max_seq_len=32, batch_tokens=256,
+               batch_size=4, eval_tokens=100, sample_every=0),
+    "sft": LATER | dict(max_len=256, batch_tokens=1024, eval_answers=1, eval_rows=2),
+    "rm": LATER | dict(batch_pairs=4, norm_samples=2, eval_pairs=4),
+    "dpo": LATER | dict(batch_pairs=4, eval_samples=1, eval_pairs=4),
+    "rl": LATER | dict(prompts_per_step=2, group=2, eval_prompts=2, rollout_size=4)}
+
+
+def die_with_parent() -> None:
+    """A child of a test that was stopped must not go on alone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+class Run:
+    """main() of a script in a forked child, which may die any way it likes."""
+
+    def __init__(self, script: str, arguments: list[str], said: Path,
+                 before: Callable[[], None] = lambda: None, **environ: str):
+        """`before` is called in the child; what it writes goes to the file `said`."""
+        self.said = said
+        sys.stdout.flush()
+        self.pid, self.code = os.fork(), None
+        if self.pid:
+            self.exit = os.pidfd_open(self.pid)
+            return
+        code = 1
+        try:
+            die_with_parent()
+            out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(out, 1), os.dup2(out, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+            os.environ.update(environ)
+            sys.argv = [f"{script}.py", *arguments]
+            runtime.peak_flops = lambda dist: None
+            before()
+            importlib.import_module(script).main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            try:
+                sys.stdout.flush()
+            finally:  # whatever happens, the child never comes back into the caller's code
+                os._exit(code)
+
+    def ends(self, seconds: float) -> bool:
+        """Wait up to so long; whether it has ended."""
+        if self.code is None and select.select([self.exit], [], [], max(seconds, 0))[0]:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            os.close(self.exit)
+        return self.code is not None
+
+    def wait(self, seconds: float = 60) -> int:
+        """The exit code, negative for a signal. Raises TimeoutError, and kills it then."""
+        if not self.ends(seconds):
+            self.send(signal.SIGKILL)
+            self.ends(10)
+            raise TimeoutError(f"{sys.argv[0]} still ran after {seconds} s: {self.text[-500:]}")
+        return self.code
+
+    def send(self, number: int) -> None:
+        if self.code is None:
+            signal.pidfd_send_signal(self.exit, number)
+
+    @property
+    def text(self) -> str:
+        return self.said.read_text(errors="replace")
+
+
+class Lab:
+    """Toy data and what the later stages start from, in `folder`, and runs of the five stages."""
+
+    def __init__(self, folder: Path):
+        torch.set_num_threads(1)  # children inherit it, and that no thread was started
+        importlib.import_module("torch._dynamo")  # else the first optimizer of every child does it
+        self.folder, self.count = folder, 0
+        self.random = random.Random(0)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write("pt", lambda r: toyworld.pt_document(r, "train", 2, 3, 0.3), 150)
+        for name, make in (("sft", toyworld.chat), ("rm", toyworld.pair),
+                           ("rl", toyworld.rl_prompt)):
+            self.write(name, lambda r, make=make: make(r, "train", 1), 40)
+        (folder / "tok.txt").write_text(dump([bytes([i]) for i in range(256)], PATTERN))
+        self.must("data", [f"--input={folder}/pt.jsonl", f"--tokenizer={folder}/tok.txt",
+                           f"--out_dir={folder}/data", "--val_fraction=0.1", "--workers=1"])
+        self.must("train_pt", self.arguments("pt", folder / "base", max_steps=2, max_seq_len=256,
+                                             batch_tokens=512, batch_size=2))
+        self.must("train_rm", self.arguments("rm", folder / "reward", max_steps=2))
+
+    def write(self, name: str, make: Callable[[random.Random], dict], n: int) -> None:
+        r = random.Random(name)
+        rows = [json.dumps(make(r), ensure_ascii=False) + "\n" for _ in range(n)]
+        (self.folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+
+    def arguments(self, stage: str, out_dir: Path, **changes) -> list[str]:
+        """The command line of a stage at toy size."""
+        folder = self.folder
+        files = {"pt": dict(data_dir=folder / "data"), "dpo": dict(data=folder / "rm.jsonl")}
+        base = files.get(stage, dict(data=folder / f"{stage}.jsonl"))
+        if stage != "pt":
+            base["init_from"] = folder / "base"
+        if stage == "rl":
+            base["reward_from"] = folder / "reward"
+        return [f"--{key}={value}" for key, value in
+                (base | SHORT | SETTINGS[stage] | dict(out_dir=out_dir, max_steps=6)
+                 | changes).items()]
+
+    def start(self, stage: str, out_dir: Path, before: Callable[[], None] = lambda: None,
+              environ: dict | None = None, **changes) -> Run:
+        self.count += 1
+        return Run(f"train_{stage}", self.arguments(stage, out_dir, **changes),
+                   self.folder / f"said{os.getpid()}.{self.count % 100}", before,
+                   **(environ or {}))
+
+    def must(self, script: str, arguments: list[str]) -> None:
+        run = Run(script, arguments, self.folder / f"said{os.getpid()}")
+        if run.wait() != 0:
+            raise RuntimeError(f"{script} fails without any fault: {run.text[-2000:]}")
+
+    def new(self, name: str = "run") -> Path:
+        """A folder name that is not in use."""
+        self.count += 1
+        return self.folder / f"{name}{os.getpid()}.{self.count}"
+
+    def whole(self, stage: str, **changes) -> tuple[Path, float]:
+        """Out_dir of a run that nothing disturbs, and its seconds."""
+        out, start = self.new(f"whole_{stage}"), time.perf_counter()
+        self.must(f"train_{stage}", self.arguments(stage, out, **changes))
+        return out, time.perf_counter() - start
+
+
+def side_by_side(jobs: list[Callable[[], list]], workers: int = 2) -> list[list]:
+    """What each job returns (of numbers and strings), run in forked children, `workers` at once.
+    Raises RuntimeError if one fails; its traceback is printed."""
+    found: list[list] = [[] for _ in jobs]
+    waiting, running = list(enumerate(jobs)), {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            i, job = waiting.pop(0)
+            out, into = os.pipe()
+            sys.stdout.flush()
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    die_with_parent()
+                    os.write(into, json.dumps(job()).encode())
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(1)
+            os.close(into)
+            running[out] = i, pid
+        for out in select.select(list(running), [], [])[0]:  # an answer, or the end of a child
+            i, pid = running.pop(out)
+            answer = os.read(out, 1 << 16)
+            os.close(out)
+            if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
+                raise RuntimeError(f"job {i} of {len(jobs)} failed")
+            found[i] = json.loads(answer)
+    return found
+
+
+# ---------------------------------------------------------------------------- comparing
+
+def trace(out_dir: Path) -> list[tuple[int, str]]:
+    """(step, loss to the last bit) of every step in the log."""
+    rows = map(json.loads, (out_dir / "log.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"].hex()) for row in rows if "loss" in row]
+
+
+def newest(out_dir: Path) -> dict:
+    """The newest checkpoint, as a new process finds it."""
+    checkpoint._known_good.clear()
+    return checkpoint.load(str(out_dir))[0]
+
+
+def same_bits(a, b) -> bool:
+    """Whether two states hold the same tensors, bit for bit, and the same of everything else."""
+    if isinstance(a, torch.Tensor):
+        return (isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape
+                and a.numpy().tobytes() == b.numpy().tobytes())
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(
+            same_bits(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return a == b
+
+
+def same_run(a: Path, b: Path) -> bool:
+    """The same losses, and the same weights and optimizer at the end, to the last bit."""
+    return trace(a) == trace(b) and all(
+        same_bits(newest(a)[key], newest(b)[key]) for key in ("step", "model", "optimizer"))
+
+
+def damaged(out_dir: Path) -> list[Path]:
+    """Checkpoints that a new process would find damaged."""
+    checkpoint._known_good.clear()
+    return [path for path in checkpoint.list_checkpoints(str(out_dir)) if checkpoint.damage(path)]
+
+
+# ---------------------------------------------------------------------------- crashing
+
+class DyingFile:
+    """A file opened for writing, whose every call may be the last of the process."""
+
+    def __init__(self, file, step: Callable):
+        self.file, self.step = file, step
+
+    def write(self, data):
+        def half() -> None:
+            self.file.write(data[:len(data) // 2])
+            self.file.flush()
+        return self.step(self.file.write, data, partly=half)
+
+    def flush(self):
+        return self.step(self.file.flush)
+
+    def truncate(self, *size):
+        return self.step(self.file.truncate, *size)
+
+    def close(self):
+        return self.step(self.file.close)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def __iter__(self):
+        return iter(self.file)
+
+
+def die_at(number: int, torn: bool) -> Callable[[], None]:
+    """What a child calls to end, as by a power switch, instead of its call `number` that touches
+    the disk: open, write, flush, close, fsync, replace, unlink, mkdir and their kin. `torn`: half
+    of a last write still reaches the file."""
+    left = iter(range(number))
+
+    def step(real, *args, partly=lambda: None, **more):
+        if next(left, None) is None:
+            if torn:
+                partly()
+            os._exit(9)  # what is buffered in this process is lost
+        return real(*args, **more)
+
+    def opening(path, mode="r", *args, **more):
+        if not set(mode) & set("wax+"):
+            return plain_open(path, mode, *args, **more)
+        return DyingFile(step(plain_open, path, mode, *args, **more), step)
+
+    plain_open = builtins.open
+
+    def arm() -> None:
+        builtins.open = io.open = opening
+        for name in ("replace", "rename", "fsync", "unlink", "remove", "mkdir", "rmdir", "open",
+                     "close", "truncate", "ftruncate", "link", "symlink"):
+            setattr(os, name, lambda *args, real=getattr(os, name), **more:
+                    step(real, *args, **more))
+    return arm
+
+
+def crash_everywhere(operation: Callable[[], None], right: Callable[[], bool],
+                     reset: Callable[[], None], every: int = 1) -> tuple[int, int]:
+    """SQLite's method, for any operation that writes: let a child die at its k-th call that touches
+    the disk, for every k (or some, `every` so many), with the last write torn or not, until it
+    survives. `reset` puts everything back before each; `right` says whether what is left is either
+    old or new, and doing it again ends well. How many crashes there were, and bad states."""
+    crashes = bad = 0
+    for torn in (False, True):
+        for number in range(torn * (every // 2), 100_000, every):
+            reset()
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    sink = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(sink, 1), os.dup2(sink, 2)
+                    sys.stdout = sys.stderr = os.fdopen(1, "w")
+                    die_at(number, torn)()
+                    operation()
+                    code = 0
+                finally:
+                    os._exit(code)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            if code == 0:
+                break
+            crashes += 1
+            bad += code != 9 or not right()
+    return crashes, bad
+
+
+# ---------------------------------------------------------------------------- damaging
+
+def spoil(raw: bytes, r: random.Random) -> tuple[str, bytes]:
+    """One bit flipped, or the end cut off, or a page of zeros as after a loss of power."""
+    kind = r.choice(["bit flipped", "bit flipped", "cut off", "page zeroed"])
+    at = r.randrange(len(raw))
+    if kind == "page zeroed":
+        at = at // 4096 * 4096
+        page = raw[at:at + 4096]
+        if any(page):
+            return kind, raw[:at] + bytes(len(page)) + raw[at + 4096:]
+    if kind == "cut off":
+        return kind, raw[:at]
+    return "bit flipped", raw[:at] + bytes([raw[at] ^ 1 << r.randrange(8)]) + raw[at + 1:]
