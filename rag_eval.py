@@ -141,6 +141,15 @@ def peer(rows: list[dict], queries: list[dict], lang: str) -> dict:
     return {f"bm25s@{k}": round(float((ranks <= k).mean()), 4) for k in (1, 5)}
 
 
+def heading_recall(index: Index) -> dict[str, float]:
+    """Share of up to 200 headings whose own chunk is ranked first, by each retriever: questions
+    that every collection brings along."""
+    chosen = spread(np.flatnonzero(index.alive).tolist(), 200)
+    asked = [(i, c.crumb.split(" > ")[-1]) for i in chosen if (c := index.chunk(i)).crumb]
+    return {mode: float(np.mean([rank_of(index.scores(q, mode), [i]) == 1 for i, q in asked] or [0]))
+            for mode in ("bm25", "dense")}
+
+
 def auc(with_gold: list[float], without: list[float]) -> float:
     """Chance that one of the first is larger than one of the second, ties half."""
     order = np.sort(np.array(without))

@@ -200,6 +200,19 @@ def test_add_ask_chat_info_and_split_from_the_command_line(notes, tmp_path):
     assert "sourdough" in json.loads(semantic[0])["text"]
 
 
+def test_the_projects_own_vectors_say_how_good_they_are(notes, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rag.py", "add", str(notes / "notes"), "--chunk_tokens=64",
+                                      f"--index={tmp_path}/ix", f"--embed=own:{tiny.pt}"])
+    rag.main()
+    out = capsys.readouterr().out
+    assert "embedded" in out and "EXPERIMENTAL: of the headings" in out
+    monkeypatch.setattr(sys, "argv", ["rag.py", "ask", "Where is the spare key?", "--mode=bm25",
+                                      f"--index={tmp_path}/ix", f"--embed=own:{tiny.pt}", "--k=1"])
+    with pytest.raises(SystemExit) as exit_:
+        rag.main()
+    assert exit_.value.code == 0 and "behind the calendar" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments, why", [  # exit code 2, no traceback
     (["find"], "find: not one of add, ask"),
     (["add"], "add what?"),
@@ -210,7 +223,8 @@ def test_add_ask_chat_info_and_split_from_the_command_line(notes, tmp_path):
     (["ask", "x", "--k=0"], "--k=0 must lie between"),
     (["ask", "x", "--mode=dense"], "needs vectors"),
     (["add", "README.md", "--embed=word2vec"], "sentence-transformers:NAME"),
-    (["add", "README.md", "--chunk_tokens=3", "--index=/tmp/never-made"], "at least 16"),
+    (["add", "README.md", "--chunk_tokens=3"], "--chunk_tokens=3 must lie between 16"),
+    (["add", "README.md", "--overlap=200"], "--overlap=200 must lie between 0 and 128"),
     (["eval"], "eval needs --corpus"),
     (["ask", "x", "--inde=3"], "did you mean 'index'"),
 ])
