@@ -52,7 +52,7 @@ class Config:
     max_file_mb: int = 50  # skip files that are larger
     embed: str = ""  # vectors: sentence-transformers:NAME, http(s)://… (OpenAI style), own:CHECKPOINT
     mode: Mode = "auto"  # what ranks the chunks; auto: both where there are vectors
-    k: int = 3  # sources for an answer
+    n_sources: int = 3  # sources for an answer
     mmr: float = 0.0  # 0 to 1: prefer sources that differ from those before
     min_coverage: float = 0.3  # refuse if the best chunk holds less of the question's idf; 0: never
     template: Literal["cited", "short"] = "cited"  # of the prompt; short: the toy world's own
@@ -210,7 +210,7 @@ def answer(question: str, cfg: Config = Config(), index: Index | None = None,
     can get wrong."""
     start = time.perf_counter()
     index = index or open_index(cfg)
-    hits = index.search(question, cfg.k, cfg.mode, cfg.mmr)
+    hits = index.search(question, cfg.n_sources, cfg.mode, cfg.mmr)
     found = time.perf_counter()
     took = 1000 * (found - start)
     if not index.bears_on(hits, cfg.min_coverage):
@@ -218,7 +218,7 @@ def answer(question: str, cfg: Config = Config(), index: Index | None = None,
         on_text(text)
         return Answer(text, [], False, [], [], 1.0, 0, took, took)
     if model is None and not cfg.checkpoint:
-        text = "\n".join(best_sentences(question, hits, index, cfg.k))
+        text = "\n".join(best_sentences(question, hits, index, cfg.n_sources))
         on_text(text)
         cited = list(range(1, len(hits) + 1))
         return Answer(text, hits, True, cited, [], 1.0, 0, took, took)
@@ -353,7 +353,7 @@ def print_segments(paths: list[str], cfg: Config) -> None:
 def check(cfg: Config) -> None:
     """Raises ValueError for a setting out of its range."""
     for name, low, high in (("chunk_tokens", 16, 1 << 20), ("overlap", 0, cfg.chunk_tokens // 2),
-                            ("k", 1, 100), ("mmr", 0, 1), ("min_coverage", 0, 1),
+                            ("n_sources", 1, 100), ("mmr", 0, 1), ("min_coverage", 0, 1),
                             ("context_share", 0.01, 1), ("max_tokens", 1, 1 << 30),
                             ("temperature", 0, 100), ("max_file_mb", 1, 1 << 20),
                             ("limit", 0, 1 << 30)):

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from corpus import Progress, find_files, parse_records, read_batches
+from corpus import FieldError, Progress, find_files, parse_records, read_batches
 from documents import PIECE
 from embed import Embed
 from examples import spread
@@ -87,7 +87,8 @@ def read_records(paths: str, what: str) -> list[dict]:
         for field in FIELDS[what]:
             kind = list if field == "answers" else str
             if not isinstance(row.get(field), kind):
-                raise ValueError(f"field {field!r} is missing or not a {kind.__name__}")
+                raise FieldError(field, "field missing or of a wrong type",
+                                 f"'{field}' must be a {kind.__name__}")
         return row
 
     found = []
@@ -167,7 +168,7 @@ def measure(index: Index, queries: list[dict], cfg: "Config", progress: Progress
             gold = [i for i in gold if any(a in index.chunk(i).text for a in row["answers"])]
             cut += not gold
         start = time.perf_counter()
-        index.search(row["query"], cfg.k, cfg.mode)
+        index.search(row["query"], cfg.n_sources, cfg.mode)
         spent += time.perf_counter() - start
         ranks.append(rank_of(index.scores(row["query"], cfg.mode), gold))
         seen.append(max((h.coverage for h in index.search(row["query"], 1, cfg.mode)), default=0.0))

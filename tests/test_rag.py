@@ -54,10 +54,10 @@ def test_forty_questions_find_their_notes_and_eight_others_nothing(index):
 
 
 def test_without_a_model_the_best_sentences_are_shown_with_their_places(index):
-    said = answer("Where is the spare key?", Config(k=1), index)
+    said = answer("Where is the spare key?", Config(n_sources=1), index)
     assert said.text == "The spare key hangs behind the calendar in the kitchen. [1]"
     assert said.cited == [1] and said.sources[0].chunk.line == 1
-    said = answer("备用电池放在哪里？", Config(k=1), index)
+    said = answer("备用电池放在哪里？", Config(n_sources=1), index)
     assert said.text == "备用电池放在灰色的小包里。 [1]"
 
 
@@ -145,7 +145,7 @@ def test_citations_are_checked_while_the_answer_is_streamed(tiny, index, monkeyp
     pieces = []
     config = replace(tiny.model.config, max_seq_len=2000)
     monkeypatch.setattr(tiny.model, "config", config)
-    found = answer("Where is the spare key?", Config(k=2, max_tokens=100, min_coverage=0.0), index,
+    found = answer("Where is the spare key?", Config(n_sources=2, max_tokens=100, min_coverage=0.0), index,
                    (tiny.model, tiny.tok), pieces.append)
     assert found.text == "The key is behind the calendar [1]. It is red . 好 [2] end [1"
     assert "".join(pieces) == found.text and not any("[9" in p for p in pieces)
@@ -164,7 +164,7 @@ def test_support_is_the_share_of_citing_sentences_that_their_source_holds(index)
 
 
 def test_a_real_model_answers_the_same_streamed_or_not(tiny, index, monkeypatch):
-    cfg = Config(template="short", max_tokens=8, k=1, checkpoint=tiny.pt)
+    cfg = Config(template="short", max_tokens=8, n_sources=1, checkpoint=tiny.pt)
     pieces = []
     a = answer("Where is the spare key?", cfg, index, on_text=pieces.append)
     b = answer("Where is the spare key?", cfg, index, rag.load_writer(cfg))
@@ -185,17 +185,17 @@ def test_add_ask_chat_info_and_split_from_the_command_line(notes, tmp_path):
     out = run("add", notes / "notes", at).stdout
     assert "12 new; " in out and "chunks of 12 documents" in out
     assert "12 unchanged" in run("add", notes / "notes", at).stdout
-    out = run("ask", "Where is the spare key?", at, "--k=1", "--stream").stdout
+    out = run("ask", "Where is the spare key?", at, "--n_sources=1", "--stream").stdout
     assert out.splitlines()[0] == "The spare key hangs behind the calendar in the kitchen. [1]"
     assert "[1]* " in out and "bike.md:1" in out and "Bicycle" in out
     assert rag.REFUSAL["en"] in run("ask", "Who won the chess match?", at, code=1).stdout
-    out = run("chat", at, "--k=1", stdin="备用电池放在哪里？\n\nWho is the vet?\n").stdout
+    out = run("chat", at, "--n_sources=1", stdin="备用电池放在哪里？\n\nWho is the vet?\n").stdout
     assert "灰色的小包" in out and "Okafor" in out
     assert "12 documents" in run("info", at).stdout
     rows = [json.loads(line) for line in run("split", notes / "notes" / "搬家.md",
                                              "--chunk_tokens=32").stdout.splitlines()]
     text = (notes / "notes" / "搬家.md").read_text()
-    assert len(rows) == 2 and all(text[r["start"]:r["end"]] == r["text"] for r in rows)
+    assert len(rows) == 3 and all(text[r["start"]:r["end"]] == r["text"] for r in rows)
     semantic = run("split", notes / "notes" / "bread.md", "--semantic").stdout.splitlines()
     assert "sourdough" in json.loads(semantic[0])["text"]
 
@@ -207,7 +207,7 @@ def test_the_projects_own_vectors_say_how_good_they_are(notes, tiny, tmp_path, c
     out = capsys.readouterr().out
     assert "embedded" in out and "EXPERIMENTAL: of the headings" in out
     monkeypatch.setattr(sys, "argv", ["rag.py", "ask", "Where is the spare key?", "--mode=bm25",
-                                      f"--index={tmp_path}/ix", f"--embed=own:{tiny.pt}", "--k=1"])
+                                      f"--index={tmp_path}/ix", f"--embed=own:{tiny.pt}", "--n_sources=1"])
     with pytest.raises(SystemExit) as exit_:
         rag.main()
     assert exit_.value.code == 0 and "behind the calendar" in capsys.readouterr().out
@@ -220,7 +220,7 @@ def test_the_projects_own_vectors_say_how_good_they_are(notes, tiny, tmp_path, c
     (["split"], "split what?"),
     (["add", "nowhere"], "nowhere: no such file"),
     (["ask", "x", "--index=/nowhere"], "no index here; make one with"),
-    (["ask", "x", "--k=0"], "--k=0 must lie between"),
+    (["ask", "x", "--n_sources=0"], "--n_sources=0 must lie between"),
     (["ask", "x", "--mode=dense"], "needs vectors"),
     (["add", "README.md", "--embed=word2vec"], "sentence-transformers:NAME"),
     (["add", "README.md", "--chunk_tokens=3"], "--chunk_tokens=3 must lie between 16"),

@@ -68,7 +68,7 @@ def test_the_command_prints_a_line_for_each_language(files, tiny):
         assert line["recall@1"] <= line["mrr@10"] <= 1 and line["ms_per_query"] > 0
     for how in ("chunks", "fixed"):
         en, zh = evaluate(files, f"--passages={how}", "--chunk_tokens=24")
-        assert en["passages"] > 20 and zh["passages"] > 15
+        assert en["passages"] > 12 and zh["passages"] > 12
         assert (en["cut"] + zh["cut"] > 0.05) == (how == "fixed"), (how, en, zh)
     en, zh = evaluate(files, f"--checkpoint={tiny.pt}", "--limit=2", "--template=short",
                       "--max_tokens=4")
