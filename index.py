@@ -148,6 +148,7 @@ class Index:
         self._new: list[Chunk] = []
         self._kept: dict[str, np.ndarray] = {}  # vectors of removed chunks, by their id
         self._changed = False
+        self._norm: np.ndarray | None = None  # of each chunk's length; made when asked for
         n, size = self.manifest["chunks"], self.manifest["bytes"]
         self.alive = np.ones(n, bool)
         self.alive[self.manifest["dead"]] = False
@@ -365,8 +366,10 @@ class Index:
         """(chunks,) scores."""
         if not postings or not len(self):
             return np.zeros(len(self.alive))
-        mean = self.lengths[self.alive].mean()
-        norm = (K1 * (1 - B + B * self.lengths / mean)).astype(np.float32)
+        if self._norm is None:
+            mean = self.lengths[self.alive].mean()
+            self._norm = (K1 * (1 - B + B * self.lengths / mean)).astype(np.float32)
+        norm = self._norm
         parts = [p.idf * (p.counts / (p.counts + norm[p.chunks])) for p in postings]
         return np.bincount(np.concatenate([p.chunks for p in postings]),
                            np.concatenate(parts), minlength=len(self.alive))
@@ -388,11 +391,11 @@ class Index:
         """Search as if a document were not there."""
         alive, dead = self.alive.copy(), self.manifest["dead"]
         self.alive[self.numbers(document)] = False
-        self.manifest["dead"] = dead + self.numbers(document)
+        self.manifest["dead"], self._norm = dead + self.numbers(document), None
         try:
             yield
         finally:
-            self.alive, self.manifest["dead"] = alive, dead
+            self.alive, self.manifest["dead"], self._norm = alive, dead, None
 
     def scores(self, question: str, mode: Mode = "auto") -> np.ndarray:
         """(chunks,) what `search` ranks by; 0 or less for what it would never return."""
