@@ -71,6 +71,14 @@ def reciprocal_rank_fusion(rankings: list[np.ndarray]) -> dict[int, float]:
     return fused
 
 
+def fuse(lexical: np.ndarray, cosines: np.ndarray) -> dict[int, float]:
+    """Both scores of all chunks by reciprocal ranks. First here and second there is as good as the
+    other way round: such ties are frequent, and go to the higher sum of the scores themselves."""
+    fused = reciprocal_rank_fusion([top(lexical, RRF_DEPTH), top(cosines, RRF_DEPTH)])
+    most = max(float(lexical.max(initial=0.0)), 1e-9)
+    return {i: s + 1e-6 * (lexical[i] / most + cosines[i]) for i, s in fused.items()}
+
+
 class Index:
     """Chunks on disk that can be searched. One process writes at a time, any number read; a reader
     sees the index as it was when opened. Raises ValueError for a folder that holds no index of this
@@ -405,8 +413,7 @@ class Index:
         lexical = self.bm25(self.postings(question))
         if mode == "bm25":
             return lexical
-        fused = reciprocal_rank_fusion([top(lexical, RRF_DEPTH),
-                                        top(self.cosines(question), RRF_DEPTH)])
+        fused = fuse(lexical, self.cosines(question))
         return np.bincount(list(fused), list(fused.values()), minlength=len(self.alive))
 
     def _mode(self, mode: Mode) -> Mode:
@@ -424,8 +431,8 @@ class Index:
         cosines = None if mode == "bm25" else self.cosines(question)
         depth = RRF_DEPTH if mode == "hybrid" or mmr else max(4 * k, 20)
         if mode == "hybrid":
-            fused = reciprocal_rank_fusion([top(lexical, depth), top(cosines, depth)])
-            best, scores = np.array(list(fused), int), fused
+            scores = fuse(lexical, cosines)
+            best = np.array(list(scores), int)
         else:
             scores = lexical if mode == "bm25" else cosines
             best = top(scores, depth)

@@ -218,6 +218,7 @@ def answer(question: str, cfg: Config = Config(), index: Index | None = None,
         on_text(text)
         return Answer(text, [], False, [], [], 1.0, 0, took, took)
     if model is None and not cfg.checkpoint:
+        hits = [hit for hit in hits if index.bears_on([hit], cfg.min_coverage)]
         text = "\n".join(best_sentences(question, hits, index, cfg.n_sources))
         on_text(text)
         cited = list(range(1, len(hits) + 1))
