@@ -86,8 +86,8 @@ def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
     once in the middle of a write: while a checkpoint is saved (the older one is there), while
     data.py makes token shards, and while examples.py makes the rows of a chat file. Whatever makes
     files can be tried so: give `crash_everywhere` the operation. Seen to fail when checkpoint.save
-    wrote under the final name, when write_text did, and when examples.prepare renamed its folder
-    before meta.json was written."""
+    wrote under the final name, when write_text did, and when examples.prepare left what a killed
+    run had begun."""
     out = lab.new("crash")
     state = newest(lab.folder / "base")
     state["model"] = dict(list(state["model"].items())[:3])  # fewer tensors, fewer calls to try
