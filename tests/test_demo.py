@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import demo
+import judge
 from data import open_data
 from model import ModelConfig, Transformer
 from tokenizer import PATTERN, Tokenizer, dump
@@ -39,13 +40,13 @@ class Oracle(torch.nn.Module):
 
 def test_judge_counts_values_and_bits(tok):
     """Seen to fail with the spans shifted by one token, and with characters taken for bytes."""
-    right = demo.judge(Oracle(), tok, [DOC, {"text": "琪宁的宠物是猫。\n琪宁的宠物是猫。", "lang": "zh"}])
+    right = judge.judge(Oracle(), tok, [DOC, {"text": "琪宁的宠物是猫。\n琪宁的宠物是猫。", "lang": "zh"}])
     assert right["values"] == 1.0 and right["n"] == 2 and right["bits_per_byte"] < 1e-6
-    assert demo.judge(Oracle(1), tok, [DOC])["values"] == 0.0
+    assert judge.judge(Oracle(1), tok, [DOC])["values"] == 0.0
     torch.manual_seed(0)
     flat = Transformer(ModelConfig(260, 1, 1, 1, 8, 8, 8, 64))
     flat.embed_tokens.weight.data.zero_()  # every token equally likely; one byte is one token
-    assert demo.judge(flat, tok, [DOC])["bits_per_byte"] == pytest.approx(math.log2(260))
+    assert judge.judge(flat, tok, [DOC])["bits_per_byte"] == pytest.approx(math.log2(260))
 
 
 def test_one_wrong_token_inside_a_value_makes_it_wrong(tok):
@@ -60,11 +61,11 @@ def test_one_wrong_token_inside_a_value_makes_it_wrong(tok):
     for at in range(begin - 2, end + 2):  # position i predicts byte i of the text
         model = Nearly()
         model.at = at
-        assert demo.judge(model, tok, [DOC])["values"] == float(not begin <= at < end)
+        assert judge.judge(model, tok, [DOC])["values"] == float(not begin <= at < end)
 
 
 def test_without_the_first_half_only_the_second_is_judged(tok):
-    half = demo.judge(Oracle(), tok, [DOC], first_half=False)
+    half = judge.judge(Oracle(), tok, [DOC], first_half=False)
     assert half["values"] == 1.0 and half["n"] == 1
 
 
