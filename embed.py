@@ -34,10 +34,10 @@ PREFIX = {"e5": {"query": "query: ", "passage": "passage: "},
 # passes; in Chinese rarer ones, which a model that has not learnt the language cannot tell apart.
 PAIRS = {
     "en": [("How do plants make sugar?", "Plants make sugar from sunlight, water and air."),
-           ("When does the bakery close?", "The bakery is open until eight and does not sell later."),
+           ("When does the bakery close?", "The bakery is open until eight, not later."),
            ("Who repairs a broken tooth?", "A dentist repairs each broken tooth with a crown."),
            ("Why is the ocean salty?", "The ocean is salty because rivers wash minerals into it."),
-           ("What keeps a house warm?", "Insulation in the walls keeps the heat of a house inside."),
+           ("What keeps a house warm?", "Insulation in the walls keeps a house warm."),
            ("How are letters delivered?", "The mail carrier walks from door to door with letters."),
            ("What do bees collect?", "Bees fly to flowers to collect nectar and pollen."),
            ("Which animal barks at strangers?", "The dog barks when strangers come near."),
@@ -91,8 +91,9 @@ def sentence_transformer(name: str, device: str = "auto") -> Embed:
 
     def unknown(texts: list[str]) -> float:
         """Share of tokens that the model has no entry for."""
-        ids = [i for text in texts for i in model.tokenizer(text, add_special_tokens=False).input_ids]
-        return sum(i == model.tokenizer.unk_token_id for i in ids) / max(1, len(ids))
+        tok = model.tokenizer
+        ids = [i for text in texts for i in tok(text, add_special_tokens=False).input_ids]
+        return sum(i == tok.unk_token_id for i in ids) / max(1, len(ids))
     embed.unknown = unknown
     return embed
 

@@ -5,7 +5,7 @@ there is an embedder.
     index = Index("out/rag", writable=True)
     index.put("notes.md", sha, split(text, "notes.md", count=count))    # replaces what was there
     index.commit()                                                      # all or nothing
-    hits = index.search("how do I install it?", k=5)                    # Hit(chunk, score, coverage)
+    hits = index.search("how do I install it?", k=5)                   # Hit(chunk, score, …)
 
     BM25(q, d) = sum over terms t of q:  idf(t) tf / (tf + k1 (1 - b + b |d| / mean |d|))
     idf(t)     = ln(1 + (N - df + 1/2) / (df + 1/2))                    never negative (Lucene)
@@ -216,7 +216,8 @@ class Index:
         """(n, dim) float32, unit rows; a text that gives nothing finite has a row of zeros."""
         v = np.nan_to_num(np.asarray(self.embed(texts, kind), np.float32), posinf=0, neginf=0)
         if v.ndim != 2 or len(v) != len(texts):
-            raise ValueError(f"the embedder gave an array of shape {v.shape} for {len(texts)} texts")
+            raise ValueError(f"the embedder gave an array of shape {v.shape} for {len(texts)} "
+                             "texts")
         return v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12)
 
     # ------------------------------------------------------------------------ writing

@@ -1,7 +1,7 @@
 """
 Answers from your own documents, with their sources, in English and Chinese.
 
-    python rag.py add notes/ manual.md                     index files and folders; again: what changed
+    python rag.py add notes/ manual.md                     index files and folders; again: changes
     python rag.py ask "怎么安装？" --stream                 the best sentences and where they stand
     python rag.py ask "How?" --checkpoint=out/sft          the same, answered by a model
     python rag.py chat --checkpoint=out/sft                a conversation
@@ -50,7 +50,7 @@ class Config:
     semantic: bool = False  # end chunks where the topic changes, too
     tokenizer: str = ""  # file to count tokens with; none: words, Han characters and signs
     max_file_mb: int = 50  # skip files that are larger
-    embed: str = ""  # vectors: sentence-transformers:NAME, http(s)://… (OpenAI style), own:CHECKPOINT
+    embed: str = ""  # vectors: sentence-transformers:NAME, http(s)://… (OpenAI style), own:…
     mode: Mode = "auto"  # what ranks the chunks; auto: both where there are vectors
     n_sources: int = 3  # sources for an answer
     mmr: float = 0.0  # 0 to 1: prefer sources that differ from those before

@@ -6,8 +6,8 @@ The reward model: which of two replies would a person prefer?
 
     L_RM = - log sigmoid(r(chosen) - r(rejected) - margin)  +  c (r(chosen) + r(rejected))^2
 
-per pair, the mean over the pairs of a ranking (Bradley & Terry 1952; Ouyang et al. 2022); the second term keeps scores around 0 and costs
-the first nothing, which knows differences only. r is one number read from the last state at the
+per pair, the mean over the pairs of a ranking (Bradley & Terry 1952; Ouyang et al. 2022); the
+second term keeps scores around 0 and costs the first nothing, which knows differences only. r is one number read from the last state at the
 <|im_end|> of a reply, by a head in fp32 on top of the SFT model. How the scores of the SFT model's
 own replies are spread, mean and standard deviation, is kept for train_rl.py, so that its penalty
 means the same for every reward model. Files: examples.py says what a line of --data looks like.

@@ -3,8 +3,8 @@ The demo's preference optimisation, on pairs of the reward model's world. 2 CPU 
 4 minutes.
 
 With beta = 0.1 the replies that were learnt are good and their neighbours garbled: 70 to 75 % wins
-and up to 4 points of right answers lost, at any rate and with or without a likelihood term. With 0.5
-it is 75 % and nothing lost.
+and up to 4 points of right answers lost, at any rate and with or without a likelihood term. With
+0.5 it is 75 % and nothing lost.
 
     python train_dpo.py config/dpo_micro.py
 """

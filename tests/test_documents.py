@@ -2,7 +2,6 @@
 import json
 import os
 import time
-from functools import partial
 
 import pytest
 

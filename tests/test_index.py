@@ -18,7 +18,8 @@ WORDS = "apple pear 猫 狗 鸭子 red blue river 山 水 北京 上海 rain sno
 
 
 def chunk(doc, text, start=0):
-    return Chunk(f"{doc}/{zlib.crc32(text.encode())}", doc, start, start + len(text), 1, "", "", text)
+    name = f"{doc}/{zlib.crc32(text.encode())}"
+    return Chunk(name, doc, start, start + len(text), 1, "", "", text)
 
 
 def document(seed, n=3):
@@ -101,16 +102,17 @@ def test_an_answer_needs_the_question_in_it(tmp_path):
 
 
 def test_near_duplicates_are_shown_once_and_come_back_when_the_first_is_gone(tmp_path):
+    question = "Who serviced the pump in the cellar?"
     text = "The pump in the cellar must be serviced each spring by two people with a lamp"
     with Index(str(tmp_path), True) as made:
         made.put("a", "", [chunk("a", text)])
         made.put("b", "", [chunk("b", text + "!")])
         made.put("c", "", [chunk("c", "Another pump stands in the yard, it needs no service")])
         made.commit()
-        assert [h.chunk.doc for h in made.search("Who serviced the pump in the cellar?", 3)] == ["a", "c"]
+        assert [h.chunk.doc for h in made.search(question, 3)] == ["a", "c"]
         made.remove("a")
         made.commit()
-        assert [h.chunk.doc for h in made.search("Who serviced the pump in the cellar?", 3)] == ["b", "c"]
+        assert [h.chunk.doc for h in made.search(question, 3)] == ["b", "c"]
 
 
 def test_mmr_prefers_what_is_new():
