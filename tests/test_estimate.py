@@ -56,7 +56,9 @@ def test_a_part_holds_its_share_and_frozen_models_theirs():
     need = {stage: estimate.stage_memory(stage, TINY, 1, cfg, 1, False)
             for stage in estimate.STAGES}
     assert need["rl"] - need["pt"] == 2 * 4 * 64  # the reference and the reward model
-    assert need["lora"] < need["sft"]
+    larger = ModelConfig(1000, 4, 8, 8, 512, 64, 1408, 64)  # so that the adapters are a small part
+    assert (estimate.stage_memory("lora", larger, 1, cfg, 1, False)
+            < 0.5 * estimate.stage_memory("sft", larger, 1, cfg, 1, False))
 
 
 def test_recomputed_blocks_leave_their_inputs():
