@@ -2,12 +2,15 @@
 # make reliability: what the scripts survive, into RELIABILITY.md.
 PY = .venv/bin/python
 
-.PHONY: demo test reliability
+.PHONY: demo test reliability test-all
 demo: .venv/ready
 	$(PY) demo.py
 
 test: .venv/ready
 	$(PY) -m pytest
+
+test-all: .venv/ready
+	$(PY) -m pytest -m "slow or not slow"
 
 reliability: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) reliability.py

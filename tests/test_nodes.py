@@ -18,6 +18,7 @@ from corpus import Progress
 from toyworld import pt_document
 
 ROOT = Path(train_pt.__file__).parent
+pytestmark = pytest.mark.slow  # 100 s; in make test-all
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 STEPS = 16
 SIZES = ("--n_layer=2 --n_embd=32 --n_head=2 --n_kv_head=1 --max_seq_len=32 --batch_tokens=512 "
