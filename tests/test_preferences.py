@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import train_dpo
 import train_rl
 import train_rm
 from data import IGNORE
-from examples import Order, Row, load_examples, micro_batches, pad_right, pair_batch
+from examples import Order, Row, load_examples, micro_batches, pad_right, pair_batch, ranking_batch
 from generate import load_model
 from model import RewardModel
 
@@ -251,3 +252,37 @@ def test_warnings_of_rl():
                              ({}, {"mismatch": 0.1}, "disagree")):
         found = train_rl.warnings(fine, fine | now, seen, cfg, ALONE)
         assert len(found) == 1 and words in found[0]
+
+
+def test_a_ranking_is_scored_once_and_counts_as_the_mean_of_its_pairs(tiny, tmp_path):
+    """Three replies: three pairs of a third each, from three rows instead of six; a pair is a
+    ranking of two; a reply that occurs twice is dropped and counted."""
+    prompt = [{"role": "user", "content": "q"}]
+    records = [{"prompt": prompt, "ranking": ["best", "so so", "worst"], "margin": 0.5},
+               {"prompt": prompt, "chosen": "yes", "rejected": "no"},
+               {"prompt": prompt, "ranking": ["a", "b", "a"]}]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = load_examples(str(path), "ranking", tiny.tok, 64, str(tmp_path / "r"))["train"]
+    pairs = load_examples(str(path), "pair", tiny.tok, 64, str(tmp_path / "p"))["train"]
+    assert [len(rows.example(i)) for i in range(len(rows))] == [3, 2, 2] and len(pairs) == 3 + 1 + 2
+    idx, lengths, (better, worse), margin, share = ranking_batch(rows, [0, 1, 2])
+    assert idx.shape[0] == 7 and better.tolist() == [0, 0, 1, 3, 5]
+    assert worse.tolist() == [1, 2, 2, 4, 6] and margin.tolist() == [0.5] * 3 + [0, 0]
+    assert share.tolist() == pytest.approx([1 / 3] * 3 + [1, 1])
+    assert rows.shortest_first().tolist() == [2, 1, 0]
+    scores = torch.randn(7, generator=torch.Generator().manual_seed(0))
+    loss = (share * train_rm.rm_loss(scores[better], scores[worse], margin, 0.01)).sum()
+    want = sum(train_rm.rm_loss(scores[[a]], scores[[b]], torch.tensor([m]), 0.01).item() / n
+               for a, b, m, n in ((0, 1, .5, 3), (0, 2, .5, 3), (1, 2, .5, 3), (3, 4, 0, 1),
+                                  (5, 6, 0, 1)))
+    assert loss.item() == pytest.approx(want, rel=1e-6)
+
+
+def test_a_curriculum_draws_alike_from_the_shorter_examples_and_lets_all_in_at_last():
+    shortest = np.arange(100)[::-1]
+    drawn = list(range(100))
+    for progress, share in ((0.0, 0.1), (0.05, 0.1), (0.5, 0.5), (1.0, 1.0)):
+        got = train_rm.let_in(drawn, shortest, progress)
+        assert set(got) == (set(shortest[:round(100 * share)].tolist()) if share < 1 else set(drawn))
+        assert max(Counter(got).values()) == round(1 / share)

@@ -1,6 +1,7 @@
 """The tiny world: its floor against brute force, its answers against a reader of its own text."""
 import json
 import os
+import random
 import re
 import resource
 import subprocess
@@ -203,12 +204,28 @@ def test_tasks_and_languages_come_in_the_stated_shares(data):
 def test_settings_set_sizes_facts_and_repeats():
     data = toyworld.generate(Config(n_train=40, n_chat=30, n_val=20, min_facts=3, max_facts=6,
                                     exact_repeat=1.0, max_chat_facts=2, n_pairs=7,
-                                    n_prompts=6))
+                                    n_rankings=8, n_prompts=6))
     assert [*map(len, data.values())] == [40, 20, 30, 20, 7, 8, 20, 6, 20]
     halves = {name: [text.split("\n") for text in texts(data[name])] for name in data}
     assert {len(find(SAID, first)) for first, _ in halves["pt"]} == {3, 4, 5, 6}
     assert all(a == b for a, b in halves["pt"]) and any(a != b for a, b in halves["pt_heldout"])
     assert {len(find(SAID, user)) for user, *_ in halves["chat"]} == {0, 1, 2}
+
+
+def test_rankings_put_the_better_first_as_often_as_bradley_terry_says():
+    r, first, n = random.Random(0), Counter(), Counter()
+    for _ in range(4000):
+        row = toyworld.ranking(r, "test", 2)
+        assert len(set(row["ranking"])) == 4 and sorted(row["gold"])[0] == toyworld.WRONG
+        for i, a in enumerate(row["gold"]):
+            for b in row["gold"][i + 1:]:
+                if a != b:
+                    first[abs(a - b)] += a > b
+                    n[abs(a - b)] += 1
+    for gap in (1.5, 3.0):
+        p = 1 / (1 + exp(-gap))
+        assert abs(first[gap] / n[gap] - p) < 4 * (p * (1 - p) / n[gap]) ** 0.5
+    assert first[7.0] / n[7.0] > 0.995
 
 
 def test_floor_json_is_bits_per_byte_of_the_files(tmp_path):
@@ -231,7 +248,7 @@ def test_a_seed_fixes_every_byte_and_larger_files_begin_with_the_smaller(tmp_pat
                 f"--n_pairs={n}", f"--n_prompts={n}")
         command(tmp_path / folder, *args, PYTHONHASHSEED=str(ord(folder)))
     a, b, c, d = ({p.name: p.read_bytes() for p in (tmp_path / f).iterdir()} for f in "abcd")
-    assert a == b and len(a) == 9 and all(a[name] != c[name] for name in a)
+    assert a == b and len(a) == 10 and all(a[name] != c[name] for name in a)
     assert all(d[name].startswith(a[name]) for name in a if name != "floor.json")
 
 
