@@ -1,0 +1,18 @@
+"""
+Preference optimisation of the model of config/sft_hour.py, from real pairs. 2 CPU cores, a quarter
+of an hour.
+
+    python train_dpo.py config/dpo_hour.py --data=pairs.jsonl
+"""
+init_from = "out/real/sft"
+out_dir = "out/real/dpo"
+
+beta = 0.1
+nll_coef = 0.2
+batch_pairs = 32
+batch_size = 16
+epochs = 1.0
+learning_rate = 5e-5
+eval_every = 50
+answer_tokens = 96
+save_every = 50

@@ -1,0 +1,25 @@
+"""
+Fine-tuning on real chats after config/pt_hour.py, on a laptop. 5M parameters, 2 CPU cores, half an
+hour.
+
+    python train_sft.py config/sft_hour.py --data=chats.jsonl
+"""
+init_from = "out/real/pt"
+pt_data = "out/real/data"
+out_dir = "out/real/sft"
+
+batch_tokens = 4096
+batch_size = 16
+max_steps = 700
+optimizer = "muon"
+learning_rate = 2e-3
+muon_lr = 0.01
+schedule = "wsd"
+decay_fraction = 0.4
+final_lr = 0.0
+eval_every = 200
+eval_rows = 200
+eval_answers = 16
+answer_tokens = 96
+save_every = 100
+log_every = 20
