@@ -32,6 +32,11 @@ def count_pieces(text: str) -> int:
     return sum(1 for _ in PIECE.finditer(text))
 
 
+def as_utf8(text: str) -> str:
+    """With ? for what a file name can hold and UTF-8 cannot."""
+    return text.encode(errors="replace").decode()
+
+
 def find_documents(paths: list[str], max_file_mb: int = 50,
                    but: str = "") -> tuple[list[tuple[Path, str]], list[str]]:
     """[(file, the folder it was found through, or "")], and a line for whatever is passed over. The
@@ -41,7 +46,9 @@ def find_documents(paths: list[str], max_file_mb: int = 50,
 
     def take(path: Path, root: str) -> None:
         real = path.resolve()
-        if root and not real.is_relative_to(root):
+        if str(path) != as_utf8(str(path)):
+            skipped.append(f"skipped {path}: its name is not UTF-8")
+        elif root and not real.is_relative_to(root):
             skipped.append(f"skipped {path}: a link out of the folder")
         elif path.suffix.lower() not in SUFFIXES:
             skipped.append(f"skipped {path}: convert to text first"
@@ -129,7 +136,7 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
     of them. Raises ValueError for a path that is not there; OSError when the index cannot be
     written, which is then as it was at the last commit."""
     files, skipped = find_documents(paths, max_file_mb, str(index.folder))
-    print(*skipped, sep="\n", end="\n" * bool(skipped))
+    print(as_utf8("".join(f"{line}\n" for line in skipped)), end="")
     counts = dict.fromkeys(("new", "changed", "unchanged", "gone", "unreadable", "embedded",
                             "replaced"), 0)
     known, progress = index.manifest["documents"], Progress()

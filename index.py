@@ -14,7 +14,8 @@ Nothing that depends on the whole collection is stored: N, df and the mean lengt
 a question is asked. So adding costs what is added, and scores do not depend on the history of the
 index (Robertson and Zaragoza 2009; RRF: Cormack et al. 2009).
 
-    manifest.json         what is valid: how many chunks and bytes, documents, dead chunks, segments
+    manifest.json         what is valid: documents, dead chunks, segments, and of each file how many
+                          bytes, with their CRC-32; it stands beside its own sha256
     chunks-G.jsonl        one chunk a line, append only; G grows when the index is compacted
     starts-G.u64          where each line starts; vectors-G.f32: one row a chunk
     terms-G-FIRST.npz     postings of the chunks from FIRST on; the last few are merged as they grow
@@ -27,6 +28,7 @@ import json
 import math
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,6 +46,7 @@ from topics import terms
 
 K1, B = 1.2, 0.75
 RRF_K, RRF_DEPTH = 60, 100
+FEW = 100  # chunks: coverage is judged as if there were at least so many, or one note knows nothing
 SAME = 0.9  # Jaccard similarity of terms above which of two chunks the lower ranked is dropped
 # Words that ask, not asked for. Without them coverage tells better whether an answer is there.
 ASKING = re.compile(
@@ -60,6 +63,11 @@ class Hit(NamedTuple):
     score: float  # of the retriever that ranked it; comparable within one answer only
     coverage: float  # share of the question's idf weight that the chunk contains, 0 to 1
     cosine: float  # of question and chunk; nan without an embedder
+
+
+def idf(n: int, df: int) -> float:
+    """Weight of a term that df of n chunks hold; the rarer, the heavier."""
+    return math.log(1 + (n - df + 0.5) / (df + 0.5))
 
 
 def reciprocal_rank_fusion(rankings: list[np.ndarray]) -> dict[int, float]:
@@ -79,6 +87,19 @@ def fuse(lexical: np.ndarray, cosines: np.ndarray) -> dict[int, float]:
     return {i: s + 1e-6 * (lexical[i] / most + cosines[i]) for i, s in fused.items()}
 
 
+def sha256_of(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, ensure_ascii=False).encode()).hexdigest()
+
+
+def crc32_of(path: Path, size: int) -> int:
+    """CRC-32 of the first `size` bytes: unlike a sha256 it goes on where bytes are appended."""
+    crc = 0
+    with open(path, "rb") as f:
+        for at in range(0, size, 1 << 20):
+            crc = zlib.crc32(f.read(min(1 << 20, size - at)), crc)
+    return crc
+
+
 class Index:
     """Chunks on disk that can be searched. One process writes at a time, any number read; a reader
     sees the index as it was when opened. Raises ValueError for a folder that holds no index of this
@@ -87,7 +108,7 @@ class Index:
     def __init__(self, folder: str, writable: bool = False, embed: Embed | None = None,
                  embed_name: str = ""):
         self.folder, self.embed = Path(folder), embed
-        self.manifest: dict = {"format": 1, "generation": 0, "chunks": 0, "bytes": {},
+        self.manifest: dict = {"format": 2, "generation": 0, "chunks": 0, "files": {},
                                "documents": {}, "dead": [], "segments": [], "embed": None}
         self.lock = None
         if writable:
@@ -119,22 +140,27 @@ class Index:
         path = self.folder / "manifest.json"
         if path.exists():
             try:
-                self.manifest = json.loads(path.read_bytes())
-                known = self.manifest["format"] == 1
+                digest, self.manifest = json.loads(path.read_bytes())
+                if digest != sha256_of(self.manifest):
+                    raise ValueError("does not match its checksum")
+                known = self.manifest["format"] == 2
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}: damaged: {error}") from None
+                raise ValueError(f"{path}: damaged: {error}; index the documents again") from None
             if not known:
-                raise ValueError(f"{path}: format {self.manifest['format']}, this program reads 1")
+                raise ValueError(f"{path}: format {self.manifest['format']}, this program reads 2")
         elif not writable:
             raise ValueError(f"{self.folder}: no index here; make one with: "
                              f"python rag.py add FOLDER --index={self.folder}")
-        for name, size in self.manifest["bytes"].items():
-            there = self._path(name).stat().st_size if self._path(name).exists() else -1
+        for name, (size, crc) in self.manifest["files"].items():
+            path = self._path(name)
+            there = path.stat().st_size if path.exists() else -1
             if there < size:
-                raise ValueError(f"{self._path(name)}: {there:,} bytes where the manifest says "
-                                 f"{size:,}; index the documents again")
+                raise ValueError(f"{path}: {there:,} bytes where the manifest says {size:,}; "
+                                 "index the documents again")
+            if crc32_of(path, size) != crc:
+                raise ValueError(f"{path}: damaged; index the documents again")
             if writable and there > size:  # the torn end of a commit that did not happen
-                os.truncate(self._path(name), size)
+                os.truncate(path, size)
         self.segments = [self._read_segment(name, sha)
                          for name, sha in self.manifest["segments"]]
         self._text = None
@@ -157,7 +183,7 @@ class Index:
         self._kept: dict[str, np.ndarray] = {}  # vectors of removed chunks, by their id
         self._changed = False
         self._norm: np.ndarray | None = None  # of each chunk's length; made when asked for
-        n, size = self.manifest["chunks"], self.manifest["bytes"]
+        n = self.manifest["chunks"]
         self.alive = np.ones(n, bool)
         self.alive[self.manifest["dead"]] = False
         self.lengths = np.concatenate([s.lengths for s in self.segments] or [np.zeros(0, np.int32)])
@@ -167,7 +193,7 @@ class Index:
         self.starts = np.memmap(self._path("starts"), np.uint64, "r", shape=(n,)) if n else None
         known = self.manifest["embed"]
         self.vectors = np.memmap(self._path("vectors"), np.float32, "r", shape=(
-            n, known["dim"])) if known and n and size.get("vectors") else None
+            n, known["dim"])) if known and n and "vectors" in self.manifest["files"] else None
 
     def __enter__(self) -> "Index":
         return self
@@ -249,7 +275,8 @@ class Index:
             return 0
         n, chunks = self.manifest["chunks"], self._new
         lines = [json.dumps(asdict(c), ensure_ascii=False).encode() + b"\n" for c in chunks]
-        starts = self.manifest["bytes"].get("chunks", 0) + np.cumsum([0, *map(len, lines)])[:-1]
+        end, _ = self.manifest["files"].get("chunks", (0, 0))
+        starts = end + np.cumsum([0, *map(len, lines)])[:-1]
         fresh = [c.full for c in chunks if c.id not in self._kept] if self.embed else []
         self._append("chunks", b"".join(lines))
         self._append("starts", starts.astype(np.uint64).tobytes())
@@ -277,7 +304,7 @@ class Index:
                   for _, (_, first, n, _) in documents]
         for name, _ in documents:
             self.remove(name)
-        self.manifest |= {"generation": self.manifest["generation"] + 1, "chunks": 0, "bytes": {},
+        self.manifest |= {"generation": self.manifest["generation"] + 1, "chunks": 0, "files": {},
                           "dead": [], "segments": []}
         self.segments = []
         for (name, (sha, _, _, root)), part in zip(documents, chunks):
@@ -295,14 +322,14 @@ class Index:
 
     def _append(self, name: str, data: bytes) -> None:
         """Add bytes behind the valid end of a file, safely on the disk."""
-        path, end = self._path(name), self.manifest["bytes"].get(name, 0)
+        path, (end, crc) = self._path(name), self.manifest["files"].get(name, (0, 0))
         with open(path, "r+b" if path.exists() else "w+b") as f:
             f.truncate(end)
             f.seek(end)
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        self.manifest["bytes"][name] = end + len(data)
+        self.manifest["files"][name] = [end + len(data), zlib.crc32(data, crc)]
 
     def _write_segment(self, segment: Segment) -> list[str]:
         """[name, sha256]; the name is new, so no valid file is touched."""
@@ -320,7 +347,8 @@ class Index:
     def _replace_manifest(self) -> None:
         temporary = self.folder / "manifest.json.tmp"
         with open(temporary, "wb") as f:
-            f.write(json.dumps(self.manifest, ensure_ascii=False).encode())
+            f.write(json.dumps([sha256_of(self.manifest), self.manifest],
+                               ensure_ascii=False).encode())
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, self.folder / "manifest.json")
@@ -328,7 +356,7 @@ class Index:
             fd = os.open(self.folder, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
-        valid = {self._path(name).name for name in self.manifest["bytes"]}
+        valid = {self._path(name).name for name in self.manifest["files"]}
         valid |= {name for name, _ in self.manifest["segments"]}
         for path in self.folder.iterdir():
             if path.name.startswith(tuple(SUFFIX) + ("terms-",)) and path.name not in valid:
@@ -356,8 +384,7 @@ class Index:
             if self.manifest["dead"]:
                 live = self.alive[chunks]
                 chunks, counts = chunks[live], counts[live]
-            idf = math.log(1 + (n - len(chunks) + 0.5) / (len(chunks) + 0.5))
-            found.append(Posting(term, idf, chunks, counts))
+            found.append(Posting(term, idf(n, len(chunks)), chunks, counts))
         return found
 
     def idf(self, question: str) -> dict[str, float]:
@@ -441,9 +468,10 @@ class Index:
         order = sorted(chunks, key=lambda i: (-scores[i], chunks[i].doc, chunks[i].start))
         matter = set(terms(ASKING.sub(" ", question))) or {p.term for p in found}
         asked = [p for p in found if p.term in matter]
-        total = sum(p.idf for p in asked) or 1.0
+        weights = [idf(max(len(self), FEW), len(p.chunks)) for p in asked]
+        total = sum(weights) or 1.0
         return [Hit(chunks[i], float(scores[i]),
-                    sum(p.idf for p in asked if _holds(p.chunks, i)) / total,
+                    sum(w for w, p in zip(weights, asked) if _holds(p.chunks, i)) / total,
                     math.nan if cosines is None else float(cosines[i]))
                 for i in diverse(order, scores, chunks, k, mmr)]
 

@@ -8,7 +8,7 @@ out_dir = "out/real/rm"
 
 batch_pairs = 32
 batch_size = 16
-epochs = 1.0
+max_steps = 100
 learning_rate = 3e-4
 warmup_steps = 10
 eval_every = 50

@@ -10,14 +10,14 @@ out_dir = "out/real/sft"
 
 batch_tokens = 4096
 batch_size = 16
-max_steps = 700
+max_steps = 300
 optimizer = "muon"
 learning_rate = 2e-3
 muon_lr = 0.01
 schedule = "wsd"
 decay_fraction = 0.4
 final_lr = 0.0
-eval_every = 200
+eval_every = 150
 eval_rows = 200
 eval_answers = 16
 answer_tokens = 96
