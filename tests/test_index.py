@@ -197,7 +197,7 @@ def test_a_single_note_can_be_asked(tmp_path):
     """A word that all of one note's chunks hold tells little by its idf; a word that none holds
     would outweigh it, and everything be refused. Seen to fail without FEW."""
     with Index(str(tmp_path), True) as made:
-        made.put("a.md", "", split("# Dog\n\nThe dog ran to the fog.", "a.md"))
+        made.put("a.md", "", split("# Dog\n\nThe dog ran to the fog.", "a.md", count=len))
         made.commit()
         assert made.bears_on(made.search("Where did the dog go?"), 0.3)
         assert not made.bears_on(made.search("How tall is the tower in Paris?"), 0.3)
