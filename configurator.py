@@ -20,10 +20,10 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 C = TypeVar("C")
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, code: int = 2) -> NoReturn:
     """End a script the way every mistake of a user ends it: one line on stderr, exit code 2."""
     print(" ".join(message.splitlines()), file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def configure(cls: type[C], argv: list[str] | None = None, show: bool = True) -> C:

@@ -171,6 +171,20 @@ class Lab:
         return out, time.perf_counter() - start
 
 
+def die_after_save(step: int):
+    """For Lab.start: SIGKILL from inside, right behind the checkpoint of a step."""
+    def before() -> None:
+        real = checkpoint.save
+
+        def save(out_dir, at, state, **more):
+            path = real(out_dir, at, state, **more)
+            if at == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return path
+        checkpoint.save = save
+    return before
+
+
 def side_by_side(jobs: list[Callable[[], list]], workers: int = 2) -> list[list]:
     """What each job returns (of numbers and strings), run in forked children, `workers` at once.
     Raises RuntimeError if one fails; its traceback is printed."""

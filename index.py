@@ -32,6 +32,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -54,7 +55,10 @@ ASKING = re.compile(
     r"|in|tell|me|please|to|can|could|you|i|my)\b|什[么麼]|怎[么麼]样?|怎[样樣]|如何|[为為]什[么麼]|[为為]何"
     r"|[请請]问?|告[诉訴]|哪[里裡儿些个個]?|[谁誰]|多少|[几幾]|[吗嗎]|呢|是|的|了|我|有|在|何")
 PROBE = "The probe sentence by which an embedder is known again. 用来辨认嵌入模型的句子。"
+AGAIN = "remove the folder and index the documents again"
 SUFFIX = {"chunks": ".jsonl", "starts": ".u64", "vectors": ".f32"}
+EMPTY: dict = {"format": 2, "generation": 0, "chunks": 0, "files": {}, "documents": {}, "dead": [],
+               "segments": [], "embed": None}
 Mode = Literal["auto", "bm25", "dense", "hybrid"]
 
 
@@ -87,6 +91,20 @@ def fuse(lexical: np.ndarray, cosines: np.ndarray) -> dict[int, float]:
     return {i: s + 1e-6 * (lexical[i] / most + cosines[i]) for i, s in fused.items()}
 
 
+def read_manifest(path: Path, raw: bytes) -> dict:
+    """Raises ValueError for one that is damaged or of another format."""
+    try:
+        digest, manifest = json.loads(raw)
+        if digest != sha256_of(manifest):
+            raise ValueError("does not match its checksum")
+        known = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged: {error}; {AGAIN}") from None
+    if known != 2:
+        raise ValueError(f"{path}: format {known}, this program reads 2")
+    return manifest
+
+
 def sha256_of(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, ensure_ascii=False).encode()).hexdigest()
 
@@ -108,9 +126,9 @@ class Index:
     def __init__(self, folder: str, writable: bool = False, embed: Embed | None = None,
                  embed_name: str = ""):
         self.folder, self.embed = Path(folder), embed
-        self.manifest: dict = {"format": 2, "generation": 0, "chunks": 0, "files": {},
-                               "documents": {}, "dead": [], "segments": [], "embed": None}
-        self.lock = None
+        self.manifest: dict = deepcopy(EMPTY)
+        self.segments: list[Segment] = []
+        self.lock = self._text = None
         if writable:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
@@ -137,34 +155,47 @@ class Index:
         return self.folder / f"{name}-{self.manifest['generation']}{SUFFIX[name]}"
 
     def _open(self, writable: bool) -> None:
-        path = self.folder / "manifest.json"
-        if path.exists():
+        path, raw = self.folder / "manifest.json", None
+        while path.exists() and path.read_bytes() != raw:
+            raw = path.read_bytes()
             try:
-                digest, self.manifest = json.loads(path.read_bytes())
-                if digest != sha256_of(self.manifest):
-                    raise ValueError("does not match its checksum")
-                known = self.manifest["format"] == 2
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}: damaged: {error}; index the documents again") from None
-            if not known:
-                raise ValueError(f"{path}: format {self.manifest['format']}, this program reads 2")
-        elif not writable:
+                self.manifest = read_manifest(path, raw)
+                self._check_files()
+                self.segments = [self._read_segment(*s) for s in self.manifest["segments"]]
+                break
+            except ValueError:
+                if path.read_bytes() == raw:  # else a commit has just replaced files: again
+                    raise
+        if raw is None and not writable:
             raise ValueError(f"{self.folder}: no index here; make one with: "
                              f"python rag.py add FOLDER --index={self.folder}")
+        if writable:
+            self._sweep(self.manifest)
+        self._map()
+
+    def _check_files(self) -> None:
         for name, (size, crc) in self.manifest["files"].items():
             path = self._path(name)
             there = path.stat().st_size if path.exists() else -1
             if there < size:
                 raise ValueError(f"{path}: {there:,} bytes where the manifest says {size:,}; "
-                                 "index the documents again")
+                                 f"{AGAIN}")
             if crc32_of(path, size) != crc:
-                raise ValueError(f"{path}: damaged; index the documents again")
-            if writable and there > size:  # the torn end of a commit that did not happen
-                os.truncate(path, size)
-        self.segments = [self._read_segment(name, sha)
-                         for name, sha in self.manifest["segments"]]
-        self._text = None
-        self._map()
+                raise ValueError(f"{path}: damaged; {AGAIN}")
+
+    def _sweep(self, manifest: dict) -> None:
+        """Cut off and remove what the manifest does not name: left by a commit that did not
+        happen, or replaced by the one that did."""
+        ends = {f"{name}-{manifest['generation']}{SUFFIX[name]}": size
+                for name, (size, _) in manifest["files"].items()}
+        segments = {name for name, _ in manifest["segments"]}
+        for path in self.folder.iterdir():
+            if path.name in ends:
+                if path.stat().st_size > ends[path.name]:
+                    os.truncate(path, ends[path.name])
+            elif path.name.startswith((*SUFFIX, "terms-", "manifest.json.tmp")) and (
+                    path.name not in segments):
+                path.unlink()
 
     def _read_segment(self, name: str, sha: str) -> Segment:
         path = self.folder / name
@@ -175,7 +206,7 @@ class Index:
             with np.load(path, allow_pickle=False) as arrays:
                 return Segment(int(arrays["first"]), *(arrays[key] for key in ARRAYS))
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{path}: {error}; index the documents again") from None
+            raise ValueError(f"{path}: {error}; {AGAIN}") from None
 
     def _map(self) -> None:
         """Open what is committed for reading."""
@@ -202,7 +233,7 @@ class Index:
         self.close()
 
     def close(self) -> None:
-        for f in (self.lock, getattr(self, "_text", None)):
+        for f in (self.lock, self._text):
             if f:
                 f.close()
         self.lock = self._text = None
@@ -273,6 +304,15 @@ class Index:
         OSError when the disk fails: the files are then as they were, and this object is done."""
         if not self._changed:
             return 0
+        try:
+            return self._write()
+        except OSError:
+            with suppress(OSError):  # give back the room on a full disk
+                path = self.folder / "manifest.json"
+                self._sweep(read_manifest(path, path.read_bytes()) if path.exists() else EMPTY)
+            raise
+
+    def _write(self) -> int:
         n, chunks = self.manifest["chunks"], self._new
         lines = [json.dumps(asdict(c), ensure_ascii=False).encode() + b"\n" for c in chunks]
         end, _ = self.manifest["files"].get("chunks", (0, 0))
@@ -283,7 +323,7 @@ class Index:
         if fresh:
             self._check_languages(fresh)
         if self.embed and chunks:
-            made = iter(self._vectors(fresh, "passage"))
+            made = iter(self._vectors(fresh, "passage") if fresh else ())
             rows = [self._kept[c.id] if c.id in self._kept else next(made) for c in chunks]
             self._append("vectors", np.array(rows, np.float32).tobytes())
         if chunks:
@@ -356,11 +396,7 @@ class Index:
             fd = os.open(self.folder, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
-        valid = {self._path(name).name for name in self.manifest["files"]}
-        valid |= {name for name, _ in self.manifest["segments"]}
-        for path in self.folder.iterdir():
-            if path.name.startswith(tuple(SUFFIX) + ("terms-",)) and path.name not in valid:
-                path.unlink()
+        self._sweep(self.manifest)
 
     # ------------------------------------------------------------------------ searching
 

@@ -30,7 +30,7 @@ import embed
 import rag_eval
 from configurator import configure, fail
 from corpus import language
-from documents import Cut, count_pieces, find_documents, read_document, update
+from documents import Cut, as_utf8, count_pieces, find_documents, read_document, update
 from generate import generate, load_model
 from index import Hit, Index, Mode
 from model import Transformer
@@ -341,14 +341,16 @@ def print_segments(paths: list[str], cfg: Config) -> None:
     if not paths:
         raise ValueError("split what? python rag.py split FILES")
     files, skipped = find_documents(paths, cfg.max_file_mb)
-    print(*skipped, sep="\n", end="\n" * bool(skipped), file=sys.stderr)
+    print(as_utf8("".join(f"{line}\n" for line in skipped)), end="", file=sys.stderr)
     cut = cutter(cfg, load_embedder(cfg))
     for path, _ in files:
         try:
-            for chunk in read_document(path, path.read_bytes(), cut)[0]:
-                print(json.dumps(asdict(chunk), ensure_ascii=False))
+            chunks, _ = read_document(path, path.read_bytes(), cut)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+            print(f"skipped {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+            continue
+        for chunk in chunks:
+            print(json.dumps(asdict(chunk), ensure_ascii=False))
 
 
 def check(cfg: Config) -> None:
@@ -387,10 +389,10 @@ def main() -> None:
             {"add": add, "split": print_segments}[job](operands, cfg)
         else:
             {"chat": chat, "info": info}[job](cfg)
+    except BrokenPipeError:  # whoever read what is printed has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        fail(str(error))
-    except BrokenPipeError:
-        raise SystemExit(0) from None
+        fail(str(error), 3 if isinstance(error, OSError) else 2)
 
 
 if __name__ == "__main__":

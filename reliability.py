@@ -7,17 +7,15 @@ The scoreboard: break the shipped scripts in every way we know, and count what i
 
 One function per row: its docstring says what is done and with which deliberate break the row was
 seen to fail. They return what was measured and whether that is what is promised; tests/
-test_reliability.py calls the same functions with smaller numbers. The rows about what people write
-and what strangers send are in hostile.py.
+test_reliability.py calls the same functions with smaller numbers. The rows about files are in
+damage.py, those about what people write and what strangers send in hostile.py.
 """
 import argparse
 import contextlib
-import io
 import json
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -37,254 +35,16 @@ import torch
 import checkpoint
 import corpus
 import data
-import examples
 import interrupts
-from faults import (ROOT, STAGES, Lab, Result, Run, crash_everywhere, damaged, newest, same_bits,
-                    same_run, side_by_side, spoil, trace)
+from damage import crash_at_every_call, damaged_files, disk_full, kill_storm
+from faults import (ROOT, STAGES, Lab, Result, Run, die_after_save, same_bits, same_run,
+                    side_by_side, trace)
 from hostile import bad_lines, hostile_files, injections, typos, worst_strings
-from tokenizer import load_tokenizer
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-# ---------------------------------------------------------------------------- files
-
-def kill_storm(lab: Lab, kills: int = 300) -> Result:
-    """SIGKILL at random moments from the first instruction of main() on, each life resuming where
-    the last one was shot, until the run ends; then the next of the five stages. After each kill
-    every checkpoint is read back; at the end losses, weights and moments are compared bit by bit
-    with a run that nothing disturbed. Seen to fail when checkpoint.save wrote in place, and when
-    the optimizer was not restored."""
-    def storm(stage: str) -> list[int]:
-        """Kills, runs, corrupt checkpoints, runs that differ."""
-        r, done, runs, corrupt, differ = Random(stage), 0, 0, 0, 0
-        expected, seconds = lab.whole(stage, max_steps=12)
-        while done < kills / len(STAGES):
-            out, patience = lab.new("storm"), 0.4 * seconds
-            while True:
-                run = lab.start(stage, out, resume=True, max_steps=12)
-                if run.ends(r.uniform(0.002, patience)):
-                    break
-                run.send(signal.SIGKILL)
-                run.wait()
-                done += 1
-                patience *= 1.02  # a run must end some time, even on a busy machine
-                corrupt += len(damaged(out))
-            differ += run.code != 0 or not same_run(out, expected)
-            runs += 1
-            shutil.rmtree(out)
-        return [done, runs, corrupt, differ]
-
-    found = side_by_side([partial(storm, stage) for stage in STAGES])
-    done, runs, corrupt, differ = map(sum, zip(*found))
-    return (f"{done:,} kills in {runs:,} runs: {corrupt} corrupt checkpoints, {differ} runs that "
-            "differ by a bit", not corrupt and not differ)
-
-
-def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
-    """A child dies at its k-th call that touches the disk, for every k, once between two calls and
-    once in the middle of a write: while a checkpoint is saved (the older one is there), while
-    data.py makes token shards, and while examples.py makes the rows of a chat file. Whatever makes
-    files can be tried so: give `crash_everywhere` the operation. Seen to fail when checkpoint.save
-    wrote under the final name, when write_text did, and when examples.prepare left what a killed
-    run had begun."""
-    out = lab.new("crash")
-    state = newest(lab.folder / "base")
-    state["model"] = dict(list(state["model"].items())[:3])  # fewer tensors, fewer calls to try
-    old, new, next_one = ({"format": 1, "step": step, "kind": "pt", "model": state["model"],
-                           "optimizer": [], "tokenizer": state["tokenizer"]} for step in (1, 2, 3))
-
-    def old_or_new() -> bool:
-        found = newest(out)
-        right = same_bits(found, new if found["step"] == 2 else old) and not damaged(out)
-        checkpoint.save(str(out), 3, next_one)  # which sweeps up what the dead left
-        return right and newest(out)["step"] == 3 and not list(out.glob(".tmp-*"))
-
-    def only_old() -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        checkpoint.save(str(out), 1, old)
-
-    jobs = {"checkpoint": (lambda: checkpoint.save(str(out), 2, new, keep=1), old_or_new, only_old)}
-
-    text = lab.folder / "few.jsonl"
-    text.write_text("".join((lab.folder / "pt.jsonl").read_text().splitlines(True)[:40]))
-    cfg = data.Config(str(text), f"{lab.folder}/tok.txt", str(lab.new("shards")), 0.2, workers=1)
-
-    def prepare() -> None:
-        corpus.BATCH_BYTES, data.JOURNAL_SECONDS = 5_000, 0  # a journal behind each small batch
-        with contextlib.redirect_stdout(io.StringIO()):
-            data.prepare(cfg, corpus.Progress())
-
-    def contents(folder: str) -> dict[str, bytes]:
-        return {p.name: p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-
-    def again(make, folder: str, expected: dict) -> bool:
-        """A second try ends with the same bytes, and nothing else lies about."""
-        if (Path(folder) / "meta.json").exists() and not (
-                expected.items() <= contents(folder).items()):
-            return False  # it says it is whole, and is not
-        make()
-        return contents(folder) == expected
-
-    sizes = corpus.BATCH_BYTES, data.JOURNAL_SECONDS
-    prepare()
-    jobs["shards"] = (prepare, partial(again, prepare, cfg.out_dir, contents(cfg.out_dir)),
-                      lambda: shutil.rmtree(cfg.out_dir, ignore_errors=True))
-    corpus.BATCH_BYTES, data.JOURNAL_SECONDS = sizes
-
-    rows = lab.new("rows")
-    tok = load_tokenizer(cfg.tokenizer)
-
-    def load_rows() -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            examples.load_examples(f"{lab.folder}/sft.jsonl", "chat", tok, 256, f"{rows}/data", 0.2)
-
-    def clear() -> None:
-        shutil.rmtree(rows, ignore_errors=True)
-
-    load_rows()
-    jobs["rows"] = load_rows, partial(again, load_rows, str(rows), contents(str(rows))), clear
-    results = side_by_side([partial(crash_everywhere, *job, every) for job in jobs.values()])
-    text = ", ".join(f"{name} {n:,}" for name, (n, _) in zip(jobs, results))
-    bad = sum(b for _, b in results)
-    return f"crashes: {text}; {bad} bad states", not bad
-
-
-def damaged_files(lab: Lab, n: int = 1500) -> Result:
-    """A flipped bit, a cut end or a zeroed page in a checkpoint of each stage, in a token shard and
-    in the rows of examples: the file must be named and not used (of two checkpoints the other one
-    is). Seen to fail when `damage` trusted the zip archive's own end, when open_token_file looked
-    at the size only, and when load_examples did not compare the sha256."""
-    files = {}
-    for stage in STAGES:
-        files[stage] = checkpoint.list_checkpoints(lab.whole(stage, max_steps=2)[0])[0]
-    folder = lab.new("damaged")
-    shutil.copytree(lab.folder / "data", folder)
-    tok = load_tokenizer(f"{lab.folder}/tok.txt")
-    rows = lab.new("rows")
-    with contextlib.redirect_stdout(io.StringIO()):
-        examples.load_examples(f"{lab.folder}/sft.jsonl", "chat", tok, 256, str(rows), 0.2)
-    files |= {"shard": folder / "train_en.bin", "words": rows / "train.words",
-              "rows": rows / "train.rows"}
-
-    def notices(name: str, path: Path) -> bool:
-        said = io.StringIO()
-        checkpoint._known_good.clear()  # as a new process
-        with contextlib.redirect_stdout(said):
-            try:
-                if name in STAGES:
-                    return checkpoint.load(path.parent)[1] != path and path.name in said.getvalue()
-                if name == "shard":
-                    data.open_data(str(folder))
-                else:
-                    examples.load_examples(f"{lab.folder}/sft.jsonl", "chat", tok, 256, str(rows),
-                                           0.2)
-            except ValueError as error:
-                return str(path) in str(error)
-        return False
-
-    r, found, kinds = Random(1), 0, {}
-    for i in range(n):
-        name, path = list(files.items())[i % len(files)]
-        raw = path.read_bytes()
-        kind, bad = spoil(raw, r)
-        path.write_bytes(bad)
-        kinds[kind] = kinds.get(kind, 0) + 1
-        found += notices(name, path)
-        path.write_bytes(raw)
-    unharmed = not any(notices(name, path) for name, path in files.items())
-    text = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
-    return f"{found:,} of {n:,} ({text})", found == n and unharmed
-
-
-def disk_full(lab: Lab, shares: tuple[float, ...] = (0.1, 0.5, 0.99),
-              stages: tuple[str, ...] = STAGES) -> Result:
-    """Each stage goes on from a checkpoint with a limit on the size of files (RLIMIT_FSIZE) that
-    the next checkpoint passes after some share of it; and, where we may mount one, on a tmpfs with
-    room for less than another checkpoint. The script must end with exit code 3 and say why, the old
-    checkpoint must be what it was, no temporary file may be left, and with room again the run goes
-    on. Seen to fail when save left its temporary file, and when it passed on torch's own error."""
-    mount = can_mount(lab.folder)
-
-    def fill(stage: str) -> list[int]:
-        """Cases, and those that went wrong."""
-        cases = bad = 0
-        whole, _ = lab.whole(stage, max_steps=4)
-        start = lab.new("full")
-        lab.start(stage, start, die_after_save(2), max_steps=4).wait()
-        size = checkpoint.list_checkpoints(start)[0].stat().st_size
-        for share in shares:
-            out = lab.new("full")
-            shutil.copytree(start, out)
-
-            def limit() -> None:
-                most = int(share * size)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-            bad += not refuses(lab, stage, out, start, whole, "File too large", limit)
-            cases += 1
-        if mount:
-            with tmpfs(lab.new("tmpfs"), folder_size(start) + size // 3) as room:
-                out = room / "out"
-                shutil.copytree(start, out)
-                bad += not refuses(lab, stage, out, start, None, "No space left on device")
-                cases += 1
-        return [cases, bad]
-
-    cases, bad = map(sum, zip(*side_by_side([partial(fill, stage) for stage in stages])))
-    return (f"{cases - bad} of {cases} full disks: old checkpoint intact, exit code 3, reason "
-            "said, no temporary file" + "; no tmpfs: no right to mount one" * (not mount), not bad)
-
-
-def refuses(lab: Lab, stage: str, out: Path, start: Path, whole: Path | None, reason: str,
-            limit=lambda: None) -> bool:
-    """Whether a run that meets a full disk ends as it should, and goes on once there is room."""
-    run = lab.start(stage, out, limit, resume=True, max_steps=4)
-    good = run.wait() == 3 and reason in run.text and "Traceback" not in run.text
-    good &= same_bits(newest(out), newest(start)) and not damaged(out)
-    good &= not [p for p in out.rglob("*") if "tmp" in p.name]
-    if whole:
-        good &= lab.start(stage, out, resume=True, max_steps=4).wait() == 0 and same_run(out, whole)
-    return good
-
-
-def folder_size(folder: Path) -> int:
-    return sum(-(-p.stat().st_size // 4096) * 4096 for p in folder.rglob("*"))
-
-
-def can_mount(folder: Path) -> bool:
-    """Whether we have the right to mount a tmpfs."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        with tmpfs(folder / "tmpfs", 1 << 16):
-            return True
-    return False
-
-
-@contextlib.contextmanager
-def tmpfs(at: Path, size: int):
-    at.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", at], check=True,
-                   capture_output=True)
-    try:
-        yield at
-    finally:
-        subprocess.run(["umount", at], check=True)
-
-
 # ---------------------------------------------------------------------------- stops
-
-def die_after_save(step: int):
-    """For Lab.start: SIGKILL from inside, right behind the checkpoint of a step."""
-    def before() -> None:
-        real = checkpoint.save
-
-        def save(out_dir, at, state, **more):
-            path = real(out_dir, at, state, **more)
-            if at == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return path
-        checkpoint.save = save
-    return before
-
 
 def resume_anywhere(lab: Lab, steps: int = 30, stages: tuple[str, ...] = STAGES) -> Result:
     """Each stage in as many lives as it has steps, one step each: so every step is resumed at, and
@@ -577,7 +337,7 @@ def not_finite(lab: Lab, stages: tuple[str, ...] = STAGES) -> Result:
 ROWS = [
     (kill_storm, "SIGKILL storm on the five training scripts",
      "300 kills, 0 corrupt checkpoints, 0 differing bits"),
-    (crash_at_every_call, "crash at every I/O call: checkpoint, token shards, rows",
+    (crash_at_every_call, "crash at every I/O call: checkpoint, token shards, rows, index",
      "all calls, 0 bad states"),
     (damaged_files, "damaged files detected and named", "1,500 of 1,500"),
     (disk_full, "full disk (file size limit, tmpfs)", "100 %, 0 temporary files"),

@@ -1,6 +1,6 @@
 """The rows of RELIABILITY.md with smaller numbers. What each does, and with which deliberate break
-it was seen to fail, is said by its function in reliability.py and hostile.py; misspelt settings,
-bad lines, special tokens and worst strings have short forms in the tests of those files."""
+it was seen to fail, is said by its function in reliability.py, damage.py and hostile.py; misspelt
+settings, bad lines, special tokens and worst strings have short forms in those files' tests."""
 import os
 import re
 import signal
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import reliability
-from faults import Lab, crash_everywhere, damaged, newest, side_by_side
-from reliability import ROWS, die_after_save, two_ranks
+from faults import Lab, crash_everywhere, damaged, die_after_save, newest, side_by_side
+from reliability import ROWS, two_ranks
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and kills as Linux does")
