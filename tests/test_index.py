@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 
-import index as index_module
+import manifest as manifest_module
 from index import Index, diverse, reciprocal_rank_fusion
 from segment import Chunk, split
 from topics import terms
@@ -296,7 +296,7 @@ def test_a_crash_at_any_call_leaves_the_old_index_or_the_new(tmp_path, monkeypat
 
 def another_format(raw):
     manifest = json.loads(raw)[1] | {"format": 7}
-    return json.dumps([index_module.sha256_of(manifest), manifest]).encode()
+    return json.dumps([manifest_module.sha256_of(manifest), manifest]).encode()
 
 
 def test_damage_is_named(tmp_path):
@@ -335,7 +335,7 @@ def test_a_full_disk_leaves_the_old_index(tmp_path, monkeypatch):
 
         def full(*args):
             raise OSError(28, "No space left on device")
-        monkeypatch.setattr(index_module.os, "fsync", full)
+        monkeypatch.setattr(manifest_module.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             made.commit()
         monkeypatch.undo()
