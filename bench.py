@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
+import documents
 import examples
 import runtime
 import train_dpo
@@ -46,7 +47,9 @@ from configurator import configure, fail
 from corpus import Progress
 from examples import Row
 from generate import generate
+from index import Index
 from model import ModelConfig, Transformer, rope_table, rotate
+from segment import split
 from tokenizer import PATTERN, SPECIALS, count_pieces, dump, load_tokenizer, train_bpe
 from toyworld import pt_document
 
@@ -55,7 +58,7 @@ READ = 256 << 20  # bytes of the array whose sum measures the memory: more than 
 
 @dataclass(frozen=True)
 class Config:
-    only: str = "limits,train,decode,stages,loader,data,resume"  # jobs to run, comma-separated
+    only: str = "limits,train,decode,stages,loader,data,resume,search"  # jobs, comma-separated
     repeats: int = 7  # good samples of each contender
     sample_s: float = 1.0  # seconds that a sample lasts at least; below 0.3 others go unnoticed
     max_foreign: float = 0.1  # part of a core that others may use during a good sample
@@ -71,6 +74,7 @@ class Config:
     decode_tokens: int = 64  # tokens written behind a prompt of 16
     decode_1b: bool = False  # also write with 1.1B parameters
     data_mb: int = 24  # text to encode
+    chunks: int = 100_000  # in the index that is searched
 
 
 def used_by_others() -> float:
@@ -385,8 +389,80 @@ def resume(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     yield race
 
 
+def write_note(rng: np.random.Generator, lang: str, paragraphs: int) -> str:
+    """Markdown of made-up words, or Han characters, whose frequencies fall as 1 / rank."""
+    n, size = paragraphs * 48, 3000 if lang == "zh" else 40_000
+    rank = np.minimum(np.exp(rng.random(n) * np.log(size)), size - 1).astype(int)  # Zipf
+    words = [chr(0x4E00 + i) if lang == "zh" else f"w{i:x}" for i in rank]
+    lines = []
+    for at in range(0, n, 48):
+        if at % 480 == 0:
+            lines.append(f"# {words[at]}")
+        parts = [words[i:i + 12] for i in range(at, at + 48, 12)]
+        lines.append("".join("".join(p) + "。" for p in parts) if lang == "zh" else
+                     " ".join(" ".join(p) + "." for p in parts))
+    return "\n\n".join(lines)
+
+
+def resident() -> float:
+    """Bytes of this process in memory; nan where there is no /proc."""
+    try:
+        return float(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return torch.nan
+
+
+def search(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+    """Splitting notes, half of them Chinese, making an index of their chunks, and asking for 8
+    words or 12 characters of one of them; beside it the product with 384 numbers for each chunk
+    that exact dense search needs."""
+    rng, count = np.random.default_rng(0), documents.count_pieces
+    cut = partial(split, max_tokens=128, count=count)
+    one, two = ("".join(write_note(rng, lang, n) for lang in ("en", "zh")) for n in (1000, 2000))
+    few = cut(one, "few")[:2000]
+
+    def index_few() -> None:
+        shutil.rmtree(f"{folder}/few", ignore_errors=True)
+        with Index(f"{folder}/few", True) as made:
+            made.put("few", "", few)
+            made.commit()
+
+    race = Race("search", {"split": partial(cut, one, "one"), "split twice as much": partial(
+        cut, two, "two"), f"index {len(few):,} chunks": index_few}, cfg)
+    for (name, seconds), (n, unit) in zip(race.seconds.items(), (
+            (len(one.encode()) / 1e6, "MB/s"), (len(two.encode()) / 1e6, "MB/s"),
+            (len(few), "chunks/s"))):
+        race.row(name, n / seconds, unit)
+    yield race
+
+    start, left, i, asked = time.perf_counter(), cfg.chunks, 0, {"en": [], "zh": []}
+    with Index(f"{folder}/many", True) as made:
+        while left:
+            lang = ("en", "zh")[i % 2]
+            chunks = cut(write_note(rng, lang, 100), str(i))[:left]
+            words = chunks[0].text.split("\n")[-1]
+            asked[lang].append(" ".join(words.split()[:8]) if lang == "en" else words[:12])
+            made.put(str(i), "", chunks)
+            if made.waiting() >= documents.COMMIT_CHUNKS or len(chunks) == left:
+                made.commit()
+            left, i = left - len(chunks), i + 1
+    seconds, before = time.perf_counter() - start, resident()
+    size = sum(path.stat().st_size for path in Path(folder, "many").iterdir())
+    with Index(f"{folder}/many") as index:
+        turns = {lang: iter(questions * 10_000) for lang, questions in asked.items()}
+        vectors, one_vector = torch.randn(cfg.chunks, 384), torch.randn(384)
+        race = Race("search", {f"BM25, {lang}": lambda lang=lang: index.search(next(turns[lang]))
+                               for lang in asked} | {
+            "dense, 384 numbers": lambda: torch.mv(vectors, one_vector).topk(100)}, cfg)
+        memory = resident() - before - 4 * vectors.numel()
+        for name in race.seconds:
+            race.row(name, 1000 * race.seconds[name], "ms", chunks=cfg.chunks, built_s=seconds,
+                     disk_mb=size / 1e6, memory_mb=memory / 1e6)
+    yield race
+
+
 JOBS = {"limits": limits, "train": train, "decode": decode, "stages": stages, "loader": loader,
-        "data": prepare, "resume": resume}
+        "data": prepare, "resume": resume, "search": search}
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from model import ModelConfig, Transformer
 HERE = Path(__file__).parent.parent
 TINY = dict(repeats=2, sample_s=0.01, max_foreign=1e9, compile=False, matmul=64, n_layer=2,
             n_embd=64, vocab_size=512, seq_len=32, batch_size=2, decode_embd=64, decode_tokens=4,
-            data_mb=1)
+            data_mb=1, chunks=300)
 
 
 def shape(tied: bool = False) -> ModelConfig:
@@ -48,7 +48,9 @@ def test_every_job_prints_its_figures_with_a_unit(rows):
         ("stages", "SFT, packed"): "tok/s", ("stages", "64 replies at once"): "tok/s",
         ("loader", "Windows.batch 16x256"): "us/batch", ("data", "prepare, 2 worker(s)"): "MB/s",
         ("loader", "nanoGPT's way 12x1024"): "us/batch", ("data", "prepare, 1 worker(s)"): "MB/s",
-        ("data", "tiktoken alone, 1 thread"): "MB/s", ("resume", "at step 1,000,000"): "s"}
+        ("data", "tiktoken alone, 1 thread"): "MB/s", ("resume", "at step 1,000,000"): "s",
+        ("search", "split"): "MB/s", ("search", "index 1,000 chunks"): "chunks/s",
+        ("search", "BM25, zh"): "ms", ("search", "dense, 384 numbers"): "ms"}
     found = {(job, name): row for (job, name, _), row in rows[0].items()}
     for key, unit in units.items():
         row = found[key]
