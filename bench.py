@@ -412,10 +412,13 @@ def resident() -> float:
         return torch.nan
 
 
+def made_up(texts: list[str], kind: str) -> np.ndarray:
+    return np.random.default_rng(len(texts[0])).standard_normal((len(texts), 384), np.float32)
+
+
 def search(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
-    """Splitting notes, half of them Chinese, making an index of their chunks, and asking for 8
-    words or 12 characters of one of them; beside it the product with 384 numbers for each chunk
-    that exact dense search needs."""
+    """Splitting notes, half of them Chinese, making an index of their chunks with 384 made-up
+    numbers for each, and asking for 8 words or 12 characters of one of them."""
     rng, count = np.random.default_rng(0), documents.count_pieces
     cut = partial(split, max_tokens=128, count=count)
     one, two = ("".join(write_note(rng, lang, n) for lang in ("en", "zh")) for n in (1000, 2000))
@@ -436,28 +439,31 @@ def search(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     yield race
 
     start, left, i, asked = time.perf_counter(), cfg.chunks, 0, {"en": [], "zh": []}
-    with Index(f"{folder}/many", True) as made:
+    with Index(f"{folder}/many", True, made_up, "own:made up") as made:
         while left:
             lang = ("en", "zh")[i % 2]
             chunks = cut(write_note(rng, lang, 100), str(i))[:left]
             words = chunks[0].text.split("\n")[-1]
             asked[lang].append(" ".join(words.split()[:8]) if lang == "en" else words[:12])
             made.put(str(i), "", chunks)
-            if made.waiting() >= documents.COMMIT_CHUNKS or len(chunks) == left:
-                made.commit()
             left, i = left - len(chunks), i + 1
-    seconds, before = time.perf_counter() - start, resident()
-    size = sum(path.stat().st_size for path in Path(folder, "many").iterdir())
-    with Index(f"{folder}/many") as index:
+            if made.waiting() >= documents.COMMIT_CHUNKS or not left:
+                made.commit()
+    notes = {"chunks": cfg.chunks, "built_s": time.perf_counter() - start}
+    notes["disk_mb"] = sum(path.stat().st_size for path in Path(folder, "many").iterdir()) / 1e6
+    before = resident()
+    with Index(f"{folder}/many", False, made_up, "own:made up") as index:
         turns = {lang: iter(questions * 10_000) for lang, questions in asked.items()}
-        vectors, one_vector = torch.randn(cfg.chunks, 384), torch.randn(384)
-        race = Race("search", {f"BM25, {lang}": lambda lang=lang: index.search(next(turns[lang]))
-                               for lang in asked} | {
-            "dense, 384 numbers": lambda: torch.mv(vectors, one_vector).topk(100)}, cfg)
-        memory = resident() - before - 4 * vectors.numel()
-        for name in race.seconds:
-            race.row(name, 1000 * race.seconds[name], "ms", chunks=cfg.chunks, built_s=seconds,
-                     disk_mb=size / 1e6, memory_mb=memory / 1e6)
+        ask = {(lang, mode): partial(lambda lang, mode: index.search(next(turns[lang]), mode=mode),
+                                     lang, mode)
+               for mode in ("bm25", "dense", "hybrid") for lang in (("en", "zh"), ("en",))[
+                   mode != "bm25"]}
+        for lang in asked:
+            ask[lang, "bm25"]()
+        notes["memory_mb"] = (resident() - before) / 1e6  # without the vectors, which stay on disk
+        race = Race("search", {f"{mode}, {lang}": f for (lang, mode), f in ask.items()}, cfg)
+        for name, seconds in race.seconds.items():
+            race.row(name, 1000 * seconds, "ms", **notes)
     yield race
 
 
