@@ -283,8 +283,10 @@ def peak_memory(device: torch.device) -> float:
 def resume_command() -> str:
     """The command that started us, with --resume."""
     words = [shlex.quote(a) for a in sys.argv if not a.startswith("--resume")]
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    start = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if world > 1 else "python"
+    world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    start = f"torchrun --nproc_per_node={here}" if world > 1 else "python"
+    if world > here:
+        start = "on each machine, with the same --nnodes and address as before: " + start
     return f"{start} {' '.join(words)} --resume"
 
 

@@ -67,6 +67,9 @@ def test_resume_command_repeats_the_command_line(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert runtime.resume_command().startswith("torchrun --nproc_per_node=2 train_pt.py")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert runtime.resume_command().startswith("on each machine, with the same --nnodes and address"
+                                               " as before: torchrun --nproc_per_node=2 train_pt")
 
 
 def test_device_and_precision_are_chosen_or_refused():
