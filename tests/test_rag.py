@@ -202,15 +202,16 @@ def test_add_ask_chat_info_and_split_from_the_command_line(notes, tmp_path):
 
 
 def test_split_passes_over_what_it_cannot_read_and_ends_when_its_reader_does(notes, tmp_path):
-    """Seen to fail (exit code 2) with BrokenPipeError behind OSError, of which it is one."""
+    """Seen to fail (exit code 2) with BrokenPipeError behind OSError, of which it is one. The binary
+    file comes first, before the reader has had enough."""
     for i in range(40):
         (tmp_path / f"{i}.md").write_text("Many words. " * 4000)
-    (tmp_path / "00.txt").write_bytes(b"\0\1")
+    (tmp_path / "!.txt").write_bytes(b"\0\1")
     child = subprocess.Popen([sys.executable, "rag.py", "split", tmp_path], cwd=ROOT, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert "Many words." in json.loads(child.stdout.readline())["text"]
     child.stdout.close()
-    assert child.stderr.read() == f"skipped {tmp_path}/00.txt: binary\n" and child.wait() == 0
+    assert child.stderr.read() == f"skipped {tmp_path}/!.txt: binary\n" and child.wait() == 0
 
 
 def test_the_projects_own_vectors_say_how_good_they_are(notes, tiny, tmp_path, capsys, monkeypatch):
