@@ -19,6 +19,7 @@ import os
 import random
 import select
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -169,6 +170,16 @@ class Lab:
         out, start = self.new(f"whole_{stage}"), time.perf_counter()
         self.must(f"train_{stage}", self.arguments(stage, out, **changes))
         return out, time.perf_counter() - start
+
+
+def places(world: int) -> list[dict[str, str]]:
+    """What torchrun would tell each of so many processes on this machine."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [{"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            for rank in range(world)]
 
 
 def die_after_save(step: int):

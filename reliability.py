@@ -18,7 +18,6 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,7 @@ import corpus
 import data
 import interrupts
 from damage import crash_at_every_call, damaged_files, disk_full, kill_storm
-from faults import (ROOT, STAGES, Lab, Result, Run, die_after_save, same_bits, same_run,
+from faults import (ROOT, STAGES, Lab, Result, Run, die_after_save, places, same_bits, same_run,
                     side_by_side, trace)
 from hostile import bad_lines, hostile_files, injections, typos, worst_strings
 
@@ -112,13 +111,7 @@ def same_order(lab: Lab, stage: str) -> bool:
 
 def two_ranks(lab: Lab, stage: str, out: Path, before=lambda: None, **changes) -> list[Run]:
     """A run on two gloo processes, forked instead of started by torchrun."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(port)}
-    return [lab.start(stage, out, before, common | {"RANK": rank, "LOCAL_RANK": rank}, **changes)
-            for rank in "01"]
+    return [lab.start(stage, out, before, place, **changes) for place in places(2)]
 
 
 def signals(lab: Lab, moments: int = 20) -> Result:

@@ -14,6 +14,7 @@ Checkpoints do not know how many processes there were, nor which of the two.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,13 @@ def wrap(model: nn.Module, dist: Dist, shard: bool = False, recompute: bool = Fa
     blocks = [m for m in model.modules() if isinstance(m, Block)]
     shard = shard and dist.world > 1
     for block in blocks:
+        plain = learn = block.forward
         if compiled and shard:  # FSDP's hooks stay outside of what is compiled
-            block.forward = torch.compile(block.forward)
+            learn = torch.compile(learn)
         if recompute:
-            block.forward = run_again(block.forward)
+            learn = partial(checkpoint, learn, use_reentrant=False, preserve_rng_state=False)
+        if learn is not plain:
+            block.forward = to_learn(learn, plain)
     if shard:
         # Autocast would round a block's matrices to dist.dtype anyway: they travel in it. The
         # inputs stay fp32, else the sum x and the angles of RoPE would be rounded as well.
@@ -63,13 +67,10 @@ def wrap(model: nn.Module, dist: Dist, shard: bool = False, recompute: bool = Fa
     return DistributedDataParallel(net, device_ids=ids)
 
 
-def run_again(forward: Callable) -> Callable:
-    """`forward`, which keeps nothing for the backward pass but its inputs."""
-    def again(*args):
-        if not torch.is_grad_enabled():
-            return forward(*args)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
-    return again
+def to_learn(learn: Callable, plain: Callable) -> Callable:
+    """`learn` where gradients are wanted, else `plain`: nothing is run again then, and what writes
+    would be compiled anew for every length."""
+    return lambda *args: (learn if torch.is_grad_enabled() else plain)(*args)
 
 
 def parts_of(model: nn.Module) -> list[FSDPModule]:
