@@ -263,10 +263,12 @@ def load(where: str, device: str | torch.device = "cpu") -> tuple[dict, Path]:
                      else f"{where}: none of its {len(paths)} checkpoints is valid")
 
 
-def restore(cfg, kind: str, optimizers: list, tokenizer: str) -> tuple[int, dict]:
-    """Where a run of a later stage goes on: the step and the state that `cfg.resume` asks for, to
-    be loaded; (0, {}) for a fresh start. Raises ValueError if the newest checkpoint in
-    `cfg.out_dir` does not fit, or if a fresh run would be mixed with an older one."""
+def restore(cfg, kind: str, optimizers: list, tokenizer: str, shape: dict,
+            data_id: str) -> tuple[int, dict]:
+    """Where a run goes on: the step and the state that `cfg.resume` asks for, to be loaded; (0, {})
+    for a fresh start. Says which settings have changed, and whether the training data has. Raises
+    ValueError if the newest checkpoint in `cfg.out_dir` does not fit, or if a fresh run would be
+    mixed with an older one."""
     say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
     found = list_checkpoints(cfg.out_dir)
     if found and not cfg.resume:
@@ -279,12 +281,23 @@ def restore(cfg, kind: str, optimizers: list, tokenizer: str) -> tuple[int, dict
     state, path = load(cfg.out_dir)
     if state["kind"] != kind:
         raise ValueError(f"{path}: is a checkpoint of stage {state['kind']}, not of {kind}")
-    if state["tokenizer"] != tokenizer:
-        raise ValueError(f"{path}: made with another tokenizer than {cfg.init_from}")
+    fits(path, state, tokenizer, shape)
+    if len(state["optimizer"]) != len(optimizers):
+        raise ValueError(f"{path}: was trained with another --optimizer")
     for key, value in state["config"].items():
         if getattr(cfg, key, value) != value and key not in ("resume", "device"):
             say(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
-    if len(state["optimizer"]) != len(optimizers):
-        raise ValueError(f"{path}: was trained with another --optimizer")
+    if state.get("data", data_id) != data_id:
+        say("WARNING: the training data is not what this run began with: examples may come twice")
     say(f"loaded {path}")
     return state["step"], state
+
+
+def fits(path: Path, state: dict, tokenizer: str, shape: dict) -> None:
+    """Raises ValueError unless the model of a checkpoint has this shape and speaks these ids."""
+    differ = [f"{key} is {value}, asked for {shape[key]}"
+              for key, value in state["model_config"].items() if value != shape[key]]
+    if differ:
+        raise ValueError(f"{path}: its model has another shape: {', '.join(differ)}")
+    if state["tokenizer"] != tokenizer:
+        raise ValueError(f"{path}: made with another tokenizer than that of the data")

@@ -455,7 +455,7 @@ def _start_worker() -> None:
 
 def write_text(path: str, text: str) -> None:
     """Write a small file whole or not at all: a crash leaves the old one or the new one.
-    Raises ValueError with the reason."""
+    Raises OSError with path and reason."""
     try:
         with open(f"{path}.tmp", "w", encoding="utf-8") as f:
             f.write(text)
@@ -465,4 +465,4 @@ def write_text(path: str, text: str) -> None:
     except OSError as error:
         if os.path.exists(f"{path}.tmp"):
             os.unlink(f"{path}.tmp")
-        raise ValueError(f"{path} was not written: {error.strerror}") from None
+        raise OSError(f"{path} was not written: {error.strerror}") from None

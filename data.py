@@ -68,6 +68,7 @@ class TokenFile:
     n_bytes: int  # of UTF-8 text behind the ids
     n_docs: int
     tokenizer: str  # sha256 of the tokenizer that made it
+    sha256: str  # of the ids
     lang: str
 
 
@@ -104,7 +105,8 @@ def open_token_file(path: str, verify: Literal["auto", "full", "fast"] = "auto")
         raise ValueError(f"{path}: {error.strerror}") from None
     dtype = np.dtype(f"<u{width}")
     ids = np.memmap(path, dtype, "r", HEADER_BYTES, (count,)) if count else np.zeros(0, dtype)
-    return TokenFile(path, ids, vocab_size, n_bytes, n_docs, tok.hex(), lang.rstrip(b"\0").decode())
+    return TokenFile(path, ids, vocab_size, n_bytes, n_docs, tok.hex(), payload.hex(),
+                     lang.rstrip(b"\0").decode())
 
 
 def read_json(path: str) -> dict | None:
@@ -168,8 +170,8 @@ def shuffled(index: np.ndarray, n: int, key: int) -> np.ndarray:
     return x.astype(np.int64)
 
 
-def mix(*values: int) -> int:
-    """A 64-bit hash of small integers, to make a seed for one thing out of several."""
+def mix(*values: int | str) -> int:
+    """A 64-bit hash of small things, to make a seed or a name for one out of several."""
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")
 
 
@@ -474,8 +476,8 @@ def main() -> None:
     except ValueError as error:
         message = str(error)
     except OSError as error:
-        message = (f"{error.filename or cfg.out_dir}: {error.strerror}; what is done is kept, the "
-                   "same command goes on from there")
+        reason = f"{error.filename or cfg.out_dir}: {error.strerror}" if error.errno else f"{error}"
+        message = f"{reason}; what is done is kept, the same command goes on from there"
     except KeyboardInterrupt:
         message = "stopped; the same command goes on from there"
     progress.end()

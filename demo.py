@@ -122,7 +122,7 @@ def main() -> None:
     try:
         text = report(cfg, time.time() - start)
         write_text(os.path.join(cfg.out_dir, "report.md"), text)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(f"{error}")
     print(f"\n{text}\nwritten to {cfg.out_dir}/report.md")
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from corpus import (BadLine, BadLines, Batch, FieldError, Progress, find_files, language, parallel,
                     parse_records, read_batches, write_text)
-from data import IGNORE, Order, cached_tokenizer, draw_split, read_json
+from data import IGNORE, Order, cached_tokenizer, draw_split, mix, read_json
 from tokenizer import ROLES, Tokenizer, render
 
 Kind = Literal["chat", "pair", "ranking", "prompt"]
@@ -179,10 +179,10 @@ class Rows:
     """Examples of a folder: a row each, two for a pair, one for each reply of a ranking. Nothing is
     in memory until used."""
 
-    def __init__(self, words: np.ndarray, table: np.ndarray, name: str):
+    def __init__(self, words: np.ndarray, table: np.ndarray, name: str, data_id: int = 0):
         self.words = words  # (tokens,) uint32: id, and LEARN
         self.table = table  # (rows,) of ROW
-        self.name = name
+        self.name, self.data_id = name, data_id  # data_id: a hash of both
         self.firsts = np.append(np.flatnonzero(table["first"]), len(table))  # row of each example
 
     def __len__(self) -> int:
@@ -245,7 +245,8 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
             size = os.path.getsize(name) // dtype.itemsize
             arrays.append(np.memmap(name, dtype, "r", shape=(size,)) if size
                           else np.zeros(0, dtype))
-        found[split] = Rows(*arrays, f"{paths} ({split})")
+        data_id = mix(*(meta["sha256"][f"{split}.{part}"] for part in ("words", "rows")))
+        found[split] = Rows(*arrays, f"{paths} ({split})", data_id)
     return found
 
 

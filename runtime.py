@@ -146,7 +146,8 @@ def all_sum(dist: Dist, *values: float | torch.Tensor) -> list[float]:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT ask the loop to stop at the next step; a second one ends it at once."""
+    """SIGTERM and SIGINT ask the loop to stop at the next step; a second one ends it at once. What
+    it says goes past print, in the middle of which the signal may come."""
 
     def __init__(self):
         self.name = ""
@@ -155,8 +156,12 @@ class StopSignals:
 
     def _ask(self, number: int, frame) -> None:
         if self.name:
+            os.write(2, f"{who()}ended by a second signal; --resume goes on from the newest "
+                        "checkpoint\n".encode())
             os._exit(128 + number)
         self.name = signal.Signals(number).name
+        os.write(2, f"{who()}{self.name}: stops behind this step; once more ends it at once\n"
+                    .encode())
 
 
 class GradientGuard:
@@ -198,7 +203,11 @@ class Log:
 
     def __init__(self, out_dir: str, dist: Dist, step: int, max_steps: int, tokens: int,
                  flops: int):
-        """`tokens` go into an optimizer step of the whole run, `flops` into a token."""
+        """`tokens` go into an optimizer step of the whole run, `flops` into a token. Raises
+        ValueError for a run that is past its end."""
+        if step > max_steps:
+            raise ValueError(f"{out_dir}: its run is at step {step:,}, past the {max_steps:,} steps "
+                             "asked for")
         self.max_steps, self.tokens, self.file = max_steps, tokens, None
         Here.step = step
         peak = peak_flops(dist)
@@ -317,12 +326,15 @@ def errors_in_one_line(out_dir: str) -> Iterator[None]:
     4 for numbers that are not finite, 5 for too little memory, 6 for another process that is gone.
     Else it is a bug: a traceback. One process of several says which it is, and at which step."""
     try:
+        if os.path.isfile(out_dir):
+            raise ValueError(f"--out_dir={out_dir} is a file, and must be a folder")
         yield
         return
     except ValueError as error:
         fail(f"{who()}{error}")
     except OSError as error:
-        code, text = 3, f"{error}"
+        text = f"{error}"
+        code, text = 3, text if out_dir in text else f"{out_dir}: {text}"
     except FloatingPointError as error:
         code = 4
         # newest first by name: the steps have leading zeros, and only finite weights are saved

@@ -360,7 +360,8 @@ def train(cfg: Config, dist: Dist) -> None:
     optimizers = make_optimizers(model, cfg)
     start = {"pairs": evaluate(model, val, ref_val, cfg, dist, False), "samples":
              sample_replies(model, tok, val, cfg, dist) if cfg.eval_samples else {}}
-    first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text)
+    data_id = pairs.data_id
+    first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text, asdict(config), data_id)
     if state:
         sharding.load(model, optimizers, state)
     log = runtime.Log(cfg.out_dir, dist, first, max_steps, 0, flops_per_token(config, length))
@@ -391,7 +392,7 @@ def train(cfg: Config, dist: Dist) -> None:
                 path = checkpoint.save(cfg.out_dir, step, {
                     "format": 1, "kind": KIND, "step": step, **weights(model, tensors),
                     "optimizer": moments, "model_config": asdict(config),
-                    "config": asdict(cfg), "tokenizer": tok.text})
+                    "config": asdict(cfg), "tokenizer": tok.text, "data": data_id})
                 print0(f"saved {path}")
             log.start_clock()
         if last or stopping:

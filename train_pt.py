@@ -34,7 +34,7 @@ import runtime
 import sharding
 from configurator import configure
 from costs import count_parameters, flops_per_token, training_memory
-from data import IGNORE, TokenFile, Windows, ahead, open_data, passages
+from data import IGNORE, TokenFile, Windows, ahead, mix, open_data, passages
 from generate import complete, load_model
 from model import ModelConfig, Transformer
 from runtime import Dist, all_sum, print0
@@ -203,40 +203,14 @@ def judge(cfg: Config, dist: Dist) -> None:
     print0(f"{cfg.split} of {cfg.data_dir} by {model_tok.name} | {score_line(scores)}")
 
 
-def restore(cfg: Config, model: Transformer, optimizers: list, tok: Tokenizer) -> int:
-    """Load what --resume or --init_from ask for; the step to go on from. Raises ValueError if the
-    checkpoint does not fit, or if a fresh run would be mixed with an older one in out_dir."""
-    where = cfg.out_dir if cfg.resume else cfg.init_from
-    if not cfg.resume and checkpoint.list_checkpoints(cfg.out_dir):
-        raise ValueError(f"{cfg.out_dir} holds a run already: go on with --resume, or give another "
-                         "--out_dir")
-    if cfg.resume and not checkpoint.list_checkpoints(cfg.out_dir):
-        print0(f"nothing to resume in {cfg.out_dir}: starting at step 0")
-        where = cfg.init_from
-    if not where:
-        return 0
+def start_from(where: str, model: Transformer, tok: Tokenizer) -> None:
+    """Take the weights of another run. Raises ValueError if they do not fit."""
     state, path = checkpoint.load(where)
-    if state["kind"] == "rm" or cfg.resume and where == cfg.out_dir and state["kind"] != KIND:
-        raise ValueError(f"{path}: is a checkpoint of stage {state['kind']}, not of {KIND}")
-    ours = asdict(model.config)
-    differ = [f"{k} is {v}, asked for {ours[k]}" for k, v in state["model_config"].items()
-              if v != ours[k]]
-    if differ:
-        raise ValueError(f"{path}: its model has another shape: {', '.join(differ)}")
-    if Tokenizer(state["tokenizer"], str(path)).sha256 != tok.sha256:
-        raise ValueError(f"{path}: made with another tokenizer than {cfg.data_dir}")
+    if state["kind"] == "rm":
+        raise ValueError(f"{path}: is a checkpoint of stage rm, not of {KIND}")
+    checkpoint.fits(path, state, tok.text, asdict(model.config))
     sharding.load_model(model, state["model"])
     print0(f"loaded {path}")
-    if where != cfg.out_dir or not cfg.resume:
-        return 0
-    for key, value in state["config"].items():
-        if getattr(cfg, key, value) != value and key not in ("resume", "device"):
-            print0(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
-    if len(state["optimizer"]) != len(optimizers):
-        raise ValueError(f"{path}: was trained with another --optimizer")
-    for optimizer, saved in zip(optimizers, state["optimizer"]):
-        sharding.load_optimizer(optimizer, saved)
-    return state["step"]
 
 
 def write_samples(model: Transformer, tok: Tokenizer, files: list[TokenFile], cfg: Config) -> None:
@@ -262,7 +236,12 @@ def train(cfg: Config, dist: Dist) -> None:
     model = Transformer(config)
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute, cfg.compile)
     optimizers = make_optimizers(model, cfg)
-    first = restore(cfg, model, optimizers, tok)
+    data_id = mix(*(file.sha256 for file in splits["train"]))
+    first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text, asdict(config), data_id)
+    if state:
+        sharding.load(model, optimizers, state)
+    elif cfg.init_from:
+        start_from(cfg.init_from, model, tok)
     windows = Windows(splits["train"], cfg.max_seq_len, cfg.seed)
     rows = cfg.batch_tokens // cfg.max_seq_len  # windows in an optimizer step, of all processes
     flops = flops_per_token(config, cfg.max_seq_len)
@@ -297,7 +276,7 @@ def train(cfg: Config, dist: Dist) -> None:
                 path = checkpoint.save(cfg.out_dir, step, {
                     "format": 1, "kind": KIND, "step": step, **weights(model, tensors),
                     "optimizer": moments, "model_config": asdict(config),
-                    "config": asdict(cfg), "tokenizer": tok.text})
+                    "config": asdict(cfg), "tokenizer": tok.text, "data": data_id})
                 print0(f"saved {path}")
             log.start_clock()
         if last or stopping:

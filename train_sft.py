@@ -289,7 +289,11 @@ def train(cfg: Config, dist: Dist) -> None:
            f"{max_steps * per_step / len(packed.bins):.2f} epochs")
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute)
     optimizers = make_optimizers(model, cfg)
-    first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text)
+    data_id = chats.data_id
+    first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text, asdict(config), data_id)
+    if state and state["config"]["lora_rank"] != cfg.lora_rank:
+        raise ValueError(f"{cfg.out_dir}: was trained with --lora_rank="
+                         f"{state['config']['lora_rank']}, asked for {cfg.lora_rank}")
     if state and cfg.lora_rank:
         if state["base"] != Path(model.path).name:
             raise ValueError(f"{cfg.out_dir}: was adapted from {state['base']}, not {model.path}")
@@ -323,7 +327,7 @@ def train(cfg: Config, dist: Dist) -> None:
                 path = checkpoint.save(cfg.out_dir, step, {
                     "format": 1, "kind": KIND, "step": step, **weights(model, tensors),
                     "optimizer": moments, "model_config": asdict(config),
-                    "config": asdict(cfg), "tokenizer": tok.text})
+                    "config": asdict(cfg), "tokenizer": tok.text, "data": data_id})
                 print0(f"saved {path}")
             log.start_clock()
         if last or stopping:

@@ -32,3 +32,4 @@ eval_tokens = 4_000_000
 save_every = 1000
 sample_every = 1000
 compile = True
+dist_timeout = 1800.0  # the others wait while one writes a checkpoint of 159 GB

@@ -41,3 +41,10 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, pt=str(folder / "pt"), tok=tok, model=model,
                            chat=str(folder / "chat.jsonl"), pairs=str(folder / "pairs.jsonl"),
                            prompts=str(folder / "prompts.jsonl"))
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """Toy data, and runs of the five stages in forked children; on Linux."""
+    from faults import Lab
+    return Lab(tmp_path_factory.mktemp("lab"))

@@ -1,24 +1,25 @@
 """
-What the tests of sharding.py do in several processes, started once for many jobs:
+What the tests of sharding.py do in several processes, forked once for many jobs:
 
-    torchrun --standalone --nproc_per_node=2 tests/in_processes.py JOBS.pt
+    found = run(2, [("share", dict(shape=SHAPE)), …], folder)      # found[rank][job]
 
-JOBS.pt holds a list of (name of a function below, its arguments); what they return is saved beside
-it, as JOBS.pt.RANK.
+A job is the name of a function below and its arguments; the first is given to it by its process.
 """
+import ctypes
 import importlib
 import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo  # noqa: F401, once instead of in every child
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import checkpoint  # noqa: E402
-import runtime  # noqa: E402
-import sharding  # noqa: E402
-import train_pt  # noqa: E402
-from generate import replies  # noqa: E402
-from model import ModelConfig, Transformer  # noqa: E402
+import checkpoint
+import runtime
+import sharding
+import train_pt
+from faults import Run, places
+from generate import replies
+from model import ModelConfig, Transformer
 
 
 def train(dist: runtime.Dist, stage: str, settings: dict) -> None:
@@ -138,9 +139,21 @@ def grown(dist: runtime.Dist, shape: dict, batch_size: int, recompute: bool) -> 
     return peak - before
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist = runtime.setup("cpu", "float32", 60)
+def run(world: int, jobs: list[tuple[str, dict]], folder: Path) -> list[list]:
+    """What each rank returns for each job."""
+    file = folder / f"jobs{world}"
+    torch.save(jobs, file)
+    started = [Run("in_processes", [str(file)], folder / f"said{world}.{place['RANK']}", **place)
+               for place in places(world)]
+    codes = [one.wait(500) for one in started]
+    assert codes == [0] * world, "".join(one.text for one in started)[-5000:]
+    return [torch.load(f"{file}.{rank}", weights_only=True) for rank in range(world)]
+
+
+def main() -> None:
+    """Of a process: argv has the file with the jobs."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed leaves the process
+    dist = runtime.setup("cpu", "float32", 500)
     jobs = torch.load(sys.argv[1], weights_only=True)
     found = [globals()[name](dist, **arguments) for name, arguments in jobs]
     torch.save(found, f"{sys.argv[1]}.{dist.rank}")

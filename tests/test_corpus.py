@@ -229,7 +229,7 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(fd):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ValueError, match="x was not written: No space left on device"):
+    with pytest.raises(OSError, match="x was not written: No space left on device"):
         write_text(str(path), "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
 

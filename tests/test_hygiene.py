@@ -18,8 +18,10 @@ FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("config/*.py"), *ROOT.glob(".ci/*
 MODULES = [path.stem for path in sorted(ROOT.glob("*.py"))]
 FORBIDDEN = {"eval", "exec", "__import__", "pickle.load", "pickle.loads", "pickle.Unpickler",
              "marshal.loads", "os.system", "os.popen", "shelve.open", "joblib.load", "yaml.load",
-             "torch.hub.load", "tiktoken.get_encoding", "urllib.request.urlopen"}
+             "torch.hub.load", "tiktoken.get_encoding", "urllib.request.urlopen", "runpy.run_path"}
 ALLOWED = {("configurator.py", "exec"),  # a config file is the user's own Python, see SECURITY.md
+           ("demo.py", "runpy.run_path"),  # of config/*_micro.py
+           ("bench.py", "runpy.run_path"),  # of the nanoGPT that --nanogpt names, see SECURITY.md
            ("embed.py", "urllib.request.urlopen")}  # to the server that --embed=http… names
 
 

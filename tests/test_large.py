@@ -1,38 +1,21 @@
 """train_pt.py config/pt_7b.py and config/pt_13b.py themselves, in several gloo processes: parts,
 blocks run again and compiled, as on eight GPUs; only sizes, steps and paths are others."""
 import json
-import random
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401, once instead of in every child
 
 import checkpoint
-import data
-from corpus import Progress
 from faults import Run, places
-from tokenizer import PATTERN, dump
-from toyworld import pt_document
 
-ROOT = Path(data.__file__).parent
+ROOT = Path(checkpoint.__file__).parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 SMALL = ("--n_layer=2 --n_head=4 --n_kv_head=2 --n_embd=64 --n_hidden=96 --max_seq_len=32 "
          "--batch_tokens=512 --batch_size=2 --max_steps=6 --warmup_steps=1 --eval_every=3 "
          "--eval_tokens=300 --save_every=3 --sample_every=6 --log_every=1").split()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("large")
-    docs = [pt_document(random.Random(i), "train", 2, 3, 0.3) for i in range(60)]
-    (folder / "pt.jsonl").write_text("".join(json.dumps(d) + "\n" for d in docs))
-    (folder / "tok.txt").write_text(dump([bytes([i]) for i in range(256)], PATTERN))
-    data.prepare(data.Config(str(folder / "pt.jsonl"), str(folder / "tok.txt"),
-                             str(folder / "text"), val_fraction=0.1, workers=1), Progress())
-    return folder / "text"
 
 
 def in_processes(world: int, config: str, out: Path, text: Path, backend: str, *more: str) -> str:
@@ -65,7 +48,7 @@ def losses(out: Path) -> list[float]:
     ("7b", "auto", 1e-5, "eager"), ("13b", "bfloat16", 1e-4, ""),
     pytest.param("7b", "auto", 1e-5, "inductor", marks=pytest.mark.slow)])
 def test_a_large_config_in_parts_gives_the_losses_of_one_process_and_goes_on_with_others(
-        name, dtype, close, backend, text, tmp_path):
+        name, dtype, close, backend, lab, tmp_path):
     """With two processes; and gone on with by four and by one, as if killed before the end was
     saved. The back end eager traces the blocks as inductor does, and leaves out the C++ compiler
     ("": nothing is traced; what goes on never is, to save time).
@@ -73,6 +56,7 @@ def test_a_large_config_in_parts_gives_the_losses_of_one_process_and_goes_on_wit
     ranks that all take the first rows of the batch; with blocks compiled where they write, too, for
     55 graphs."""
     config, one, two = f"config/pt_{name}.py", tmp_path / "one", tmp_path / "two"
+    text = lab.folder / "data"
     in_processes(1, config, one, text, "", f"--dtype={dtype}", "--shard=False",
                  "--recompute=False", "--compile=False")
     said = in_processes(2, config, two, text, backend, f"--dtype={dtype}")

@@ -12,16 +12,11 @@ from pathlib import Path
 import pytest
 
 import reliability
-from faults import Lab, crash_everywhere, damaged, die_after_save, newest, side_by_side
+from faults import crash_everywhere, damaged, die_after_save, newest, side_by_side
 from reliability import ROWS, two_ranks
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and kills as Linux does")
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("lab"))
 
 
 @pytest.mark.parametrize("row, more", [

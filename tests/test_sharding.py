@@ -1,10 +1,9 @@
 """sharding.py: copies or parts of a model in 2 and 4 processes do what one process does, and what
-they save does not tell how many they were. Everything in several processes runs in two starts."""
+they save does not tell how many they were. All of it runs in two starts."""
 import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +26,6 @@ from costs import training_memory
 from generate import load_model
 from toyworld import pt_document
 
-ROOT = Path(train_pt.__file__).parent
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)
 SHAPE = dict(vocab_size=96, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, head_dim=16, n_hidden=96,
              max_seq_len=64)
@@ -42,18 +40,6 @@ MOVES = [((2, True), (4, True)), ((4, True), (2, True)), ((2, True), (2, False))
          ((2, False), (4, True)), ((4, True), (1, False)), ((1, False), (2, True))]
 # two of them for each stage, each of them in two stages: all would take a minute more
 MOVED = [(stage, *MOVES[(2 * i + j) % 6]) for i, stage in enumerate(STAGES) for j in (0, 1)]
-
-
-def torchrun(world: int, jobs: list, folder: Path) -> list[list]:
-    """What each rank returns for each job."""
-    file = folder / f"jobs{world}"
-    torch.save(jobs, file)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
-         "tests/in_processes.py", str(file)], cwd=ROOT, capture_output=True, text=True,
-        timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"})
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
-    return [torch.load(f"{file}.{rank}", weights_only=True) for rank in range(world)]
 
 
 def trace(out_dir) -> list[float]:
@@ -122,7 +108,7 @@ def runs(tiny, tmp_path_factory) -> SimpleNamespace:
         jobs += [("grown", dict(shape=LARGER | changes, batch_size=batch_size, recompute=recompute))
                  for batch_size, changes in SIZES for recompute in (False, True) if world == 2
                  and sys.platform == "linux"]
-        first = torchrun(world, jobs, folder)
+        first = in_processes.run(world, jobs, folder)
         out.found[world] = list(zip(jobs, zip(*first)))
     moves = {world: [] for world in (1, 2, 4)}
     for stage, by, to in MOVED:
@@ -134,7 +120,7 @@ def runs(tiny, tmp_path_factory) -> SimpleNamespace:
     for job in moves.pop(1):
         in_processes.train(ALONE, **job[1])
     for world, jobs in moves.items():
-        torchrun(world, jobs, folder)
+        in_processes.run(world, jobs, folder)
     return out
 
 

@@ -2,7 +2,7 @@
 import json
 import os
 import re
-import subprocess
+import signal
 import sys
 import textwrap
 from dataclasses import fields, replace
@@ -10,17 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # noqa: F401, once instead of in every child
 
 import checkpoint
+import interrupts
 import runtime
 import train_dpo
 import train_pt
 import train_rl
 import train_rm
 import train_sft
+from faults import Run, places
 from generate import load_model
 
 ROOT = Path(train_sft.__file__).parent
+forks = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "rl": train_rl}
 SHORT = dict(max_steps=4, warmup_steps=1, eval_every=2, save_every=2, log_every=2,
@@ -71,19 +75,22 @@ def test_a_stage_resumes_to_the_last_bit(stage, tiny, reward, tmp_path):
     assert len(moved) >= len(start) - 1  # all but perhaps a head that has no part
 
 
+def command(cfg) -> list[str]:
+    return [f"--{f.name}={getattr(cfg, f.name)}" for f in fields(cfg)
+            if getattr(cfg, f.name) != f.default]
+
+
+@forks
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_two_processes_are_one(stage, tiny, reward, tmp_path):
-    """The same global batch: losses to 1e-5, by torchrun with gloo; what is sampled, too."""
+    """The same global batch: losses to 1e-5, with gloo; what is sampled, too. As torchrun would
+    start them, without its own import of torch."""
     cfg = settings(stage, tiny, tmp_path / "one", reward, max_steps=2)
     SCRIPTS[stage].train(cfg, ALONE)
     two = replace(cfg, out_dir=str(tmp_path / "two"))
-    changed = [f"--{f.name}={getattr(two, f.name)}" for f in fields(two)
-               if getattr(two, f.name) != f.default]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         f"train_{stage}.py", *changed], cwd=ROOT, capture_output=True, text=True, timeout=60,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    ranks = [Run(f"train_{stage}", command(two), tmp_path / place["RANK"], **place)
+             for place in places(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.text for rank in ranks)[-2000:]
     one, both = ([float.fromhex(x) for x in losses(c.out_dir)] for c in (cfg, two))
     assert len(one) == 2 and both == pytest.approx(one, rel=1e-5, abs=1e-7)
 
@@ -170,34 +177,30 @@ def test_every_config_of_a_stage_can_be_read_and_sets_what_exists(stage):
         assert cfg.out_dir.endswith(f"/{stage}")
 
 
+@forks
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_sigterm_saves_and_says_how_to_go_on(stage, tiny, reward, tmp_path):
     """As a user would stop it: exit code 0, a checkpoint, and the command."""
     cfg = settings(stage, tiny, tmp_path / "run", reward, max_steps=5000, eval_every=5000,
                    save_every=5000, log_every=1)
-    changed = [f"--{f.name}={getattr(cfg, f.name)}" for f in fields(cfg)
-               if getattr(cfg, f.name) != f.default]
-    run = subprocess.Popen([sys.executable, f"train_{stage}.py", *changed], cwd=ROOT, text=True,
-                           stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    for line in run.stdout:
-        if line.startswith("step "):
-            run.terminate()
-            break
-    out = run.stdout.read()
-    assert run.wait(60) == 0 and f"train_{stage}.py" in out and "--resume" in out
+    run = Run(f"train_{stage}", command(cfg), tmp_path / "said", interrupts.end_quietly)
+    while "\nstep " not in run.text and not run.ends(0.01):
+        pass
+    run.send(signal.SIGTERM)
+    assert run.wait() == 0 and f"train_{stage}.py" in run.text and "--resume" in run.text
     assert checkpoint.list_checkpoints(cfg.out_dir)
 
 
 def test_pre_training_refuses_other_stages(tiny, reward, tmp_path):
     """A reward model to start from, and a run of another stage to go on with."""
     model, _ = load_model(tiny.pt, torch.device("cpu"), torch.float32)
-    optimizers = train_pt.make_optimizers(model, train_pt.Config())
+    with pytest.raises(ValueError, match="of stage rm, not of pt"):
+        train_pt.start_from(reward, model, tiny.tok)
     state = dict(checkpoint.load(tiny.pt)[0]) | {"kind": "sft"}
     checkpoint.save(str(tmp_path / "sft"), 0, state)
-    for cfg, stage in ((train_pt.Config(init_from=reward, out_dir=str(tmp_path / "x")), "rm"),
-                       (train_pt.Config(out_dir=str(tmp_path / "sft"), resume=True), "sft")):
-        with pytest.raises(ValueError, match=f"of stage {stage}, not of pt"):
-            train_pt.restore(cfg, model, optimizers, tiny.tok)
+    cfg = train_pt.Config(out_dir=str(tmp_path / "sft"), resume=True)
+    with pytest.raises(ValueError, match="of stage sft, not of pt"):
+        checkpoint.restore(cfg, "pt", [], tiny.tok.text, state["model_config"], 0)
 
 
 def test_pt_and_the_later_stages_load_in_generate(tiny, reward, tmp_path):
