@@ -57,7 +57,7 @@ def report(cfg: Config, seconds: float) -> str:
     models = {stage: load_model(str(out / stage), torch.device("cpu"), torch.float32)
               for stage in WRITERS}
     lines, gates = judge_pt(world, *models["pt"], cfg.seed)
-    n = max(50, round(1000 * cfg.share))
+    n = max(20, round(1000 * cfg.share))
     said, found = judge_answers(world, models, n, cfg.seed)
     lines, gates = [*lines, *said, *judge_chats(world, models, n)], gates + found
     for part, found in (judge_rm(out, world), judge_rl(out, runpy.run_path("config/rl_micro.py")),
@@ -86,8 +86,8 @@ def main() -> None:
     world, data, tok = (os.path.join(cfg.out_dir, n) for n in ("world", "data", "tokenizer.txt"))
     text = f"{world}/pt.jsonl"
     if not os.path.exists(f"{world}/floor.json"):
-        less = [] if cfg.share == 1 else ["--n_chat=4000", "--n_pairs=2000",
-                                             "--n_rankings=2000", "--n_val=200"]
+        less = [] if cfg.share == 1 else ["--n_chat=4000", "--n_pairs=2000", "--n_rankings=2000",
+                                          f"--n_val={max(60, round(2000 * cfg.share))}"]
         run("toyworld.py", f"--out_dir={world}", f"--seed={cfg.seed}", f"--n_train={cfg.n_train}",
             *less)
     if not os.path.exists(tok):

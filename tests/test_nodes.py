@@ -4,9 +4,9 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import checkpoint
 import data
 import train_pt
 from corpus import Progress
+from faults import places
 from toyworld import pt_document
 
 ROOT = Path(train_pt.__file__).parent
@@ -87,9 +88,7 @@ def test_killed_ranks_are_restarted_and_the_losses_are_the_same_to_the_last_bit(
 def test_two_agents_with_a_static_rendezvous_are_one_run(text, whole, tmp_path):
     """One process each, as on two machines. The losses are those of two processes of one agent, to
     the last bit."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = places(2)[0]["MASTER_PORT"]
     nodes = [agent(text, tmp_path, "--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1",
                    "--master_addr=127.0.0.1", f"--master_port={port}") for rank in (0, 1)]
     try:
@@ -99,3 +98,26 @@ def test_two_agents_with_a_static_rendezvous_are_one_run(text, whole, tmp_path):
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], said
     assert "2 x cpu" in said[0] and losses(tmp_path) == whole
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_two_agents_with_an_elastic_rendezvous_restart_behind_a_killed_rank(text, whole, tmp_path):
+    """The second command of README.md for several machines: the rank of one agent dies, both agents
+    start theirs again, and the losses are the same to the last bit. Seen to fail without the
+    variable, when the scripts refuse --max-restarts."""
+    port = places(2)[0]["MASTER_PORT"]
+    nodes = [agent(text, tmp_path, "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3",
+                   "--rdzv_backend=c10d", "--rdzv_id=run", f"--rdzv_endpoint=127.0.0.1:{port}",
+                   f"--rdzv_conf=is_host={int(first)}") for first in (True, False)]
+    log, begin = tmp_path / "log.jsonl", time.monotonic()
+    try:
+        while not log.exists() or log.read_text().count("\n") < 7:
+            assert time.monotonic() - begin < 200 and nodes[1].poll() is None
+            time.sleep(0.01)
+        os.kill(workers(nodes[1])[0], signal.SIGKILL)
+        said = [node.communicate(timeout=200)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert "".join(said).count("\nloaded ") == 1 and losses(tmp_path) == whole

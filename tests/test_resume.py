@@ -14,7 +14,7 @@ import pytest
 import checkpoint
 import interrupts
 from damage import can_mount, tmpfs
-from faults import STAGES, Lab, newest
+from faults import STAGES, Lab, newest, same_run
 from tokenizer import PATTERN, dump
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
@@ -45,7 +45,7 @@ def refused(lab: Lab, done: tuple, out: Path, line: str, code: int = 2, **change
      "made with another tokenizer than that of the data"),
     (dict(model_config=dict(n_embd=8)), "its model has another shape: n_embd is 8, asked for 16")])
 def test_the_checkpoint_of_another_run_is_refused(lab, done, tmp_path, change, line):
-    """Seen to fail, with a traceback of torch, before the later stages compared the shape."""
+    """Seen to fail before the later stages compared the shape: they went on with the weights."""
     state = newest(done[1])
     change = {key: state[key] | value if key == "model_config" else value
               for key, value in change.items()}
@@ -58,6 +58,13 @@ def test_the_checkpoint_of_another_run_is_refused(lab, done, tmp_path, change, l
 def test_fewer_steps_than_are_done_are_refused(lab, done):
     """Seen to fail before Log compared them: nothing was done, with exit code 0."""
     refused(lab, done, done[1], "its run is at step 3, past the 2 steps asked for", max_steps=2)
+
+
+def test_a_finished_run_learns_no_more(lab, done, tmp_path):
+    """It is judged again, and its weights and losses stay what they are to the last bit."""
+    shutil.copytree(done[1], tmp_path / "out")
+    code, said = resume(lab, done[0], tmp_path / "out", max_steps=3)
+    assert code == 0 and "\nstep " not in said and same_run(tmp_path / "out", done[1])
 
 
 def test_changed_settings_and_data_are_said_and_gone_on_with(lab, done, tmp_path):
