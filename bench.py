@@ -5,9 +5,8 @@ How fast it is: beside the limits of the machine, and beside other code that doe
     python bench.py --only=train --nanogpt=../nanoGPT      one job, your clone of nanoGPT beside it
     python bench.py --only=decode --decode_1b              also 1.1B parameters (needs 10 GB)
 
-The contenders of a job take turns (A B A B …) in one process. A sample is work repeated for
-`sample_s` seconds; one during which other processes used more than `max_foreign` of a core is
-thrown away and counted. Figures are medians; "x": calls per second relative to the first.
+How samples are taken, and which count: race.py. Figures are medians; "x": calls per second relative
+to the first contender.
 
     FLOPs per token = 6 (parameters - those only looked up) + 12 layers (heads x head_dim) T
 
@@ -15,14 +14,13 @@ counts training, for everybody's model; "looked up" are embeddings that are no o
 FLOP/s over those of a matrix product that took turns with the models. "of_bound": tokens/s over
 those of a program that only reads the weights, as fast as an array whose sum took turns too.
 """
+import copy
 import io
 import json
 import os
-import resource
 import runpy
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -35,21 +33,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import bench_search
 import checkpoint
 import data
-import documents
 import examples
 import runtime
 import train_dpo
 import train_pt
+import train_rl
+import train_rm
 import train_sft
 from configurator import configure, fail
 from corpus import Progress
 from examples import Row
 from generate import generate
-from index import Index
-from model import ModelConfig, Transformer, rope_table, rotate
-from segment import split
+from model import ModelConfig, RewardModel, Transformer, rope_table, rotate
+from race import Race
 from tokenizer import PATTERN, SPECIALS, count_pieces, dump, load_tokenizer, train_bpe
 from toyworld import pt_document
 
@@ -75,52 +74,6 @@ class Config:
     decode_1b: bool = False  # also write with 1.1B parameters
     data_mb: int = 24  # text to encode
     chunks: int = 100_000  # in the index that is searched
-
-
-def used_by_others() -> float:
-    """CPU seconds used so far by all processes but this one and its children that have ended; 0
-    where there is no /proc/stat: then every sample is good."""
-    own = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    try:
-        with open("/proc/stat") as f:
-            user, nice, system, _, _, irq, softirq, steal = map(int, f.readline().split()[1:9])
-    except OSError:
-        return 0.0
-    ticks = user + nice + system + irq + softirq + steal  # all but idle and iowait
-    return ticks / os.sysconf("SC_CLK_TCK") - sum(u.ru_utime + u.ru_stime for u in own)
-
-
-class Race:
-    """Contenders that take turns until each has enough good samples, or four times as many were
-    taken. `seconds[name]` is the median for one call, nan if no sample was good."""
-
-    def __init__(self, job: str, contenders: dict[str, Callable[[], object]], cfg: Config):
-        self.job, self.rows, self.rejected = job, [], dict.fromkeys(contenders, 0)
-        self.good: dict[str, list[float]] = {name: [] for name in contenders}
-        for work in contenders.values():
-            work()  # compiles, fills caches
-        for _ in range(4 * cfg.repeats):
-            for name, work in contenders.items():
-                before, start, calls, elapsed = used_by_others(), time.perf_counter(), 0, 0.0
-                while not calls or elapsed < cfg.sample_s:
-                    work()
-                    calls, elapsed = calls + 1, time.perf_counter() - start
-                quiet = used_by_others() - before <= cfg.max_foreign * elapsed
-                self.good[name] += [elapsed / calls] * quiet
-                self.rejected[name] += not quiet
-            if min(map(len, self.good.values())) >= cfg.repeats:
-                break
-        self.seconds = {k: float(np.median(v)) if v else torch.nan for k, v in self.good.items()}
-
-    def row(self, name: str, value: float, unit: str, **notes: float) -> None:
-        """Print one figure, and keep it for the JSON lines."""
-        notes |= {"x": next(iter(self.seconds.values())) / self.seconds[name],
-                  "samples": len(self.good[name]), "rejected": self.rejected[name]}
-        shown = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in notes.items())
-        figure = f"{value:,.4f}" if value < 10 else f"{value:,.1f}"
-        print(f"{self.job:<7} {name:<28} {figure:>10} {unit:<8}", *shown, sep=" | ", flush=True)
-        row = {"job": self.job, "name": name, "value": value, "unit": unit, **notes}
-        self.rows.append({k: None if v != v else v for k, v in row.items()})  # JSON knows no nan
 
 
 class PlainLlama(nn.Module):
@@ -263,8 +216,9 @@ def decode(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
 
 def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     """A training step of each stage, in real tokens: rows of T / 8 to T tokens, the second half to
-    be learnt. `learnt`: of the tokens the model reads, padding included. Then replies of 32 tokens,
-    64 at once and one by one."""
+    be learnt. `learnt`: of the tokens the model reads, padding included. A step of RL writes,
+    scores and learns from 64 replies of 32 tokens to prompts of 16; `writing`: the share of the
+    time in which they are written. Then such replies alone, 64 at once and one by one."""
     V, C, T, B, r = cfg.vocab_size, cfg.n_embd, cfg.seq_len, cfg.batch_size, Random(0)
     c = ModelConfig(V, cfg.n_layer, C // 64, max(1, C // 128), C, 64, 4 * C, T + 48, tied=False)
     alone = runtime.setup("cpu", "float32")
@@ -276,10 +230,9 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     padded = examples.pad_right(r.sample(rows, B), 0)
     alike = examples.pad_right(rows[3 * B:4 * B], 0)  # as micro_batches puts pairs together
     full = torch.randint(V, (2, B, T))
-    nothing = torch.zeros(B // 2)
+    prompts, nothing = torch.randint(V, (64, 16)).tolist(), torch.zeros(B // 2)
 
-    def trained(make_loss: Callable[[Transformer], Tensor]) -> Callable[[], None]:
-        net = Transformer(c)
+    def trained(make_loss: Callable[[nn.Module], Tensor], net: nn.Module) -> Callable[[], None]:
         optimizer = train_pt.make_optimizers(net, train_pt.Config(learning_rate=1e-5))[0]
 
         def step() -> None:
@@ -293,6 +246,19 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
         logps, n = train_dpo.reply_logps(net, net, *alike[:2], alone)
         return train_dpo.dpo_loss(*logps.chunk(2), nothing, nothing, *n.chunk(2)).mean()
 
+    def rm(net: RewardModel) -> Tensor:
+        return train_rm.rm_loss(*net(alike[0], alike[2]).chunk(2), nothing, 0.01).mean()
+
+    judge, of_rl, shares = RewardModel(Transformer(c)).requires_grad_(False), train_rl.Config(
+        answer_tokens=32, group=8, batch_size=64, rollout_size=64), []
+
+    def rl(net: Transformer) -> Tensor:
+        nobody = -1  # no token ends a reply: all have 32
+        rollout = train_rl.roll_out(net, reference, judge, prompts[:8], list(range(8)), nobody,
+                                    of_rl, alone)
+        shares.append(rollout.figures["seconds"])
+        return train_rl.reply_losses(net, net, rollout, range(64), of_rl, alone)[0].mean()
+
     losses = {
         "PT": (lambda net: train_pt.pt_loss(net(full[0], hidden=True), net.lm_head.weight, full[1])
                / full[1].numel(), full[0].numel(), 1.0),
@@ -302,13 +268,22 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
         "SFT, padded": (lambda net: train_sft.sft_loss(
             net(padded[0], hidden=True), net.lm_head.weight, padded[1]) / 1000,
             int(padded[2].sum()), float((padded[1] >= 0).float().mean())),
-        "DPO, reference kept": (dpo, int(alike[2].sum()), float((alike[1] >= 0).float().mean()))}
-    race = Race("stages", {name: trained(make) for name, (make, *_) in losses.items()}, cfg)
+        "DPO, reference kept": (dpo, int(alike[2].sum()), float((alike[1] >= 0).float().mean())),
+        "RM": (rm, int(alike[2].sum()), None),  # one number of a row
+        "RL": (rl, 64 * 48, 32 / 48)}
+    nets = {name: Transformer(c) for name in losses}
+    reference = copy.deepcopy(nets["RL"]).requires_grad_(False)
+    nets["RM"] = RewardModel(nets["RM"])
+    race = Race("stages", {name: trained(make, nets[name])
+                           for name, (make, *_) in losses.items()}, cfg)
     speed = {name: tokens / race.seconds[name] for name, (_, tokens, _) in losses.items()}
     for name, (_, tokens, learnt) in losses.items():
-        race.row(name, speed[name], "tok/s", of_pt=speed[name] / speed["PT"], learnt=learnt)
+        more = {} if learnt is None else {"learnt": learnt}
+        if name == "RL":
+            more["writing"] = float(np.median(shares)) / race.seconds[name]
+        race.row(name, speed[name], "tok/s", of_pt=speed[name] / speed["PT"], **more)
     yield race
-    net, prompts = Transformer(c).eval(), torch.randint(V, (64, 16)).tolist()
+    net = Transformer(c).eval()
     race = Race("stages", {f"{n} replies at once": partial(
         lambda n: list(generate(net, prompts[:n], 32)), n) for n in (1, 64)}, cfg)
     for (name, seconds), n in zip(race.seconds.items(), (1, 64)):
@@ -389,86 +364,8 @@ def resume(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     yield race
 
 
-def write_note(rng: np.random.Generator, lang: str, paragraphs: int) -> str:
-    """Markdown of made-up words, or Han characters, whose frequencies fall as 1 / rank."""
-    n, size = paragraphs * 48, 3000 if lang == "zh" else 40_000
-    rank = np.minimum(np.exp(rng.random(n) * np.log(size)), size - 1).astype(int)  # Zipf
-    words = [chr(0x4E00 + i) if lang == "zh" else f"w{i:x}" for i in rank]
-    lines = []
-    for at in range(0, n, 48):
-        if at % 480 == 0:
-            lines.append(f"# {words[at]}")
-        parts = [words[i:i + 12] for i in range(at, at + 48, 12)]
-        lines.append("".join("".join(p) + "。" for p in parts) if lang == "zh" else
-                     " ".join(" ".join(p) + "." for p in parts))
-    return "\n\n".join(lines)
-
-
-def resident() -> float:
-    """Bytes of this process in memory; nan where there is no /proc."""
-    try:
-        return float(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return torch.nan
-
-
-def made_up(texts: list[str], kind: str) -> np.ndarray:
-    return np.random.default_rng(len(texts[0])).standard_normal((len(texts), 384), np.float32)
-
-
-def search(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
-    """Splitting notes, half of them Chinese, making an index of their chunks with 384 made-up
-    numbers for each, and asking for 8 words or 12 characters of one of them."""
-    rng, count = np.random.default_rng(0), documents.count_pieces
-    cut = partial(split, max_tokens=128, count=count)
-    one, two = ("".join(write_note(rng, lang, n) for lang in ("en", "zh")) for n in (1000, 2000))
-    few = cut(one, "few")[:2000]
-
-    def index_few() -> None:
-        shutil.rmtree(f"{folder}/few", ignore_errors=True)
-        with Index(f"{folder}/few", True) as made:
-            made.put("few", "", few)
-            made.commit()
-
-    race = Race("search", {"split": partial(cut, one, "one"), "split twice as much": partial(
-        cut, two, "two"), f"index {len(few):,} chunks": index_few}, cfg)
-    for (name, seconds), (n, unit) in zip(race.seconds.items(), (
-            (len(one.encode()) / 1e6, "MB/s"), (len(two.encode()) / 1e6, "MB/s"),
-            (len(few), "chunks/s"))):
-        race.row(name, n / seconds, unit)
-    yield race
-
-    start, left, i, asked = time.perf_counter(), cfg.chunks, 0, {"en": [], "zh": []}
-    with Index(f"{folder}/many", True, made_up, "own:made up") as made:
-        while left:
-            lang = ("en", "zh")[i % 2]
-            chunks = cut(write_note(rng, lang, 100), str(i))[:left]
-            words = chunks[0].text.split("\n")[-1]
-            asked[lang].append(" ".join(words.split()[:8]) if lang == "en" else words[:12])
-            made.put(str(i), "", chunks)
-            left, i = left - len(chunks), i + 1
-            if made.waiting() >= documents.COMMIT_CHUNKS or not left:
-                made.commit()
-    notes = {"chunks": cfg.chunks, "built_s": time.perf_counter() - start}
-    notes["disk_mb"] = sum(path.stat().st_size for path in Path(folder, "many").iterdir()) / 1e6
-    before = resident()
-    with Index(f"{folder}/many", False, made_up, "own:made up") as index:
-        turns = {lang: iter(questions * 10_000) for lang, questions in asked.items()}
-        ask = {(lang, mode): partial(lambda lang, mode: index.search(next(turns[lang]), mode=mode),
-                                     lang, mode)
-               for mode in ("bm25", "dense", "hybrid") for lang in (("en", "zh"), ("en",))[
-                   mode != "bm25"]}
-        for lang in asked:
-            ask[lang, "bm25"]()
-        notes["memory_mb"] = (resident() - before) / 1e6  # without the vectors, which stay on disk
-        race = Race("search", {f"{mode}, {lang}": f for (lang, mode), f in ask.items()}, cfg)
-        for name, seconds in race.seconds.items():
-            race.row(name, 1000 * seconds, "ms", **notes)
-    yield race
-
-
 JOBS = {"limits": limits, "train": train, "decode": decode, "stages": stages, "loader": loader,
-        "data": prepare, "resume": resume, "search": search}
+        "data": prepare, "resume": resume, "search": bench_search.search}
 
 
 def main() -> None:

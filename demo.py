@@ -4,9 +4,10 @@ The whole ladder on a laptop: makes the toy world, climbs PT -> SFT -> RM -> DPO
     make demo        or        python demo.py [--out_dir=out/demo]
 
 Each stage is a script of this folder, run by the command line that is printed before it; the same
-command again goes on where it was stopped. The report judges every stage on names that are in no
-training file (toyworld.py), by a program that knows the right answers and not by the reward model;
-gates, controls and ceilings were fixed before the runs and stand beside the figures.
+command again goes on where it was stopped. The report, with curves where matplotlib is installed,
+judges every stage on names that are in no training file (toyworld.py), by a program that knows the
+right answers and not by the reward model; gates, controls and ceilings were fixed before the runs
+and stand beside the figures.
 """
 import os
 import runpy
@@ -20,6 +21,7 @@ import torch
 
 from configurator import configure, fail
 from corpus import write_text
+from curves import draw
 from generate import load_model
 from judge import (judge_answers, judge_chats, judge_pt, judge_rag, judge_rl, judge_rm, samples)
 
@@ -121,6 +123,8 @@ def main() -> None:
           *held_out("prompts"))
     try:
         text = report(cfg, time.time() - start)
+        if path := draw(Path(cfg.out_dir)):
+            text += f"\n![What each stage's log says]({path.name})\n"
         write_text(os.path.join(cfg.out_dir, "report.md"), text)
     except (ValueError, OSError) as error:
         fail(f"{error}")

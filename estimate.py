@@ -17,8 +17,8 @@ from dataclasses import dataclass, fields
 
 import train_pt
 from configurator import configure, fail
-from costs import (count_parameters, evaluation_memory, flops_per_token, lora_parameters,
-                   training_memory)
+from costs import (count_parameters, flops_per_token, judging_memory, lora_parameters,
+                   training_memory, writing_memory)
 from model import ModelConfig
 
 STAGES = ("pt", "sft", "lora", "rm", "dpo", "rl")
@@ -33,7 +33,7 @@ class Config:
     mfu: float = 0.4  # share of the peak that goes into the model
     lora_rank: int = 16  # of the stage lora
     rollout_size: int = 64  # replies that a GPU writes at once in RL
-    written: int = 1024  # tokens of a prompt and its reply
+    written: int = 1024  # tokens of a prompt and its reply, half of them each
 
 
 def stage_memory(stage: str, config: ModelConfig, batch_size: int, cfg: Config, shards: int,
@@ -49,7 +49,9 @@ def stage_memory(stage: str, config: ModelConfig, batch_size: int, cfg: Config, 
     frozen = {"dpo": 1, "rl": 2}.get(stage, 0) * parts["parameters"]
     training = sum(parts.values()) - held + (frozen if stage == "rl" else 0)
     writes = {"pt": 1, "rl": cfg.rollout_size}.get(stage, 32)
-    judging = frozen + evaluation_memory(config, writes, cfg.written, 2, shards)
+    half = cfg.written // 2
+    judging = frozen + max(judging_memory(config, rows, config.max_seq_len, 2, shards),
+                           writing_memory(config, writes, half, cfg.written - half, 2, shards))
     return held + max(training, judging)
 
 

@@ -239,7 +239,8 @@ def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
 
 
 def judge_rl(out: Path, config: dict) -> tuple[list[str], list[Gate]]:
-    """What reinforcement learning's own log says at the start and at the end."""
+    """What reinforcement learning's own log says at the start and at the end. No policy has a J
+    above J* (`best_possible` in train_rl.py), which the run itself estimates, at its start."""
     val = [r["val"] for r in read_rows(out / "rl" / "log.jsonl") if "val" in r]
     a, b = val[0], val[-1]
     lines = ["## Reinforcement learning", "", "| | reward (sd) | KL (nats/reply) | J | tokens | "
@@ -248,7 +249,16 @@ def judge_rl(out: Path, config: dict) -> tuple[list[str], list[Gate]]:
         lines.append(f"| {name} | {v['reward']:+.2f} | {v['kl']:.2f} | "
                      f"{v['reward'] - config['beta'] * v['kl']:+.2f} | {v['length']:.1f} | "
                      f"{v['ended']:.1%} |")
-    return [*lines, ""], [
+    gates = []
+    if "best" in b:
+        error = math.hypot(b["best_error"], b["J_error"])
+        lines += ["", f"J = reward - {config['beta']:g} KL is at most J* = {b['best']:+.2f} "
+                  f"(standard error {b['best_error']:.2f}): beta log of the mean of exp(r / beta) "
+                  "over the SFT model's own replies to these questions. J after: "
+                  f"{b['J']:+.2f} ({b['J_error']:.2f})."]
+        gates = [Gate("RL", "J, no policy can exceed J*", b["J"], -math.inf, b["best"] + 3 * error,
+                      f"J* = {b['best']:.3f} ± {b['best_error']:.3f}; gate: J* + 3 s.e. of both")]
+    return [*lines, ""], [*gates,
         Gate("RL", "reward, in sd", b["reward"], 0.9, 5.0, f"before: {a['reward']:+.2f}"),
         Gate("RL", "KL in nats per reply", b["kl"], -3 * b["kl_error"], 1.59,
              "log 4 + 0.2: all mass on one of four styles"),

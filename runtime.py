@@ -79,6 +79,7 @@ def setup(device: str = "auto", dtype: str = "auto", timeout: float = 120) -> Di
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world,
                                              timeout=timedelta(seconds=timeout))
         Thread(target=end_if_hanging, args=(timeout,), daemon=True).start()
+    Here.program = of_process("VmRSS") if device == "cpu" else 0.0
     return Dist(rank, world, torch.device(device), getattr(torch, dtype))
 
 
@@ -88,6 +89,7 @@ class Here:
     step: int | str = "start"
     heard: float | None = None
     gap: float = 0.0
+    program = 0.0  # bytes of this process before it had a model: Python, torch and the scripts
 
 
 def who() -> str:
@@ -281,12 +283,29 @@ def free_memory(device: torch.device) -> float:
         return math.inf  # not Linux: unknown
 
 
+def of_process(key: str) -> float:
+    """Bytes of this process in memory now (VmRSS) or at most (VmHWM); where there is no /proc, at
+    most. getrusage is no substitute on Linux: it starts with the peak of whoever started us."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024.0 * int(status.split(f"{key}:")[1].split()[0])
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def peak_memory(device: torch.device) -> float:
-    """Most bytes in use so far: of the GPU, or of this process."""
+    """Most bytes in use so far: of the GPU, or of this process, beside what it had before it made a
+    model."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return of_process("VmHWM") - Here.program
+
+
+def peak_line(dist: Dist) -> str:
+    """What a run needed, to be held against `memory_line`."""
+    beside = f", beside {Here.program / 1e9:.2f} GB of Python and torch" if Here.program else ""
+    return f"peak memory {peak_memory(dist.device) / 1e9:.2f} GB{beside}"
 
 
 def resume_command() -> str:

@@ -44,7 +44,8 @@ import runtime
 import sharding
 from configurator import configure
 from corpus import Progress
-from costs import count_parameters, flops_per_token, training_memory
+from costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
+                   writing_memory)
 from data import IGNORE, Order, mix
 from examples import (Row, Rows, in_batches, load_splits, micro_batches, pad_right,
                       pair_batch, prompt_of, spread)
@@ -139,6 +140,13 @@ def reply_logps(net: nn.Module, model: Transformer, idx: Tensor, targets: Tensor
 
 # ---------------------------------------------------------------------------- the reference
 
+def load_reference(cfg: Config, dist: Dist) -> Transformer:
+    """The model at the start, frozen."""
+    reference, _ = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
+    sharding.wrap(reference.requires_grad_(False), dist, cfg.shard)
+    return reference
+
+
 @torch.no_grad()
 def pair_logps(model: Transformer, rows: Rows, chosen: list[int], cfg: Config,
                dist: Dist) -> np.ndarray:
@@ -221,12 +229,11 @@ def evaluate(model: Transformer, rows: Rows, ref: np.ndarray, cfg: Config, dist:
 
 
 @torch.no_grad()
-def sample_replies(model: Transformer, tok: Tokenizer, rows: Rows, cfg: Config,
-                   dist: Dist) -> dict[str, float]:
+def sample_replies(model: Transformer, reference: Transformer | None, tok: Tokenizer, rows: Rows,
+                   cfg: Config, dist: Dist) -> dict[str, float]:
     """Sampled replies to held-out prompts: KL to the reference per reply (the mean of log P - log
     P_ref), length, and the share that ends by itself. Prints one reply per language."""
-    reference, _ = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
-    sharding.wrap(reference.requires_grad_(False), dist, cfg.shard)
+    reference = reference or load_reference(cfg, dist)
     room = model.config.max_seq_len - cfg.answer_tokens
     chosen = [i for i in spread(range(len(rows)), cfg.eval_samples)
               if len(prompt_of(rows.example(i)[0])) <= room]
@@ -339,12 +346,20 @@ def train(cfg: Config, dist: Dist) -> None:
     if model.kind == "pt":
         print0(f"WARNING: {model.path} has not learnt to answer: start from an SFT model")
     print0(runtime.describe_run(dist))
-    parts = training_memory(config, 2 * cfg.batch_size, int(np.mean(pairs.lengths())) + 1,
-                            cfg.batch_pairs // cfg.batch_size // dist.world, dist.dtype.itemsize,
-                            shards=dist.world if cfg.shard else 1, recompute=cfg.recompute)
+    shards, width = dist.world if cfg.shard else 1, dist.dtype.itemsize
+    longest = int(pairs.lengths().max()), int(val.lengths().max())
+    parts = training_memory(config, 2 * cfg.batch_size, longest[0],
+                            cfg.batch_pairs // cfg.batch_size // dist.world, width, shards=shards,
+                            recompute=cfg.recompute, muon=cfg.optimizer == "muon")
+    weights_too = parts["parameters"]  # of the reference, for the KL of samples
     if not cfg.precompute_ref:
-        parts["reference"] = parts["parameters"]
-    print0(runtime.memory_line(parts, dist))
+        parts, weights_too = {"reference": weights_too, **parts}, 0
+    judged = 2 * min(2 * cfg.batch_size, len(pairs) if cfg.precompute_ref else len(val))
+    writing = writing_memory(config, min(32, cfg.eval_samples, len(val)), longest[1],
+                             cfg.answer_tokens, width, shards)
+    print0(runtime.memory_line(fullest(
+        parts, evaluation=judging_memory(config, judged, max(longest), width, shards),
+        writing=(weights_too + writing) * (cfg.eval_samples > 0)), dist))
     tokens = int(pairs.lengths().sum())
     print0(f"{count_parameters(config):,} parameters; {len(pairs):,} pairs of {tokens:,} tokens, "
            f"{len(val):,} held out; {max_steps:,} steps, "
@@ -355,11 +370,14 @@ def train(cfg: Config, dist: Dist) -> None:
         used = sorted(set(order.take(0, min(max_steps * cfg.batch_pairs, len(pairs)))))
         ref_train, reference = reference_logps(model, pairs, used, "train", cfg, dist), None
     else:
-        reference, _ = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
-        sharding.wrap(reference.requires_grad_(False), dist, cfg.shard)
+        reference = load_reference(cfg, dist)
     optimizers = make_optimizers(model, cfg)
-    start = {"pairs": evaluate(model, val, ref_val, cfg, dist, False), "samples":
-             sample_replies(model, tok, val, cfg, dist) if cfg.eval_samples else {}}
+
+    def validate(everything: bool) -> dict[str, dict]:
+        return {"pairs": evaluate(model, val, ref_val, cfg, dist, everything), "samples":
+                sample_replies(model, reference, tok, val, cfg, dist) if cfg.eval_samples else {}}
+
+    start = validate(False)
     data_id = pairs.data_id
     first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text, asdict(config), data_id)
     if state:
@@ -370,9 +388,7 @@ def train(cfg: Config, dist: Dist) -> None:
     for step in range(first, max_steps + 1):
         last = step == max_steps
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
-            found = start if step == 0 else {
-                "pairs": evaluate(model, val, ref_val, cfg, dist, last), "samples":
-                sample_replies(model, tok, val, cfg, dist) if cfg.eval_samples else {}}
+            found = validate(last) if step else start
             for name, r in found["pairs"].items():
                 print0(f"val at step {step:,} | {name} loss {r['loss']:.4f}, accuracy "
                        f"{r['accuracy']:.1%}, margin {r['margin']:.3f} = {r['chosen_reward']:+.3f} "
@@ -454,7 +470,7 @@ def train(cfg: Config, dist: Dist) -> None:
     if stopping:
         print0(f"stopped by {signals.name or 'a signal to another process'} at step {step:,}; "
                f"go on with: {runtime.resume_command()}")
-    print0(f"peak memory {runtime.peak_memory(dist.device) / 1e9:.2f} GB")
+    print0(runtime.peak_line(dist))
 
 
 @record

@@ -231,7 +231,8 @@ def train(cfg: Config, dist: Dist) -> None:
     print0(runtime.describe_run(dist))
     print0(runtime.memory_line(training_memory(
         config, cfg.batch_size, cfg.max_seq_len, accumulate, dist.dtype.itemsize,
-        shards=dist.world if cfg.shard else 1, recompute=cfg.recompute), dist))
+        shards=dist.world if cfg.shard else 1, recompute=cfg.recompute,
+        muon=cfg.optimizer == "muon"), dist))
     torch.manual_seed(cfg.seed)
     model = Transformer(config)
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute, cfg.compile)
@@ -316,7 +317,7 @@ def train(cfg: Config, dist: Dist) -> None:
     if stopping:
         print0(f"stopped by {signals.name or 'a signal to another process'} at step {step:,}; "
                f"go on with: {runtime.resume_command()}")
-    print0(f"peak memory {runtime.peak_memory(dist.device) / 1e9:.2f} GB")
+    print0(runtime.peak_line(dist))
 
 
 @record

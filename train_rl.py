@@ -4,7 +4,8 @@ Reinforcement learning: raise the reward model's score, and stay near where we s
     python train_rl.py config/rl_micro.py --init_from=out/sft --reward_from=out/rm \\
         --data=prompts.jsonl --out_dir=out/rl
 
-    J = E[ r ] - beta KL(policy || reference)         r = (score - mean) / std, clipped to +-5
+    J = E[ r ] - beta KL(policy || reference)         r = (score - mean) / std
+    J <= J* = beta log E_ref[ exp(r / beta) ]         whatever the policy
 
 Each step answers some prompts `group` times with the policy as it is, scores the replies, and makes
 better ones likelier. The KL term is put into the reward of each reply (its estimate k1 = log P -
@@ -17,9 +18,9 @@ with ratio = P(reply) / P(reply) when it was sampled: 1 in the first update of a
 is the plain policy gradient. With --advantage=grpo, A = (R - mean) / std of the group, a ratio per
 token, and the mean over a reply's tokens first (Shao et al. 2024); grpo_mean leaves std out.
 
-A reply that does not end gets 1 less than the worst of its step. Sampled ids are kept and scored as
-they are, never decoded and encoded again. Nothing but temperature 1 is sampled from: a cut
-distribution is not the one that the gradient is of.
+In a rollout r is clipped to +-5, and a reply that does not end gets 1 less than the worst of its
+step. Sampled ids are kept and scored as they are, never decoded and encoded again. Nothing but
+temperature 1 is sampled from: a cut distribution is not the one that the gradient is of.
 """
 # same in every train_*.py: early signals
 import interrupts
@@ -29,7 +30,7 @@ if __name__ == "__main__":  # a stop during the imports below must end them with
 # end same
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -42,7 +43,8 @@ import checkpoint
 import runtime
 import sharding
 from configurator import configure
-from costs import count_parameters, flops_per_token, training_memory
+from costs import (count_parameters, flops_per_token, fullest, training_memory,
+                   writing_memory)
 from data import IGNORE, Order, mix
 from examples import Row, Rows, in_batches, load_splits, pad_right, spread
 from generate import load_model, replies
@@ -106,6 +108,17 @@ def token_logps(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
                                   options=nn.LinearCrossEntropyOptions())
     return -nats.float().view_as(targets)
 # end same
+
+
+def best_possible(rewards: Tensor, beta: float) -> tuple[float, float]:
+    """J* = beta log E_ref[exp(r / beta)] and its standard error, from the rewards (n,) of replies
+    that the reference wrote. With Z = E_ref[exp(r / beta)] the policy P_ref exp(r / beta) / Z has
+    J = J*, and any other J* - beta KL(it || that one) (Rafailov et al. 2023, appendix A.1). Of
+    replies to several prompts it is an upper bound of the mean of J* over prompts (Jensen)."""
+    top = rewards.max()
+    weights = ((rewards - top) / beta).double().exp()
+    error = beta * weights.std() / weights.mean() / len(weights) ** 0.5  # d log Z = dZ / Z
+    return float(top + beta * weights.mean().log()), float(error)
 
 
 def advantages(rewards: Tensor, kind: str) -> Tensor:
@@ -220,6 +233,25 @@ def roll_out(model: Transformer, reference: Transformer, reward: RewardModel,
                    figures)
 
 
+def reply_losses(net: nn.Module, model: Transformer, rollout: Rollout, some: Sequence[int],
+                 cfg: Config, dist: Dist) -> tuple[Tensor, Tensor]:
+    """The losses of some replies of a rollout, and which of their ratios were clipped, (len(some),)
+    each, of a policy through its wrapper `net`."""
+    idx, targets, _ = (t.to(dist.device) for t in pad_right([rollout.rows[i] for i in some], 0))
+    mask = targets != IGNORE
+    old = torch.zeros(mask.shape, device=dist.device)
+    old[mask] = torch.cat([rollout.old_logps[i] for i in some]).to(dist.device)
+    with dist.autocast():
+        logps = token_logps(net(idx, hidden=True), model.lm_head.weight, targets)
+    advantage = rollout.advantage[list(some)].to(dist.device)
+    losses = rl_loss(logps, old, mask, advantage, cfg.eps_low, cfg.eps_high,
+                     cfg.advantage != "rloo")
+    ratio = ((logps - old).detach() * mask).sum(-1).exp()
+    clipped = ((ratio > 1 + cfg.eps_high) & (advantage > 0)
+               | (ratio < 1 - cfg.eps_low) & (advantage < 0))
+    return losses, clipped
+
+
 def all_max(dist: Dist, value: float) -> float:
     """The largest value of all ranks."""
     if dist.world == 1:
@@ -231,8 +263,9 @@ def all_max(dist: Dist, value: float) -> float:
 
 @torch.no_grad()
 def evaluate(model: Transformer, reference: Transformer, reward: RewardModel, rows: Rows,
-             tok: Tokenizer, cfg: Config, dist: Dist) -> dict[str, float]:
-    """Held-out prompts, answered once each at temperature 1; prints one reply per language."""
+             tok: Tokenizer, cfg: Config, dist: Dist) -> tuple[dict[str, float], Tensor]:
+    """Held-out prompts, answered once each at temperature 1: figures, and the rewards (n,). Prints
+    one reply per language."""
     chosen = spread(range(len(rows)), cfg.eval_prompts)
     prompts = [rows.example(i)[0].ids for i in chosen]
     with sharding.whole(model, dist):
@@ -251,10 +284,12 @@ def evaluate(model: Transformer, reference: Transformer, reward: RewardModel, ro
             text = f"{tok.decode(prompt)}»{tok.decode(row.ids[len(prompt):])}"
             print0(f"sample {rows.lang(i)} | {text} score {points:.2f}".replace("\n", "⏎"))
     normed = (raw - reward.mean.cpu()) / reward.std.cpu()
+    J = normed - cfg.beta * kl
     return {"raw": float(raw.mean()), "reward": float(normed.mean()), "kl": float(kl.mean()),
-            "kl_error": float(kl.std() / len(kl) ** 0.5),
+            "kl_error": float(kl.std() / len(kl) ** 0.5), "J": float(J.mean()),
+            "J_error": float(J.std() / len(J) ** 0.5),
             "ended": sum(row.ids[-1] == tok.im_end for row in said) / len(said),
-            "length": sum(sum(row.mask) for row in said) / len(said)}
+            "length": sum(sum(row.mask) for row in said) / len(said)}, normed
 
 
 def warnings(start: dict, now: dict, mean: dict, cfg: Config, dist: Dist) -> list[str]:
@@ -266,6 +301,10 @@ def warnings(start: dict, now: dict, mean: dict, cfg: Config, dist: Dist) -> lis
         found.append(f"KL {now['kl']:.2f} is over the budget of {cfg.kl_budget}: raise --beta")
     if now["kl"] < -3 * now["kl_error"]:
         found.append(f"KL {now['kl']:.3f} is below 0: what is sampled from is not what is scored")
+    if "best" in now and now["J"] > now["best"] + 3 * (
+            now["J_error"] ** 2 + now["best_error"] ** 2) ** 0.5:
+        found.append(f"J {now['J']:.2f} is over the {now['best']:.2f} that any policy can reach: "
+                     "the KL or the reward is not what it should be")
     if now["ended"] < 0.95:
         found.append(f"only {now['ended']:.0%} of the replies end by themselves")
     if not 0.5 <= now["length"] / start["length"] <= 1.5:
@@ -370,17 +409,26 @@ def train(cfg: Config, dist: Dist) -> None:
     if model.kind == "pt":
         print0(f"WARNING: {model.path} has not learnt to answer: start from an SFT model")
     print0(runtime.describe_run(dist))
-    shards = dist.world if cfg.shard else 1
-    parts = training_memory(config, cfg.batch_size, length, accumulate, dist.dtype.itemsize,
-                            shards=shards, recompute=cfg.recompute)
-    parts["reference"] = parts["parameters"]
-    parts["reward model"] = 4 * count_parameters(reward.backbone.config) // shards
-    print0(runtime.memory_line(parts, dist))
+    shards, width = dist.world if cfg.shard else 1, dist.dtype.itemsize
+    longest = max(int(rows.lengths().max()) for rows in (prompts, val))
+    parts = training_memory(config, cfg.batch_size, longest + cfg.answer_tokens, accumulate, width,
+                            shards=shards, recompute=cfg.recompute, muon=cfg.optimizer == "muon")
+    frozen = {"reference": parts["parameters"],
+              "reward model": 4 * count_parameters(reward.backbone.config) // shards}
+    most = min(cfg.rollout_size, max(cfg.prompts_per_step // dist.world * cfg.group,
+                                     min(cfg.eval_prompts, len(val))))
+    print0(runtime.memory_line(fullest(
+        frozen | parts, writing=writing_memory(config, most, longest, cfg.answer_tokens, width,
+                                               shards)), dist))
     print0(f"{count_parameters(config):,} parameters; {len(prompts):,} prompts, {len(val):,} held "
            f"out; {max_steps:,} steps of {cfg.prompts_per_step} x {cfg.group} replies")
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute)
     optimizers = make_optimizers(model, cfg)
-    start = evaluate(model, reference, reward, val, tok, cfg, dist)
+    # before a resumed run is loaded: this is the reference, whose rewards say what J can reach
+    start, rewards = evaluate(model, reference, reward, val, tok, cfg, dist)
+    best = {}
+    if cfg.beta and len(rewards) > 1:  # a free KL leaves no limit but the best reply of all
+        best = dict(zip(("best", "best_error"), best_possible(rewards, cfg.beta)))
     data_id = prompts.data_id
     first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text, asdict(config), data_id)
     if state:
@@ -394,9 +442,13 @@ def train(cfg: Config, dist: Dist) -> None:
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
             with sharding.whole(model, dist):
                 same_weights(model, dist)
-            now = evaluate(model, reference, reward, val, tok, cfg, dist) if step else start
+            now = start
+            if step:
+                now, _ = evaluate(model, reference, reward, val, tok, cfg, dist)
+            now = now | best
+            limit = f" of at most {now['best']:+.3f} ± {now['best_error']:.3f}" if best else ""
             print0(f"val at step {step:,} | reward {now['reward']:+.3f} sd (score {now['raw']:.3f})"
-                   f", KL {now['kl']:.3f}, J {now['reward'] - cfg.beta * now['kl']:+.3f}, "
+                   f", KL {now['kl']:.3f}, J {now['J']:+.3f}{limit}, "
                    f"{now['length']:.1f} tokens, {now['ended']:.1%} end")
             for warning in warnings(start, now, mean, cfg, dist):
                 print0(f"WARNING: {warning}")
@@ -432,23 +484,12 @@ def train(cfg: Config, dist: Dist) -> None:
             loss, clipped = torch.zeros((), device=dist.device), 0.0
             by_length = sorted(range(len(rollout.rows)), key=lambda i: len(rollout.rows[i].ids))
             for micro_step, some in enumerate(in_batches(by_length, cfg.batch_size)):
-                idx, targets, _ = (t.to(dist.device)
-                                   for t in pad_right([rollout.rows[i] for i in some], 0))
-                mask = targets != IGNORE
-                old = torch.zeros(mask.shape, device=dist.device)
-                old[mask] = torch.cat([rollout.old_logps[i] for i in some]).to(dist.device)
                 sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once
-                with dist.autocast():
-                    logps = token_logps(net(idx, hidden=True), model.lm_head.weight, targets)
-                advantage = rollout.advantage[some].to(dist.device)
-                losses = rl_loss(logps, old, mask, advantage, cfg.eps_low, cfg.eps_high,
-                                 cfg.advantage != "rloo")
+                losses, cut = reply_losses(net, model, rollout, some, cfg, dist)
                 part = losses.sum() / n_replies
                 (part * dist.world).backward()  # DDP takes the mean over processes
                 loss += part.detach()
-                ratio = ((logps - old).detach() * mask).sum(-1).exp()
-                clipped += float(((ratio > 1 + cfg.eps_high) & (advantage > 0)
-                                  | (ratio < 1 - cfg.eps_low) & (advantage < 0)).sum())
+                clipped += float(cut.sum())
             samples = f"prompts {chosen}, update {update}"
 
             # same in every train_*.py: step
@@ -478,7 +519,7 @@ def train(cfg: Config, dist: Dist) -> None:
     if stopping:
         print0(f"stopped by {signals.name or 'a signal to another process'} at step {step:,}; "
                f"go on with: {runtime.resume_command()}")
-    print0(f"peak memory {runtime.peak_memory(dist.device) / 1e9:.2f} GB")
+    print0(runtime.peak_line(dist))
 
 
 @record

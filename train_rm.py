@@ -7,10 +7,11 @@ The reward model: which of two replies would a person prefer?
     L_RM = - log sigmoid(r(chosen) - r(rejected) - margin)  +  c (r(chosen) + r(rejected))^2
 
 per pair, the mean over the pairs of a ranking (Bradley & Terry 1952; Ouyang et al. 2022); the
-second term keeps scores around 0 and costs the first nothing, which knows differences only. r is one number read from the last state at the
-<|im_end|> of a reply, by a head in fp32 on top of the SFT model. How the scores of the SFT model's
-own replies are spread, mean and standard deviation, is kept for train_rl.py, so that its penalty
-means the same for every reward model. Files: examples.py says what a line of --data looks like.
+second term keeps scores around 0 and costs the first nothing, which knows differences only. r is
+one number read from the last state, at the <|im_end|> of a reply, by a head in fp32 on top of the
+SFT model. How the scores of the SFT model's own replies are spread, mean and standard deviation, is
+kept for train_rl.py, so that its penalty means the same for every reward model. Files: examples.py
+says what a line of --data looks like.
 """
 # same in every train_*.py: early signals
 import interrupts
@@ -37,7 +38,8 @@ import runtime
 import sharding
 from configurator import configure
 from corpus import BadLine, find_files, parse_records, read_batches
-from costs import count_parameters, flops_per_token, training_memory
+from costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
+                   writing_memory)
 from data import Order, mix
 from examples import (Row, Rows, in_batches, load_splits, micro_batches, pad_right, prompt_of,
                       ranking_batch, reply_end, rows_of, spread)
@@ -325,10 +327,19 @@ def train(cfg: Config, dist: Dist) -> None:
     torch.manual_seed(cfg.seed)
     model = RewardModel(backbone)
     print0(runtime.describe_run(dist))
-    print0(runtime.memory_line(training_memory(
-        config, 2 * cfg.batch_size, int(np.mean(pairs.lengths())) + 1,
-        cfg.batch_pairs // cfg.batch_size // dist.world, dist.dtype.itemsize, head=False,
-        shards=dist.world if cfg.shard else 1, recompute=cfg.recompute), dist))
+    shards, width = dist.world if cfg.shard else 1, dist.dtype.itemsize
+    replies_each = [int(np.diff(rows.firsts).max()) for rows in (pairs, val)]
+    longest = [int(rows.lengths().max()) for rows in (pairs, val)]
+    parts = training_memory(
+        config, cfg.batch_size * replies_each[0], longest[0],
+        cfg.batch_pairs // cfg.batch_size // dist.world, width, head=False,
+        shards=shards, recompute=cfg.recompute, muon=cfg.optimizer == "muon")
+    judged, written = min(2 * cfg.batch_size, len(val)), min(32, cfg.norm_samples, len(val))
+    print0(runtime.memory_line(fullest(
+        parts, evaluation=judging_memory(config, judged * replies_each[1], longest[1], width,
+                                         shards),
+        writing=parts["parameters"] + writing_memory(  # by the SFT model, for the mean score
+            config, written, longest[1], cfg.answer_tokens, width, shards)), dist))
     tokens = int(pairs.lengths().sum())
     print0(f"{count_parameters(config):,} parameters; {len(pairs):,} pairs of {tokens:,} tokens, "
            f"{len(val):,} held out; {max_steps:,} steps, "
@@ -414,7 +425,7 @@ def train(cfg: Config, dist: Dist) -> None:
     if stopping:
         print0(f"stopped by {signals.name or 'a signal to another process'} at step {step:,}; "
                f"go on with: {runtime.resume_command()}")
-    print0(f"peak memory {runtime.peak_memory(dist.device) / 1e9:.2f} GB")
+    print0(runtime.peak_line(dist))
 
 
 @record

@@ -37,7 +37,8 @@ import checkpoint
 import runtime
 import sharding
 from configurator import configure
-from costs import count_parameters, flops_per_token, training_memory
+from costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
+                   writing_memory)
 from data import IGNORE, open_data, passages
 from examples import Packed, Rows, in_batches, load_splits, pad_right, prompt_of, spread
 from generate import load_model, replies
@@ -277,10 +278,18 @@ def train(cfg: Config, dist: Dist) -> None:
         torch.manual_seed(cfg.seed)
         add_lora(model, cfg.lora_rank, cfg.lora_alpha)
     print0(runtime.describe_run(dist))
-    print0(runtime.memory_line(training_memory(
-        config, cfg.batch_size, length, accumulate, dist.dtype.itemsize,
+    shards, width = dist.world if cfg.shard else 1, dist.dtype.itemsize
+    parts = training_memory(
+        config, cfg.batch_size, length, accumulate, width, masked=True,
         learnt=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        shards=dist.world if cfg.shard else 1, recompute=cfg.recompute), dist))
+        shards=shards, recompute=cfg.recompute, muon=cfg.optimizer == "muon")
+    longest = int(val.lengths().max(initial=0))
+    judged, written = min(4 * cfg.batch_size, len(val)), min(32, cfg.eval_answers, len(val))
+    more = {"evaluation": judging_memory(config, judged, longest, width, shards),
+            "writing": writing_memory(config, written, longest, cfg.answer_tokens, width, shards)}
+    if cfg.lora_rank:
+        more["merging"] = parts["parameters"]  # into a copy, to be saved
+    print0(runtime.memory_line(fullest(parts, **more), dist))
     tokens = int(chats.lengths().sum())
     learnt = int((chats.words >> 31).sum())
     print0(f"{count_parameters(config):,} parameters; {len(chats):,} chats of {tokens:,} "
@@ -373,7 +382,7 @@ def train(cfg: Config, dist: Dist) -> None:
     if stopping:
         print0(f"stopped by {signals.name or 'a signal to another process'} at step {step:,}; "
                f"go on with: {runtime.resume_command()}")
-    print0(f"peak memory {runtime.peak_memory(dist.device) / 1e9:.2f} GB")
+    print0(runtime.peak_line(dist))
 
 
 @record

@@ -17,6 +17,7 @@ import bench
 from costs import flops_per_token
 from generate import generate
 from model import ModelConfig, Transformer
+from race import Race, used_by_others
 
 HERE = Path(__file__).parent.parent
 TINY = dict(repeats=2, sample_s=0.01, max_foreign=1e9, compile=False, matmul=64, n_layer=2,
@@ -46,6 +47,7 @@ def test_every_job_prints_its_figures_with_a_unit(rows):
         ("limits", "read"): "GB/s", ("train", "ours, eager"): "tok/s",
         ("train", "plain Llama, eager"): "tok/s", ("decode", "ours"): "tok/s",
         ("stages", "SFT, packed"): "tok/s", ("stages", "64 replies at once"): "tok/s",
+        ("stages", "RM"): "tok/s", ("stages", "RL"): "tok/s",
         ("loader", "Windows.batch 16x256"): "us/batch", ("data", "prepare, 2 worker(s)"): "MB/s",
         ("loader", "nanoGPT's way 12x1024"): "us/batch", ("data", "prepare, 1 worker(s)"): "MB/s",
         ("data", "tiktoken alone, 1 thread"): "MB/s", ("resume", "at step 1,000,000"): "s",
@@ -67,6 +69,8 @@ def test_what_is_derived_follows_from_what_was_measured(rows):
     assert ours["gflops"] == pytest.approx(ours["value"] * flops_per_token(c, 32) / 1e9)
     batch = found["loader", "Windows.batch 12x64", None]
     assert batch["share"] == pytest.approx(1e-6 * batch["value"] * ours["value"] / (12 * 64))
+    rl = found["stages", "RL", None]
+    assert 0 < rl["writing"] < 1 and "writing" not in found["stages", "RM", None]
     one, eight = (found["decode", "ours", B] for B in (1, 8))
     assert one["mb"] == eight["mb"] > 0 and min(one["of_bound"], eight["of_bound"]) > 0
 
@@ -114,7 +118,7 @@ def test_samples_are_thrown_away_while_another_process_computes():
     cfg = bench.Config(repeats=1, sample_s=0.2)
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
         try:
-            race = bench.Race("test", {"sleep": lambda: time.sleep(0.01)}, cfg)
+            race = Race("test", {"sleep": lambda: time.sleep(0.01)}, cfg)
         finally:
             busy.kill()
     assert race.rejected == {"sleep": 4} and math.isnan(race.seconds["sleep"])
@@ -127,7 +131,7 @@ def test_what_we_and_our_children_use_is_not_foreign():
     def clocks() -> list[float]:
         ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
         return [(sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK"),
-                bench.used_by_others(), time.process_time(),
+                used_by_others(), time.process_time(),
                 sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])]
 
     start = clocks()
@@ -141,7 +145,7 @@ def test_what_we_and_our_children_use_is_not_foreign():
 def test_contenders_take_turns():
     calls = []
     cfg = bench.Config(repeats=3, sample_s=1e-9, max_foreign=1e9)
-    bench.Race("test", {name: lambda name=name: calls.append(name) for name in "AB"}, cfg)
+    Race("test", {name: lambda name=name: calls.append(name) for name in "AB"}, cfg)
     assert "".join(calls) == "AB" + "AB" * 3  # once to warm up
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,25 @@ def test_without_the_first_half_only_the_second_is_judged(tok):
     assert half["values"] == 1.0 and half["n"] == 1
 
 
+def test_a_j_above_what_any_policy_can_reach_fails_its_gate(tmp_path):
+    """Three standard errors of J - J*, here 3 x hypot(0.03, 0.04) = 0.15, are allowed; a log of a
+    run without a price of the KL has no J*. Seen to fail with the error of J* alone."""
+    (tmp_path / "rl").mkdir()
+    fine = {"reward": 1.2, "kl": 1.0, "kl_error": 0.1, "length": 9.0, "ended": 1.0, "J_error": 0.03}
+    start = fine | {"reward": 0.0, "kl": 0.0}
+    best = {"best": 1.0, "best_error": 0.04}
+    for J, passes in ((0.9, True), (1.14, True), (1.16, False)):
+        rows = [{"step": i, "val": v | best | {"J": J}} for i, v in enumerate((start, fine))]
+        (tmp_path / "rl/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines, gates = judge.judge_rl(tmp_path, {"beta": 0.3})
+        gate, = (g for g in gates if g.what.startswith("J"))
+        assert gate.value == J and (gate.low <= gate.value <= gate.high) == passes
+        assert "J* = +1.00 (standard error 0.04)" in "\n".join(lines)
+    (tmp_path / "rl/log.jsonl").write_text("".join(
+        json.dumps({"step": i, "val": v}) + "\n" for i, v in enumerate((start, fine))))
+    assert not any(g.what.startswith("J") for g in judge.judge_rl(tmp_path, {"beta": 0.0})[1])
+
+
 def last(path: Path, key: str) -> dict:
     """The last record of a log that has `key`."""
     return [r for r in map(json.loads, path.read_text().splitlines()) if key in r][-1]
@@ -105,6 +125,8 @@ def test_the_ladder_is_climbed_in_small_and_the_same_command_goes_on(tmp_path):
         assert float(before) > float(after) > float(floor)
     for stage in ("PT", "SFT", "RM", "DPO", "RL"):
         assert f"| {stage} | " in text
+    assert "J, no policy can exceed J*" in text
+    assert ("![" in text) == bool(find_spec("matplotlib")) == (tmp_path / "curves.png").exists()
     assert all(text.count(f"    {stage}: ") == 10 for stage in (" pt", " sft", " dpo", "  rl"))
     ids = open_data(str(tmp_path / "data"))[1]["train"][0].ids
     share = np.bincount(ids) / len(ids)

@@ -40,11 +40,29 @@ def test_lora_learns_rows_and_columns():
     assert costs.lora_parameters(TINY, 5) == 5 * 31
 
 
-def test_writing_takes_a_cache_and_of_parts_the_whole_model():
-    """Keys and values of 3 rows of 5 tokens, 2 numbers each: 60. Whole: embedding and last gain,
-    22 numbers of 4 bytes; the block, 42 of 2."""
-    assert costs.evaluation_memory(TINY, 3, 5) == 4 * 60
-    assert costs.evaluation_memory(TINY, 3, 5, width=2, shards=8) == 2 * 60 + 4 * 22 + 2 * 42
+def test_writing_takes_a_cache_and_judging_a_block_and_of_parts_the_whole_model():
+    """Keys and values of 3 rows of 2 + 3 tokens, 2 numbers each: 60. The prompts are 6 tokens of 2
+    vectors of 2 and 3 of 3 numbers, and see 3 x 2 x 2 tokens; the probabilities, 20 bytes for each
+    of 3 x 10, take more. Whole: embedding and last gain, 22 numbers of 4 bytes; the block, 42 of
+    2."""
+    assert costs.judging_memory(TINY, 3, 2) == 6 * 4 * (4 + 9)
+    assert costs.writing_memory(TINY, 3, 2, 3) == 4 * 60 + 20 * 30
+    assert costs.writing_memory(TINY, 3, 200, 0) == 4 * 12 * 200 + 600 * 52 + 5 * 3 * 200 ** 2
+    assert costs.writing_memory(TINY, 3, 2, 3, width=2, shards=8) == (
+        2 * 60 + 20 * 30 + 4 * 22 + 2 * 42)
+
+
+def test_what_takes_most_is_named():
+    training = {"parameters": 9, "optimizer": 5, "gradients": 2, "activations": 3}
+    assert costs.fullest(training, evaluation=5, writing=4) == training
+    assert costs.fullest(training, evaluation=6, writing=7) == {
+        "parameters": 9, "optimizer": 5, "writing": 7}
+
+
+def test_muon_keeps_one_moment_of_the_matrices_of_the_blocks():
+    """34 of the 64 parameters: four matrices of 2 x 2, three of 2 x 3."""
+    adamw, muon = (costs.training_memory(TINY, 1, 4, muon=m)["optimizer"] for m in (False, True))
+    assert adamw == 8 * 64 and muon == 8 * 64 - 4 * 34
 
 
 def test_a_part_holds_its_share_and_frozen_models_theirs():

@@ -246,9 +246,13 @@ def test_warnings_of_rl():
     fine = {"kl": 0.5, "kl_error": 0.1, "ended": 1.0, "length": 20.0}
     cfg, mean = train_rl.Config(kl_budget=1.0), {"mismatch": 0.0}
     assert not train_rl.warnings(fine, fine, mean, cfg, ALONE)
+    assert not train_rl.warnings(fine, fine | {"J": 1.3, "J_error": 0.03, "best": 1.2,
+                                               "best_error": 0.04}, mean, cfg, ALONE)
     for now, seen, words in (({"kl": 1.5}, mean, "over the budget"),
                              ({"kl": -0.4}, mean, "below 0"), ({"ended": 0.9}, mean, "90%"),
                              ({"length": 5.0}, mean, "20 to 5"),
+                             ({"J": 1.4, "J_error": 0.03, "best": 1.2, "best_error": 0.04}, mean,
+                              "J 1.40 is over the 1.20"),
                              ({}, {"mismatch": 0.1}, "disagree")):
         found = train_rl.warnings(fine, fine | now, seen, cfg, ALONE)
         assert len(found) == 1 and words in found[0]

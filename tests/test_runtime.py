@@ -103,7 +103,7 @@ def test_bfloat16_computes_products_in_bfloat16():
 
 def test_measured_peak_and_memory_are_plausible():
     assert 1e9 < runtime.peak_flops(ALONE) < 1e14
-    assert 1e7 < runtime.peak_memory(ALONE.device) < 1e12
+    assert 0 <= runtime.peak_memory(ALONE.device) < 1e12
     assert runtime.free_memory(ALONE.device) > 1e8
     assert runtime.all_sum(ALONE, 1.5, torch.tensor(2.0)) == [1.5, 2.0]
     assert [runtime.eta(s) for s in (42, 600, 36_000)] == ["42s", "10m", "10.0h"]

@@ -1,0 +1,62 @@
+"""
+Timing on a machine that does other things too: contenders take turns, and a sample during which
+somebody else computed does not count.
+
+The contenders of a job take turns (A B A B …) in one process. A sample is work repeated for
+`sample_s` seconds; one during which other processes used more than `max_foreign` of a core is
+thrown away and counted. Figures are medians; "x": calls per second relative to the first.
+"""
+import os
+import resource
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+
+def used_by_others() -> float:
+    """CPU seconds used so far by all processes but this one and its children that have ended; 0
+    where there is no /proc/stat: then every sample is good."""
+    own = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    try:
+        with open("/proc/stat") as f:
+            user, nice, system, _, _, irq, softirq, steal = map(int, f.readline().split()[1:9])
+    except OSError:
+        return 0.0
+    ticks = user + nice + system + irq + softirq + steal  # all but idle and iowait
+    return ticks / os.sysconf("SC_CLK_TCK") - sum(u.ru_utime + u.ru_stime for u in own)
+
+
+class Race:
+    """Contenders that take turns until each has enough good samples, or four times as many were
+    taken. `seconds[name]` is the median for one call, nan if no sample was good. Of the settings
+    it reads `repeats`, `sample_s` and `max_foreign`."""
+
+    def __init__(self, job: str, contenders: dict[str, Callable[[], object]], cfg):
+        self.job, self.rows, self.rejected = job, [], dict.fromkeys(contenders, 0)
+        self.good: dict[str, list[float]] = {name: [] for name in contenders}
+        for work in contenders.values():
+            work()  # compiles, fills caches
+        for _ in range(4 * cfg.repeats):
+            for name, work in contenders.items():
+                before, start, calls, elapsed = used_by_others(), time.perf_counter(), 0, 0.0
+                while not calls or elapsed < cfg.sample_s:
+                    work()
+                    calls, elapsed = calls + 1, time.perf_counter() - start
+                quiet = used_by_others() - before <= cfg.max_foreign * elapsed
+                self.good[name] += [elapsed / calls] * quiet
+                self.rejected[name] += not quiet
+            if min(map(len, self.good.values())) >= cfg.repeats:
+                break
+        self.seconds = {k: float(np.median(v)) if v else torch.nan for k, v in self.good.items()}
+
+    def row(self, name: str, value: float, unit: str, **notes: float) -> None:
+        """Print one figure, and keep it for the JSON lines."""
+        notes |= {"x": next(iter(self.seconds.values())) / self.seconds[name],
+                  "samples": len(self.good[name]), "rejected": self.rejected[name]}
+        shown = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in notes.items())
+        figure = f"{value:,.4f}" if value < 10 else f"{value:,.1f}"
+        print(f"{self.job:<7} {name:<28} {figure:>10} {unit:<8}", *shown, sep=" | ", flush=True)
+        row = {"job": self.job, "name": name, "value": value, "unit": unit, **notes}
+        self.rows.append({k: None if v != v else v for k, v in row.items()})  # JSON knows no nan
