@@ -261,7 +261,8 @@ def parse_records(batch: Batch, read: Callable[[dict], Any]) -> Iterator[Any | B
                 field, what, detail = error.args
                 raise _Bad(_column(line, field), what, detail) from None
         except _Bad as bad:
-            yield BadLine(f"{batch.path}:{number}:{bad.args[0]}", *bad.args[1:])
+            column, what, detail, *_ = bad.args
+            yield BadLine(f"{batch.path}:{number}:{column}", what, detail)
 
 
 def _parse_line(raw: bytes, text_field: str, chats: bool) -> tuple[str, str | None]:

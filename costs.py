@@ -1,11 +1,14 @@
 """
 What a model costs: parameters, floating-point operations, memory. Nothing is allocated.
 """
+from functools import cache
+
 import torch
 
 from model import ModelConfig, Transformer
 
 
+@cache  # deep models take a while, and estimate.py asks fifty times
 def count_parameters(config: ModelConfig) -> int:
     """Number of parameters, counted on the meta device: nothing is allocated."""
     with torch.device("meta"):

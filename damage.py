@@ -67,9 +67,9 @@ def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
     """A child dies at its k-th call that touches the disk, for every k, once between two calls and
     once in the middle of a write: while a checkpoint is saved (the older one is there), while
     data.py makes token shards, while examples.py makes the rows of a chat file, and while notes are
-    brought up to date in a search index with vectors. Whatever makes
-    files can be tried so: give `crash_everywhere` the operation. Seen to fail when checkpoint.save
-    wrote under the final name, when write_text did, when examples.prepare left what a killed run
+    brought up to date in a search index with vectors. Whatever makes files can be tried so: give
+    `crash_everywhere` the operation. Seen to fail when checkpoint.save wrote under the final name,
+    when write_text did, when examples.prepare left what a killed run
     had begun, and when the index was written over instead of behind its valid end."""
     out = lab.new("crash")
     state = newest(lab.folder / "base")
@@ -214,7 +214,8 @@ def disk_full(lab: Lab, shares: tuple[float, ...] = (0.1, 0.5, 0.99),
     the next checkpoint passes after some share of it; and, where we may mount one, on a tmpfs with
     room for less than another checkpoint. The script must end with exit code 3 and say why, the old
     checkpoint must be what it was, no temporary file may be left, and with room again the run goes
-    on. So too `rag.py add` and a search index. Seen to fail when save left its temporary file, and when it passed on torch's own error."""
+    on. So too `rag.py add` and a search index. Seen to fail when save left its temporary file, and
+    when it passed on torch's own error."""
     mount = can_mount(lab.folder)
 
     def fill(stage: str) -> list[int]:

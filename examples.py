@@ -58,6 +58,7 @@ def read_messages(record: dict, field: str, last: str) -> list[dict]:
                              f"{', '.join(ROLES)}")
         if not isinstance(m.get("content"), str):
             raise FieldError(field, "bad message", f"{field}[{i}]['content'] must be a string")
+        check_text(m["content"], field)
     if messages[-1]["role"] != last:
         raise FieldError(field, "bad message", f"{field} must end with a message of role '{last}', "
                          f"ends with '{messages[-1]['role']}'")
@@ -68,7 +69,16 @@ def read_reply(record: dict, field: str) -> str:
     if not isinstance(record.get(field), str):
         raise FieldError(field, "field missing" if field not in record else "field of a wrong type",
                          f"'{field}' must be a string")
+    check_text(record[field], field)
     return record[field]
+
+
+def check_text(text: str, field: str) -> None:
+    """Raises FieldError for half a character (JSON can say \\ud800), which has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FieldError(field, "lone surrogate", ascii(text[error.start])) from None
 
 
 def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str, list, Counter]:
@@ -103,6 +113,8 @@ def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str
                     isinstance(r, str) for r in replies):
                 raise FieldError("ranking", "field of a wrong type",
                                  "'ranking' must be a list of at least two strings, best first")
+            for reply in replies:
+                check_text(reply, "ranking")
         else:
             replies = [read_reply(record, "chosen"), read_reply(record, "rejected")]
         ranked = [reply_row(tok, messages, reply) for reply in replies]

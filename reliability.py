@@ -398,8 +398,8 @@ def write_report(path: str, board: dict[int, str]) -> None:
             f"reliability.py --only=ROW` (the function's name), on {machine()}; Python "
             f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
             f"tiktoken {tiktoken.__version__}.\nWhat each row does, and with which deliberate "
-            "break it was seen to fail, stands in its function\nin `reliability.py` or "
-            "`hostile.py`. Times depend on what else the machine does.\n")
+            "break it was seen to fail, stands in its function\nin `reliability.py`, "
+            "`damage.py` or `hostile.py`. Times depend on what else the machine does.\n")
     corpus.write_text(path, "\n".join([head, HEAD, *(board[i] for i in sorted(board)), ""]))
 
 

@@ -162,8 +162,8 @@ class StopSignals:
                         "checkpoint\n".encode())
             os._exit(128 + number)
         self.name = signal.Signals(number).name
-        os.write(2, f"{who()}{self.name}: stops behind this step; once more ends it at once\n"
-                    .encode())
+        os.write(2, (f"{who()}{self.name}: stops behind this step; once more ends it at once\n"
+                     ).encode())
 
 
 class GradientGuard:

@@ -11,7 +11,7 @@ import pytest
 
 import corpus
 from corpus import (BadLine, BadLines, Document, Progress, find_files, language, parallel, parse,
-                    read_batches, write_text)
+                    parse_records, read_batches, write_text)
 
 GOOD = [{"text": "一只猫 sat.\nTwo [lines] {\"text\": 1}", "lang": "zh", "meta": {"text": 5}},
         {"id": -1.5e3, "text": "NaN Infinity \U0001f600 " + "7" * 5000}, {"text": "[" * 500}]
@@ -62,6 +62,21 @@ def test_all_damage_is_found_and_no_good_line_is_lost(tmp_path, monkeypatch, suf
     texts = [d.text for d in found if isinstance(d, Document)]
     damaged = {raw.replace(b"@", b"") for raw, _ in DAMAGE}
     assert texts == [json.loads(raw)["text"] for raw in lines if raw not in damaged]
+
+
+def test_damaged_lines_of_chats_and_pairs_are_placed_too(tmp_path):
+    """All damage that is none of a field. Seen to fail, with a TypeError, for what is not UTF-8."""
+    kinds = ("not UTF-8", "not JSON", "not an object", "nested too deeply", "number too long",
+             "key given twice", "NaN or Infinity")
+    for line, what in DAMAGE:
+        if what in kinds:
+            before, after = line.split(b"@")
+            (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n' + before + after + b'\n{"a": 2}\n')
+            (batch,) = read_batches([str(tmp_path / "x.jsonl")])
+            good, bad, last = parse_records(batch, lambda record: record["a"])
+            column = len(before.decode()) + 1
+            assert (bad.where, bad.what) == (f"{tmp_path}/x.jsonl:2:{column}", what)
+            assert (good, last) == (1, 2)
 
 
 def test_empty_lines_are_nothing_and_unclosed_nesting_does_not_end_python(tmp_path):

@@ -1,9 +1,7 @@
 """estimate.py: what it prints against figures worked out by hand, and the large configs against
 what eight processes would hold."""
-import multiprocessing
-import os
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,11 @@ import configurator
 import costs
 import estimate
 import train_pt
+from faults import Run, side_by_side
 from model import ModelConfig
 
 ROOT = Path(estimate.__file__).parent
+forks = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 #         vocabulary, layers, heads, kv heads, width, head, hidden, window
 TINY = ModelConfig(10, 1, 1, 1, 2, 2, 3, 4)
 # embedding 10 x 2, four matrices 2 x 2, three of 2 x 3, five gains of 2
@@ -104,7 +104,7 @@ def test_the_large_configs_fit_eight_gpus_of_80_gb(name):
     assert 12 * costs.count_parameters(config) < 100e6 * cfg.dist_timeout
 
 
-def shares_on_meta(name: str) -> tuple[int, int]:
+def shares_on_meta(name: str) -> list[int]:
     """Parameters of one of eight processes, and of all, of a model that is never allocated: the
     other seven are pretended."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -118,32 +118,35 @@ def shares_on_meta(name: str) -> tuple[int, int]:
         model = Transformer(train_pt.shape(cfg, 65_536))
     whole = sum(p.numel() for p in model.parameters())
     sharding.wrap(model, runtime.Dist(0, 8, torch.device("cpu"), torch.bfloat16), cfg.shard)
-    return sum(p.to_local().numel() for p in model.parameters()), whole
+    return [sum(p.to_local().numel() for p in model.parameters()), whole]
 
 
+@forks
 @pytest.mark.parametrize("name", ["7b", "13b"])
 def test_one_of_eight_processes_holds_an_eighth_of_the_large_models(name):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        part, whole = pool.apply(shares_on_meta, (name,))
+    (part, whole), = side_by_side([partial(shares_on_meta, name)])
     assert whole > 7e9 and whole / 8 <= part <= 1.05 * whole / 8
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "estimate.py", *arguments], cwd=ROOT,
-                          capture_output=True, text=True, timeout=60,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+def run(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code, and what is printed."""
+    command = Run("estimate", list(arguments), folder / "said")
+    return command.wait(), command.text
 
 
-def test_the_command_reads_a_config_and_settings_of_both_kinds():
-    done = run("config/pt_1b.py", "--gpus=16", "--batch_size=2", "--gpu_gb=20")
-    assert done.returncode == 0 and done.stdout.startswith("989,962,240 parameters, 7,147,732,992")
-    assert "2 rows of 2048 tokens" in done.stdout and "a part of 16, recompute" in done.stdout
-    assert "*" in done.stdout and "16 GPUs x 989 TFLOP/s x 40%" in done.stdout
+@forks
+def test_the_command_reads_a_config_and_settings_of_both_kinds(tmp_path):
+    code, said = run(tmp_path, str(ROOT / "config/pt_1b.py"), "--gpus=16", "--batch_size=2",
+                     "--gpu_gb=20")
+    assert code == 0 and said.startswith("989,962,240 parameters, 7,147,732,992")
+    assert "2 rows of 2048 tokens" in said and "a part of 16, recompute" in said
+    assert "*" in said and "16 GPUs x 989 TFLOP/s x 40%" in said
 
 
+@forks
 @pytest.mark.parametrize("argument, message", [
     ("--mfu=0.0", "must be positive"), ("--gpus=x", "'gpus' must be int"),
     ("--n_head=3", "must be a multiple of n_head 3"), ("nowhere.py", "no such config file")])
-def test_a_mistake_is_one_line(argument, message):
-    done = run(argument)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
+def test_a_mistake_is_one_line(argument, message, tmp_path):
+    code, said = run(tmp_path, argument)
+    assert code == 2 and said.count("\n") == 1 and message in said
