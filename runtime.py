@@ -89,7 +89,7 @@ class Here:
     step: int | str = "start"
     heard: float | None = None
     gap: float = 0.0
-    program = 0.0  # bytes of this process before it had a model: Python, torch and the scripts
+    program: float = 0.0  # bytes of this process before it had a model: Python, torch and the scripts
 
 
 def who() -> str:

@@ -220,8 +220,7 @@ def test_the_best_possible_j_is_that_of_the_gibbs_policy(beta):
     """Four replies of known probability: J* by hand is the J of the reference tilted by
     exp(r / beta), and more than that of 100 other policies; from 4,000 replies that the reference
     wrote it is found within 3 standard errors in at least 97 of 100 trials, and the errors are as
-    large as they are said to be. Seen to fail with the exponent r instead of r / beta, without the
-    log, and with an error that is not divided by the mean of the weights."""
+    large as they are said to be."""
     ref, r = t(0.4, 0.3, 0.2, 0.1), t(-0.5, 0.0, 0.5, 1.0)
     best = float(beta * (ref * (r / beta).exp()).sum().log())
 

@@ -56,7 +56,7 @@ def make(folder: Path, shape: tuple, prompt: int, reply: int) -> None:
         return "".join(r.choices("abcdefgh", k=n))
 
     rows: dict[str, list] = {"chat": [], "ranking": [], "pair": [], "prompt": []}
-    for _ in range(16):
+    for _ in range(32):
         asked = [{"role": "user", "content": text(prompt)}]
         rows["chat"].append({"messages": [*asked, {"role": "assistant", "content": text(reply)}]})
         rows["ranking"].append({"prompt": asked, "ranking": [text(reply) for _ in range(3)]})
@@ -67,7 +67,8 @@ def make(folder: Path, shape: tuple, prompt: int, reply: int) -> None:
 
 
 def settings(kind: str, folder: Path, shape: tuple, B: int, reply: int):
-    """Two optimizer steps of two micro-steps of about B rows, a validation before and behind."""
+    """Two optimizer steps of two micro-steps (RL: four) of about B rows, a validation before and
+    behind."""
     stage, changes = KINDS[kind]
     data = {"sft": "chat", "rm": "ranking", "dpo": "pair", "rl": "prompt"}[stage]
     cfg = SCRIPTS[stage].Config(
@@ -78,8 +79,8 @@ def settings(kind: str, folder: Path, shape: tuple, B: int, reply: int):
         "sft": dict(batch_size=B, batch_tokens=2 * B * shape[-1], eval_answers=4),
         "rm": dict(batch_size=B // 2, batch_pairs=B, norm_samples=4),
         "dpo": dict(batch_size=B // 2, batch_pairs=B, eval_samples=4),
-        "rl": dict(reward_from=str(folder / "rm"), batch_size=B, group=2, prompts_per_step=B,
-                   rollout_size=2 * B, eval_prompts=4)}[stage] | changes)
+        "rl": dict(reward_from=str(folder / "rm"), batch_size=B, group=4, prompts_per_step=B,
+                   rollout_size=4 * B, eval_prompts=4)}[stage] | changes)
 
 
 def measure(folder: Path, cases: list[tuple[str, str]]) -> dict | str:
