@@ -40,12 +40,17 @@ def as_utf8(text: str) -> str:
 def find_documents(paths: list[str], max_file_mb: int = 50,
                    but: str = "") -> tuple[list[tuple[Path, str]], list[str]]:
     """[(file, the folder it was found through, or "")], and a line for whatever is passed over. The
-    folder `but` is not entered. Raises ValueError for a path that is not there."""
+    folder `but` is not entered. Raises ValueError for a path that is not there or is `but`."""
     found: dict[Path, str] = {}
     skipped: list[str] = []
 
     def take(path: Path, root: str) -> None:
-        real = path.resolve()
+        try:
+            accept(path, root, Path(os.path.realpath(path)))
+        except OSError as error:  # gone since the folder was listed
+            refuse(error)
+
+    def accept(path: Path, root: str, real: Path) -> None:
         if str(path) != as_utf8(str(path)):
             skipped.append(f"skipped {path}: its name is not UTF-8")
         elif root and not real.is_relative_to(root):
@@ -63,6 +68,8 @@ def find_documents(paths: list[str], max_file_mb: int = 50,
     def pass_over(path: Path) -> str:
         if but and path == Path(but).resolve():
             return "the index"
+        if any(path.glob("starts-*.u64")):  # its chunks would be found beside what they are from
+            return "another index"
         return "a link to a folder" if path.is_symlink() else (
             "hidden" if path.name.startswith(".") else "")
 
@@ -76,6 +83,8 @@ def find_documents(paths: list[str], max_file_mb: int = 50,
             take(Path(name), "")
             continue
         root = str(Path(name).resolve())
+        if but and root == str(Path(but).resolve()):
+            raise ValueError(f"{name}: the index is in this folder; give another as --index")
         for folder, folders, names in os.walk(root, onerror=refuse):
             why = {inside: pass_over(Path(folder, inside)) for inside in sorted(folders)}
             skipped += [f"skipped {Path(folder, inside)}: {reason}"
@@ -87,7 +96,8 @@ def find_documents(paths: list[str], max_file_mb: int = 50,
 
 
 def decode(raw: bytes) -> str:
-    """Raises ValueError with the place of a byte that fits no encoding."""
+    """Raises ValueError with the place of a byte that fits no encoding. Damaged UTF-8 can be valid
+    GB18030, of no meaning: so that is not tried where ten good characters stand before."""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         try:
             return raw.decode("utf-16")
@@ -98,6 +108,8 @@ def decode(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
+        if sum(byte >= 0xc0 for byte in raw[max(0, error.start - 10_000):error.start]) >= 10:
+            raise ValueError(f"damaged UTF-8 at byte {error.start}") from None
         try:
             return raw.decode("gb18030")
         except UnicodeDecodeError:

@@ -193,10 +193,10 @@ class Index(Files):
             return 0
         try:
             return self._write()
-        except OSError:
+        except OSError as error:
             with suppress(OSError):
                 self._roll_back()
-            raise
+            raise OSError(error.errno, error.strerror, error.filename or str(self.folder)) from None
 
     def _write(self) -> int:
         n, chunks = self.manifest["chunks"], self._new

@@ -13,6 +13,7 @@ state or the new one, and what lies behind the end that the manifest names is cu
 import hashlib
 import json
 import os
+import re
 import zlib
 from contextlib import suppress
 from copy import deepcopy
@@ -24,21 +25,25 @@ from postings import ARRAYS, Segment
 
 AGAIN = "remove the folder and index the documents again"
 SUFFIX = {"chunks": ".jsonl", "starts": ".u64", "vectors": ".f32"}
+OURS = re.compile(r"(chunks-\d+\.jsonl|starts-\d+\.u64|vectors-\d+\.f32|terms-\d+-\d+-\d+\.npz"
+                  r"|manifest\.json\.tmp)")  # removed if not named; other files are a user's
 EMPTY: dict = {"format": 2, "generation": 0, "chunks": 0, "files": {}, "documents": {}, "dead": [],
                "segments": [], "embed": None}
 
 
 def read_manifest(path: Path, raw: bytes) -> dict:
-    """Raises ValueError for one that is damaged or of another format."""
+    """Raises ValueError for one that is damaged, of another format, or of another program."""
+    if raw.lstrip()[:1] == b"{":
+        raise ValueError(f"{path}: of another program: give another folder as --index")
     try:
         digest, manifest = json.loads(raw)
         if digest != sha256_of(manifest):
             raise ValueError("does not match its checksum")
         known = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: {error}; {AGAIN}") from None
     if known != 2:
-        raise ValueError(f"{path}: format {known}, this program reads 2")
+        raise ValueError(f"{path}: format {known}, this program reads 2; {AGAIN}")
     return manifest
 
 
@@ -129,8 +134,7 @@ class Files:
             if path.name in ends:
                 if path.stat().st_size > ends[path.name]:
                     os.truncate(path, ends[path.name])
-            elif path.name.startswith((*SUFFIX, "terms-", "manifest.json.tmp")) and (
-                    path.name not in segments):
+            elif OURS.fullmatch(path.name) and path.name not in segments:
                 path.unlink()
 
     def _roll_back(self) -> None:

@@ -36,7 +36,7 @@ from index import Hit, Index, Mode
 from model import Transformer
 from segment import split
 from tokenizer import StreamDecoder, Tokenizer, load_tokenizer, render
-from topics import sentences, terms, tfidf
+from topics import INVISIBLE, sentences, terms, tfidf
 
 JOBS = ("add", "ask", "chat", "info", "split", "eval")
 
@@ -78,7 +78,6 @@ SYSTEM = ("只根据下面编号的资料回答，每句话后面标注来源编
           f"each sentence, like [1]. If they do not hold the answer, say \"{REFUSAL['en']}\"")
 SHORT = {"en": "Context: {c}\nQuestion: {q}", "zh": "资料：{c}\n问题：{q}"}
 ASKED = {"en": "Question: ", "zh": "问题："}
-INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 CITATION = re.compile(r"\[(\d{1,9})\]")
 
 
@@ -96,9 +95,10 @@ class Answer:
 
 
 def shown(text: str) -> str:
-    """Text of a document as the model may see it: without invisible characters, and without
-    brackets at the start of a line that would look like the number of a source."""
-    return re.sub(r"(?m)^(\s*)\[(\d+)\]", r"\1(\2)", INVISIBLE.sub("", text))
+    """Text of a document as a model or a terminal may see it: without invisible characters, and
+    without brackets at the start of a line that would look like the number of a source."""
+    text = re.sub("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", "\n", INVISIBLE.sub("", text))
+    return re.sub(r"(?m)^((?:[^\S\n]|[>*#-])*)\[[^\S\n]*(\d+)[^\S\n]*\]", r"\1(\2)", text)
 
 
 def place(hit: Hit) -> str:
@@ -164,7 +164,7 @@ def best_sentences(question: str, hits: list[Hit], index: Index, most: int = 1) 
         spans = sentences(text) or [(0, len(text))]
         spans = [s for s in spans if text[s[0]] != "#" and text[s[1] - 1] not in "?？"] or spans
         best = max(spans, key=lambda s: sum(weight.get(t, 0) for t in set(terms(text[s[0]:s[1]]))))
-        found.append(f"{text[best[0]:best[1]].strip()} [{number}]")
+        found.append(f"{shown(text[best[0]:best[1]]).strip()} [{number}]")
     return found
 
 
@@ -272,9 +272,9 @@ def add(paths: list[str], cfg: Config) -> None:
         replaced, embedded = counts.pop("replaced"), counts.pop("embedded")
         if replaced:
             print(f"{replaced:,} characters that no text should hold are now U+FFFD")
-        print(f"{cfg.index}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
-              + f"; {len(index):,} chunks of {len(index.manifest['documents']):,} documents"
-              + (f", {embedded:,} embedded" if embedder else "")
+        did = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n) or "nothing to read"
+        print(f"{cfg.index}: {did}; {len(index):,} chunks of {len(index.manifest['documents']):,} "
+              + "documents" + (f", {embedded:,} embedded" if embedder else "")
               + f", {time.monotonic() - start:.1f} s")
         if cfg.embed.startswith("own:"):
             found = rag_eval.heading_recall(index)
@@ -300,11 +300,11 @@ def load_writer(cfg: Config) -> tuple[Transformer, Tokenizer]:
 def print_answer(question: str, cfg: Config, index: Index, history: list[dict]) -> Answer:
     """Ask, and print the answer and its sources."""
     said = answer(question, cfg, index, on_text=lambda text: print(
-        text, end="", flush=True) if cfg.stream else None, history=history)
-    print("" if cfg.stream else said.text)
+        INVISIBLE.sub("", text), end="", flush=True) if cfg.stream else None, history=history)
+    print("" if cfg.stream else INVISIBLE.sub("", said.text))
     for number, hit in enumerate(said.sources, 1):
-        crumb = f"  {hit.chunk.crumb}" if hit.chunk.crumb else ""
-        print(f"  [{number}]{'*' if number in said.cited else ' '} {place(hit)}{crumb}")
+        where = shown(f"{place(hit)}  {hit.chunk.crumb}").rstrip()
+        print(f"  [{number}]{'*' if number in said.cited else ' '} {where}")
     if said.invalid_citations:
         print(f"  dropped from the answer, naming no source: {said.invalid_citations}")
     return said
@@ -315,14 +315,15 @@ def chat(cfg: Config) -> None:
     index, history = open_index(cfg), []
     while True:
         try:
-            question = input("> ").strip()
+            if question := input("> ").strip():
+                said = print_answer(question, cfg, index, history)
+                history += [{"role": "user", "content": question},
+                            {"role": "assistant", "content": said.text}]
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if question:
-            said = print_answer(question, cfg, index, history)
-            history += [{"role": "user", "content": question},
-                        {"role": "assistant", "content": said.text}]
+        except ValueError as error:  # one question that is too long does not end it all
+            print(error)
 
 
 def info(cfg: Config) -> None:
@@ -350,7 +351,7 @@ def print_segments(paths: list[str], cfg: Config) -> None:
             print(f"skipped {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
             continue
         for chunk in chunks:
-            print(json.dumps(asdict(chunk), ensure_ascii=False))
+            print(json.dumps(asdict(chunk) | {"lang": language(chunk.full)}, ensure_ascii=False))
 
 
 def check(cfg: Config) -> None:
@@ -391,8 +392,8 @@ def main() -> None:
             {"chat": chat, "info": info}[job](cfg)
     except BrokenPipeError:  # whoever read what is printed has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        fail(str(error), 3 if isinstance(error, OSError) else 2)
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        fail(str(error) or "stopped", 3 if isinstance(error, OSError) else 2 if str(error) else 130)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ A corpus line is {"id", "title", "text", "lang", "source"}, a query line {"query
 
 recall@k, mrr@10   the rank of the passage that answers; of equal scores it gets the worst place.
                    With passages "chunks" or "fixed" that is one of the document which holds an
-                   answer whole; `cut` is the share of questions whose answers all lie across cuts
+                   answer whole; `cut` is the share of questions whose answers stand in the document
+                   and in none of its passages; `cut_long` is the part of it where the sentences
+                   around an answer are more than chunk_tokens, so that no chunk can hold them
 refusal_auc        chance that a question scores higher in idf coverage than one whose document was
                    taken out of the index: 0.5 is guessing. refused: the share of those that
                    min_coverage refuses; lost: the share of answerable questions it refuses
@@ -31,11 +33,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from corpus import FieldError, Progress, find_files, parse_records, read_batches
-from documents import PIECE
+from documents import PIECE, count_pieces
 from embed import Embed
 from examples import spread
 from index import Index
 from segment import Chunk, clean
+from topics import sentences
 
 if TYPE_CHECKING:
     from rag import Config
@@ -158,15 +161,27 @@ def auc(with_gold: list[float], without: list[float]) -> float:
     return float(below.mean() / 2 / max(1, len(order)))
 
 
-def measure(index: Index, queries: list[dict], cfg: "Config", progress: Progress) -> dict:
-    """Retrieval figures of one language and source."""
-    ranks, seen, unseen, cut, spent = [], [], [], 0, 0.0
+def around(text: str, answer: str) -> str:
+    """The sentences that a part of a text lies in."""
+    start = text.find(answer)
+    held = [span for span in sentences(text) if span[0] < start + len(answer) and start < span[1]]
+    return text[held[0][0]:held[-1][1]] if held else answer
+
+
+def measure(index: Index, queries: list[dict], cfg: "Config", progress: Progress,
+            texts: dict[str, str]) -> dict:
+    """Retrieval figures of one language and source. `texts` are the documents, by their ids."""
+    ranks, seen, unseen, cut, long, spent = [], [], [], 0, 0, 0.0
     for n, row in enumerate(queries):
         progress.show(f"{row['lang']} {row['source']}: {n:,}/{len(queries):,} questions")
         gold = index.numbers(row["doc_id"])
-        if cfg.passages != "whole":
-            gold = [i for i in gold if any(a in index.chunk(i).text for a in row["answers"])]
+        text = texts[row["doc_id"]]
+        there = [answer for answer in row["answers"] if answer in text]  # none: a yes or a no
+        if cfg.passages != "whole" and there:
+            gold = [i for i in gold if any(a in index.chunk(i).text for a in there)]
             cut += not gold
+            long += not gold and min(count_pieces(around(text, a)) for a in there
+                                     ) > cfg.chunk_tokens
         start = time.perf_counter()
         index.search(row["query"], cfg.n_sources, cfg.mode)
         spent += time.perf_counter() - start
@@ -180,7 +195,8 @@ def measure(index: Index, queries: list[dict], cfg: "Config", progress: Progress
             "recall@5": round(float((r <= 5).mean()), 4),
             "recall@20": round(float((r <= 20).mean()), 4),
             "mrr@10": round(float(np.where(r <= 10, 1 / r, 0).mean()), 4),
-            "cut": round(cut / len(queries), 4), "refusal_auc": round(auc(seen, unseen), 4),
+            "cut": round(cut / len(queries), 4), "cut_long": round(long / len(queries), 4),
+            "refusal_auc": round(auc(seen, unseen), 4),
             "refused": round(float((np.array(unseen) < cfg.min_coverage).mean()), 4),
             "lost": round(float((np.array(seen) < cfg.min_coverage).mean()), 4),
             "ms_per_query": round(1000 * spent / len(queries), 2)}
@@ -225,7 +241,8 @@ def evaluate(cfg: "Config", cut, embedder: Embed | None) -> None:
             for row in rows:
                 index.put(row["id"], "", passages(row, cfg, cut))
             index.commit()
-            line = {"lang": lang, "source": source} | measure(index, queries, cfg, progress)
+            texts = {row["id"]: clean(row["text"])[0] for row in rows}
+            line = {"lang": lang, "source": source} | measure(index, queries, cfg, progress, texts)
             if cfg.peer:
                 line |= peer(rows, queries, lang)
             if cfg.checkpoint:

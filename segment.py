@@ -19,7 +19,6 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from os.path import basename, splitext
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +27,7 @@ from blocks import ITEM, Part, sections
 from topics import semantic_cuts, sentences, terms, tfidf  # noqa: F401  (the last two: see above)
 
 CRUMB_TOKENS = 48  # of a breadcrumb, or a quarter of max_tokens if that is less
+FILE = re.compile(r"(?s)(?:.*[/\\])?(.*)\.(?:md|markdown|txt|rst|py|jsonl?)", re.I)
 MIN_TOKENS = 16  # below it a breadcrumb, a table's header and one character may not fit together
 
 
@@ -105,6 +105,19 @@ def _combines(text: str, i: int) -> bool:
         or "\U0001f3fb" <= text[i] <= "\U0001f3ff"
 
 
+PAIRS = ("“”", "「」", "『』", "（）", "()", "《》")  # what a cut between the two would tear apart
+LOOK_BACK = 16  # atoms; so many places are compared, to stay linear
+
+
+def hurt(text: str, start: int, cut: int) -> int:
+    """How much a cut inside a block hurts the text from `start`: least behind a sentence or blank
+    line, more behind a semicolon, most within a sentence; and more inside a quotation."""
+    before = text[start:cut].rstrip()
+    blank, last = text.count("\n", start + len(before), cut) > 1, before[-1:]
+    degree = 1 if blank or last in "。！？….!?”」』）)\"" else 2 if last in "；;" else 4
+    return degree + 2 * any(before.count(a) > before.count(b) for a, b in PAIRS)
+
+
 # ---------------------------------------------------------------------------- chunks
 
 class Atom(NamedTuple):
@@ -113,6 +126,7 @@ class Atom(NamedTuple):
     end: int
     size: int  # tokens
     prefix: str  # the header, for a chunk that starts here to repeat
+    first: bool = False  # of its block
 
 
 def split(text: str, doc: str = "", max_tokens: int = 256, overlap: int = 0, *,
@@ -145,7 +159,8 @@ class _Splitter:
         self.lines = [0, *at_lines(self.text, 0, len(self.text))]  # where they start
 
     def section(self, names: list[str], parts: list[Part]) -> Iterator[Chunk]:
-        crumb = self.crumb(names or [" ".join(clean(splitext(basename(self.doc))[0])[0].split())])
+        name = FILE.sub(r"\1", self.doc) if FILE.fullmatch(self.doc) else self.doc
+        crumb = self.crumb(names or [" ".join(clean(name)[0].split())])
         atoms = [atom for part in parts for atom in self.atoms(part, crumb)]
         prose = [p for p in parts if self.overlap and p.kind in ("paragraph", "item")]
         spans = [(p.body + a, p.body + b) for p in prose
@@ -175,7 +190,7 @@ class _Splitter:
         cuts = at_sentences(self.text, part.body, part.end) if apart else []
         for start, end in zip([part.start, *cuts], [*cuts, part.end]):
             for a, b, size in self.pieces(start, part.body, end, WAYS[part.kind], room):
-                yield Atom(a, b, size, prefix if a >= rows else "")
+                yield Atom(a, b, size, prefix if a >= rows else "", a == part.start)
 
     def header(self, part: Part, crumb: str) -> tuple[str, int]:
         """The two lines a table's later chunks repeat, "" if too long; where the rows start."""
@@ -211,17 +226,21 @@ class _Splitter:
         return [atoms[a:b] for a, b in zip([0, *cuts], [*cuts, len(atoms)])]
 
     def pack(self, atoms: list[Atom], crumb: str, spans: list[tuple[int, int]]) -> Iterator[Chunk]:
-        """Greedily: the next atom, too, if it fits. The sum of the counts proposes, the count of
-        the whole disposes, since a BPE may need more tokens for it than for its parts."""
+        """The next atom, too, if it fits, less what is better left to the next chunk. The sum of
+        the counts proposes, the count of the whole disposes, since a BPE may need more tokens for
+        it than for its parts."""
         todo, before = atoms[::-1], None
+        left = sum(atom.size for atom in atoms)
         while todo:
             first = todo[-1]
             start = first.start if before is None else self.repeat(spans, before, first.start)
-            space = self.room(crumb, first.prefix) - self.count(self.text[start:first.start])
-            taken: list[Atom] = []
+            room = self.room(crumb, first.prefix) - self.count(self.text[start:first.start])
+            taken, space = [], room
             while todo and (not taken or todo[-1].size <= space):
                 space -= todo[-1].size
                 taken.append(todo.pop())
+            for _ in range(self.better_left(taken, todo, left, room) if todo else 0):
+                todo.append(taken.pop())
             while taken:
                 chunk = self.chunk(start, taken[-1].end, crumb, first.prefix)
                 if self.count(chunk.full) <= self.max_tokens:
@@ -232,9 +251,27 @@ class _Splitter:
                     todo.append(taken.pop())
             if not taken:
                 todo += self.halves(todo.pop())[::-1]
-            elif chunk.text:
-                yield chunk
-                before = start
+            else:
+                left -= sum(atom.size for atom in taken)
+                if chunk.text:
+                    yield chunk
+                    before = start
+
+    def better_left(self, taken: list[Atom], todo: list[Atom], left: int, room: int) -> int:
+        """How many of the atoms taken for a chunk to leave to the next one, for the cut that hurts
+        least, of those the last: none beyond half the chunk, and none that would take a chunk
+        more. `left` is the size of all that is not in a chunk yet."""
+        size = kept = sum(atom.size for atom in taken)
+        begin, best, least = taken[0].start, 0, 9
+        for n, after in enumerate([todo[-1], *taken[:-LOOK_BACK:-1]]):
+            kept -= taken[-n].size if n else 0
+            if n == len(taken) or 2 * kept < size or (
+                    -(-(left - kept) // room) > -(-(left - size) // room)):
+                break
+            degree = 0 if after.first else hurt(self.text, begin, after.start)
+            if degree < least:
+                best, least = n, degree
+        return best
 
     def repeat(self, spans: list[tuple[int, int]], before: int, first: int) -> int:
         """Where whole sentences begin that end at `first`, have at most `overlap` tokens, and are

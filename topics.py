@@ -19,6 +19,10 @@ from functools import partial
 
 import numpy as np
 
+# What shows nothing: controls, joiners, marks of direction, byte order marks, tags, selectors.
+INVISIBLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f"
+                       "\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff9-\ufffb"
+                       "\U000e0000-\U000e0fff]")
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 STOP = re.compile(r"\n\s*\n|[。！？；…｡．.!?]+")
 CLOSING = set("”’」』）)】》〕]")
@@ -96,9 +100,11 @@ TERM = re.compile(f"[{HAN}]+|[^\\W_{HAN}]+")
 def terms(text: str) -> list[str]:
     """What search counts: words and numbers in lower case, less a plural s (which finds up to four
     in a hundred more answers first in English text); of a run of Chinese each character and each
-    pair of neighbours, so that no dictionary of words is needed."""
+    pair of neighbours, so that no dictionary of words is needed. Invisible characters part none."""
     found = []
-    for run in TERM.findall(unicodedata.normalize("NFKC", text).lower()):
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", INVISIBLE.sub("", text))
+    for run in TERM.findall(text.lower()):
         if _is_han(run[0]):
             found += [*run, *(run[i:i + 2] for i in range(len(run) - 1))]
         else:

@@ -4,13 +4,14 @@ import json
 import math
 import os
 import random
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 
 import manifest as manifest_module
-from index import Index, diverse, reciprocal_rank_fusion
+from index import Index, diverse, reciprocal_rank_fusion, top
 from segment import Chunk, split
 from topics import terms
 
@@ -149,6 +150,32 @@ def test_vectors_rank_fuse_and_are_not_made_twice(tmp_path):
     fused = reciprocal_rank_fusion([np.argsort(-made.scores("tea apple", m), kind="stable")[
         :(made.scores("tea apple", m) > 0).sum()] for m in ("bm25", "dense")])
     assert found[0].score == pytest.approx(max(fused.values()), abs=3e-6)
+
+
+def test_a_dense_search_copies_no_vectors_and_ranks_as_double_precision_does(tmp_path):
+    """One fp32 product of the mapped file: at its peak a search holds some numbers a chunk and not
+    the vectors, which at 100,000 chunks of 384 numbers are 154 MB. Seen to fail with
+    np.array(self.vectors) @ …, and with the question's vector as float64, which converts all."""
+    wide = lambda texts, kind: np.repeat(hashing(texts, kind), 16, axis=1)  # 1024 numbers
+    with Index(str(tmp_path), True, wide, "wide") as made:
+        for seed in range(20):
+            made.put(f"d{seed}", "", document(seed, 50))
+        made.commit()
+        question = "apple 北京 tea"
+        made.search(question, 5, "dense")
+        tracemalloc.start()
+        made.search(question, 5, "dense")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert made.vectors.nbytes == 1000 * 1024 * 4 and peak < made.vectors.nbytes / 8
+        scores = made.cosines(question)
+        q = wide([question], "query")[0].astype(np.float64)
+        want = np.asarray(made.vectors, np.float64) @ (q / np.linalg.norm(q))
+        assert scores.dtype == np.float32 and np.allclose(scores, want, atol=1e-6)
+        for k in (1, 7, 20, 999, 1000, 2000):
+            order, least = np.argsort(-scores, kind="stable"), np.sort(scores)[-min(k, 1000)]
+            want = [i for i in order if scores[i] >= least and scores[i] > 0][:2 * k]
+            assert top(scores, k).tolist() == want
 
 
 def test_another_embedder_is_refused_by_name(tmp_path):

