@@ -103,7 +103,7 @@ def first(path: Path, key: str) -> dict:
 def test_the_ladder_is_climbed_in_small_and_the_same_command_goes_on(tmp_path):
     """All stages at a fiftieth of their steps, stopped once on the way. Directions only: PT below
     the unigram entropy, SFT loss down, RM better than at its start, a DPO margin, a KL that is none
-    below 0. Seen to fail when a stopped run was started anew, and without --resume."""
+    below 0."""
     command = [sys.executable, "demo.py", f"--out_dir={tmp_path}", "--n_train=4000", "--share=0.02"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, start_new_session=True) as stopped:

@@ -143,7 +143,7 @@ def test_two_processes_give_the_losses_of_one(cfg, tmp_path):
     both = replace(cfg, out_dir=str(tmp_path / "two"), batch_size=4)
     torchrun = (sys.executable, "-m", "torch.distributed.run")
     process = start(["--nproc_per_node=2", *command(both)], torchrun)
-    said = process.communicate(timeout=100)[0]
+    said = process.communicate(timeout=400)[0]
     assert process.returncode == 0, said
     one, two = ([float.fromhex(x) for x in losses(c)] for c in (cfg, both))
     assert two == pytest.approx(one, rel=1e-5)
