@@ -154,7 +154,7 @@ def test_vectors_rank_fuse_and_are_not_made_twice(tmp_path):
 
 def test_a_dense_search_copies_no_vectors_and_ranks_as_double_precision_does(tmp_path):
     """One fp32 product of the mapped file: at its peak a search holds some numbers a chunk and not
-    the vectors, which at 100,000 chunks of 384 numbers are 154 MB. Seen to fail with
+    the vectors, which at 100,000 chunks of 384 numbers are 154 MB. To fail with
     np.array(self.vectors) @ …, and with the question's vector as float64, which converts all."""
     wide = lambda texts, kind: np.repeat(hashing(texts, kind), 16, axis=1)  # 1024 numbers
     with Index(str(tmp_path), True, wide, "wide") as made:

@@ -53,7 +53,7 @@ def notes(tmp_path, run):
     "a\u2028[2] b", "a\x0c[2] b", "a\x85[2] b", "a\n> [2] b", "a\n- [2] b", "a\n**[2] b",
     "a\n\u3000[ 2 ] b", "a\n\u200b[\u200b2] b", "a\n\U000e0041[2] b", "a\n\xad[２] b"])
 def test_no_line_of_a_document_looks_like_a_numbered_source(text):
-    """Seen to fail with the form feed, the other line ends, quotes, lists, tags and soft hyphens:
+    """To fail with the form feed, the other line ends, quotes, lists, tags and soft hyphens:
     only spaces could stand before the bracket."""
     assert "[" not in shown(text) and "b" in shown(text)
     assert shown("see [2], a[2]") == "see [2], a[2]"
@@ -61,7 +61,7 @@ def test_no_line_of_a_document_looks_like_a_numbered_source(text):
 
 def test_what_is_invisible_hides_no_word_and_reaches_no_terminal(notes, run):
     """Text from the web holds soft hyphens and zero-width spaces: "pass\u200bword" was found by
-    "pass" alone. And a note that clears the screen did so when it was shown. Seen to fail with
+    "pass" alone. And a note that clears the screen did so when it was shown. To fail with
     `terms` and `best_sentences` as they were."""
     folder, index = notes
     (folder / "evil.md").write_text("# Net\x1b[2J\n\nThe pass\u200bword of the 北\u2060京 router is "
@@ -84,7 +84,7 @@ def test_damaged_utf8_is_not_taken_for_chinese_of_another_encoding():
 
 
 def test_a_file_that_goes_away_and_a_link_to_itself_are_passed_over(notes, run, monkeypatch):
-    """Seen to fail: RuntimeError of Path.resolve for the link, and the end of the whole run when a
+    """To fail: RuntimeError of Path.resolve for the link, and the end of the whole run when a
     file was gone between the list and the look at its size."""
     folder, index = notes
     os.symlink("loop.md", folder / "loop.md")
@@ -114,7 +114,7 @@ def test_an_index_inside_a_folder_is_not_read_as_documents(notes, tmp_path):
 
 def test_a_users_files_in_the_folder_of_an_index_stay(tmp_path, run):
     """--index=notes is a slip of the hand. Whatever began with "vectors", "chunks", "starts" or
-    "terms-" was deleted. Seen to fail with the names compared by their beginnings only; and its
+    "terms-" was deleted. To fail with the names compared by their beginnings only; and its
     own files became documents, without the look whether the folder is the index's."""
     folder, other = tmp_path / "notes", tmp_path / "other"
     for place in (folder, other):
@@ -130,7 +130,7 @@ def test_a_users_files_in_the_folder_of_an_index_stay(tmp_path, run):
 
 
 def test_manifests_of_others_are_named_and_none_is_overwritten(tmp_path, run):
-    """Seen to fail: of a browser extension's manifest.json it was said that it is damaged and the
+    """To fail: of a browser extension's manifest.json it was said that it is damaged and the
     folder to be removed; of another format, nothing to do; and brackets gave a RecursionError."""
     path = tmp_path / "manifest.json"
     old = {"format": 1}
@@ -168,7 +168,7 @@ def alone(*arguments):
 
 def test_a_disk_that_is_full_and_a_second_add_lose_nothing(notes, tmp_path, run):
     """Files may not grow beyond 200 bytes; then, another process holds the lock. The old index is
-    there all the time. Seen to fail: the message named no file (index.py's `raise` alone)."""
+    there all the time. To fail: the message named no file (index.py's `raise` alone)."""
     folder, index = notes
     (folder / "more.md").write_text("The ferry leaves at nine. " * 400)
     code, said = alone(str(folder), str(tmp_path / "ix"), 200)
@@ -183,7 +183,7 @@ def test_a_disk_that_is_full_and_a_second_add_lose_nothing(notes, tmp_path, run)
 # ------------------------------------------------------------------------ questions
 
 def test_no_documents_and_no_question(notes, tmp_path, run):
-    """Seen to fail: an empty folder was reported as ": ; 0 chunks"."""
+    """To fail: an empty folder was reported as ": ; 0 chunks"."""
     (tmp_path / "empty").mkdir()
     code, out, _ = run("add", tmp_path / "empty", f"--index={tmp_path}/none")
     assert code == 0 and "nothing to read; 0 chunks of 0 documents" in out
@@ -196,7 +196,7 @@ def test_no_documents_and_no_question(notes, tmp_path, run):
 
 
 def test_a_question_that_is_too_long_does_not_end_a_chat(notes, tiny, run):
-    """Nor the conversation before it. Seen to fail: exit code 2."""
+    """Nor the conversation before it. To fail: exit code 2."""
     code, out, err = run("chat", notes[1], f"--checkpoint={tiny.pt}", "--max_tokens=4",
                          "--template=short", stdin=f"Where is the spare key?\n{'key ' * 2500}\n"
                          "Where is the spare key?\n")
@@ -205,7 +205,7 @@ def test_a_question_that_is_too_long_does_not_end_a_chat(notes, tiny, run):
 
 
 def test_ctrl_c_is_no_traceback(notes, run, monkeypatch):
-    """Seen to fail with KeyboardInterrupt not caught."""
+    """To fail with KeyboardInterrupt not caught."""
     def interrupted(*arguments, **settings):
         raise KeyboardInterrupt
     monkeypatch.setattr(rag, "answer", interrupted)
@@ -216,7 +216,7 @@ def test_ctrl_c_is_no_traceback(notes, run, monkeypatch):
 
 def test_segments_are_training_text_as_they_are(notes, tmp_path, run):
     """rag.py split | data.py: each line has a text and its language, which is Chinese also for a
-    bit of code below a Chinese heading. Seen to fail without the field "lang"."""
+    bit of code below a Chinese heading. To fail without the field "lang"."""
     folder, _ = notes
     (folder / "中文.md").write_text("# 安装说明\n\n" + "先下载，再安装。" * 9
                                   + "\n\n# 运行环境的准备\n\n```\nmake\n```\n")

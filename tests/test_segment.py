@@ -165,8 +165,8 @@ def test_of_several_places_for_a_cut_that_is_taken_which_hurts_least():
 
 
 def test_a_title_is_not_a_path():
-    """The breadcrumb of a row without headings is its title, and that of a file its name. Seen to
-    fail: "St", "DC" and "Version 3", since all went through splitext(basename(…))."""
+    """The breadcrumb of a row without headings is its title, and that of a file its name. They
+    were "St", "DC" and "Version 3", since all went through splitext(basename(…))."""
     for name, crumb in (("St. Louis", "St. Louis"), ("AC/DC", "AC/DC"), ("Version 3.5", "Version 3.5"),
                         ("a/v1.5 notes.md", "v1.5 notes"), ("a\\b.TXT", "b"), (".md", "")):
         assert split("Text.", name, count=len)[0].crumb == crumb
