@@ -21,6 +21,7 @@ FORBIDDEN = {"eval", "exec", "__import__", "pickle.load", "pickle.loads", "pickl
              "torch.hub.load", "tiktoken.get_encoding", "urllib.request.urlopen", "runpy.run_path"}
 ALLOWED = {("configurator.py", "exec"),  # a config file is the user's own Python, see SECURITY.md
            ("demo.py", "runpy.run_path"),  # of config/*_micro.py
+           ("curves.py", "runpy.run_path"),  # of config/rl_micro.py
            ("bench.py", "runpy.run_path"),  # of the nanoGPT that --nanogpt names, see SECURITY.md
            ("embed.py", "urllib.request.urlopen")}  # to the server that --embed=http… names
 
