@@ -228,7 +228,7 @@ def test_segments_are_training_text_as_they_are(notes, tmp_path, run):
     (tmp_path / "tok.txt").write_text(dump([bytes([i]) for i in range(256)], PATTERN))
     done = os.spawnv(os.P_WAIT, sys.executable, [
         sys.executable, str(Path(data.__file__)), f"--input={tmp_path}/rows.jsonl", "--workers=1",
-        f"--tokenizer={tmp_path}/tok.txt", f"--out_dir={tmp_path}/data", "--val_fraction=0.3"])
+        f"--tokenizer={tmp_path}/tok.txt", f"--out_dir={tmp_path}/data", "--val_fraction=0.5"])
     assert done == 0
     for lang in ("en", "zh"):
         made = [data.open_token_file(str(f)) for f in tmp_path.glob(f"data/*_{lang}.bin")]
