@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import re
+import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -73,7 +74,7 @@ def settings(kind: str, folder: Path, shape: tuple, B: int, reply: int):
     data = {"sft": "chat", "rm": "ranking", "dpo": "pair", "rl": "prompt"}[stage]
     cfg = SCRIPTS[stage].Config(
         init_from=str(folder / "sft"), data=str(folder / f"{data}.jsonl"),
-        val_data=str(folder / f"{data}.jsonl"), out_dir=str(folder / kind), answer_tokens=reply,
+        val_data=str(folder / f"{data}.jsonl"), out_dir=str(folder / f"{kind} run"), answer_tokens=reply,
         max_steps=2, warmup_steps=0, learning_rate=1e-4, save_every=9, device="cpu")
     return replace(cfg, **{
         "sft": dict(batch_size=B, batch_tokens=2 * B * shape[-1], eval_answers=4),
@@ -104,8 +105,11 @@ def measure(folder: Path, cases: list[tuple[str, str]]) -> dict | str:
         except OSError as error:
             return f"{error}"
         dist = runtime.setup("cpu", "float32")
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            SCRIPTS[KINDS[kind][0]].train(cfg, dist)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                SCRIPTS[KINDS[kind][0]].train(cfg, dist)
+        finally:  # a run stops at its next step when asked to; the pool asks once and waits
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         found[kind, size] = foretold[-1], runtime.peak_memory(dist.device), out.getvalue()
     return found
 
