@@ -6,7 +6,7 @@ The demo's fine-tuning: questions about facts in the context, in two languages a
 
 What a chat teaches about reading its context is the value in each answer, one token of twenty:
 with one question to a context 800 steps left 20 % of the answers wrong, with up to six questions
-2,000 steps leave 5 %. AdamW did as well as Muon there.
+2,000 steps leave 2 %: at a level rate as high as that of pre-training. At half of it, 9 % were wrong.
 """
 init_from = "out/demo/pt"
 data = "out/demo/world/chat.jsonl"
@@ -18,8 +18,11 @@ batch_tokens = 4096
 batch_size = 16
 max_steps = 2000
 optimizer = "muon"
-learning_rate = 3e-3
-muon_lr = 0.01
+learning_rate = 6e-3
+muon_lr = 0.02
+schedule = "wsd"
+decay_fraction = 0.3
+final_lr = 0.0
 warmup_steps = 20
 eval_every = 500
 eval_answers = 100
