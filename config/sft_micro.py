@@ -6,7 +6,7 @@ The demo's fine-tuning: questions about facts in the context, in two languages a
 
 What a chat teaches about reading its context is the value in each answer, one token of twenty:
 with one question to a context 800 steps left 20 % of the answers wrong, with up to six questions
-2,000 steps leave 2 %: at a level rate as high as that of pre-training. At half of it, 9 % were wrong.
+2,000 steps leave 2 %, at a level rate near that of pre-training. At half of it 9 % were wrong.
 """
 init_from = "out/demo/pt"
 data = "out/demo/world/chat.jsonl"
