@@ -47,7 +47,7 @@ ASKING = re.compile(
     r"|in|tell|me|please|to|can|could|you|i|my)\b|什[么麼]|怎[么麼]样?|怎[样樣]|如何|[为為]什[么麼]|[为為]何"
     r"|[请請]问?|告[诉訴]|哪[里裡儿些个個]?|[谁誰]|多少|[几幾]|[吗嗎]|呢|是|的|了|我|有|在|何")
 PROBE = "The probe sentence by which an embedder is known again. 用来辨认嵌入模型的句子。"
-Mode = Literal["auto", "bm25", "dense", "hybrid"]
+Mode = Literal["auto", "bm25", "dense", "hybrid", "rrf"]
 
 
 class Hit(NamedTuple):
@@ -71,12 +71,24 @@ def reciprocal_rank_fusion(rankings: list[np.ndarray]) -> dict[int, float]:
     return fused
 
 
-def fuse(lexical: np.ndarray, cosines: np.ndarray) -> dict[int, float]:
+def fuse(lexical: np.ndarray, cosines: np.ndarray) -> np.ndarray:
     """Both scores of all chunks by reciprocal ranks. First here and second there is as good as the
     other way round: such ties are frequent, and go to the higher sum of the scores themselves."""
     fused = reciprocal_rank_fusion([top(lexical, RRF_DEPTH), top(cosines, RRF_DEPTH)])
     most = max(float(lexical.max(initial=0.0)), 1e-9)
-    return {i: s + 1e-6 * (lexical[i] / most + cosines[i]) for i, s in fused.items()}
+    return np.bincount(list(fused), [s + 1e-6 * (lexical[i] / most + cosines[i])
+                                     for i, s in fused.items()], len(lexical))
+
+
+def blend(lexical: np.ndarray, cosines: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """The mean of both scores, each scaled to 0 … 1 over the chunks that are alive: how far above
+    the others counts, which ranks forget (Bruch et al. 2022), and not what an embedder calls far."""
+    def scaled(scores: np.ndarray) -> np.ndarray:
+        low = scores[alive].min(initial=np.inf)
+        return (scores - low) / max(scores[alive].max(initial=-np.inf) - low, 1e-9)
+    if not alive.any():
+        return np.zeros(len(alive))
+    return np.where(alive, 1e-6 + (scaled(lexical) + scaled(cosines)) / 2, 0.0)
 
 
 class Index(Files):
@@ -319,14 +331,19 @@ class Index(Files):
 
     def scores(self, question: str, mode: Mode = "auto") -> np.ndarray:
         """(chunks,) what `search` ranks by; 0 or less for what it would never return."""
-        mode = self._mode(mode)
-        if mode == "dense":
-            return self.cosines(question)
-        lexical = self.bm25(self.postings(question))
+        return self._scores(self.postings(question), question, self._mode(mode))[0]
+
+    def _scores(self, found: list[Posting], question: str, mode: Mode
+                ) -> tuple[np.ndarray, np.ndarray | None]:
+        """(what to rank by, the cosines where they are needed), (chunks,) each."""
+        lexical = self.bm25(found)
         if mode == "bm25":
-            return lexical
-        fused = fuse(lexical, self.cosines(question))
-        return np.bincount(list(fused), list(fused.values()), minlength=len(self.alive))
+            return lexical, None
+        cosines = self.cosines(question)
+        if mode == "dense":
+            return cosines, cosines
+        both = fuse(lexical, cosines) if mode == "rrf" else blend(lexical, cosines, self.alive)
+        return both, cosines
 
     def _mode(self, mode: Mode) -> Mode:
         if mode != "auto":
@@ -339,15 +356,8 @@ class Index(Files):
         1998, with 1 - mmr for lambda). Fewer than k where fewer score at all."""
         mode = self._mode(mode)
         found = self.postings(question)
-        lexical = self.bm25(found)
-        cosines = None if mode == "bm25" else self.cosines(question)
-        depth = RRF_DEPTH if mode == "hybrid" or mmr else max(4 * k, 20)
-        if mode == "hybrid":
-            scores = fuse(lexical, cosines)
-            best = np.array(list(scores), int)
-        else:
-            scores = lexical if mode == "bm25" else cosines
-            best = top(scores, depth)
+        scores, cosines = self._scores(found, question, mode)
+        best = top(scores, RRF_DEPTH if mmr else max(4 * k, 20))
         chunks = {int(i): self.chunk(i) for i in best}
         order = sorted(chunks, key=lambda i: (-scores[i], chunks[i].doc, chunks[i].start))
         matter = set(terms(ASKING.sub(" ", question))) or {p.term for p in found}

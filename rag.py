@@ -51,7 +51,7 @@ class Config:
     tokenizer: str = ""  # file to count tokens with; none: words, Han characters and signs
     max_file_mb: int = 50  # skip files that are larger
     embed: str = ""  # vectors: sentence-transformers:NAME, http(s)://… (OpenAI style), own:…
-    mode: Mode = "auto"  # what ranks the chunks; auto: both where there are vectors
+    mode: Mode = "auto"  # what ranks the chunks; auto: hybrid where there are vectors, else bm25
     n_sources: int = 3  # sources for an answer
     mmr: float = 0.0  # 0 to 1: prefer sources that differ from those before
     min_coverage: float = 0.3  # refuse if the best chunk holds less of the question's idf; 0: never
@@ -363,7 +363,7 @@ def check(cfg: Config) -> None:
                             ("limit", 0, 1 << 30)):
         if not low <= getattr(cfg, name) <= high:
             raise ValueError(f"--{name}={getattr(cfg, name)} must lie between {low} and {high}")
-    if cfg.mode in ("dense", "hybrid") and not cfg.embed:
+    if cfg.mode not in ("auto", "bm25") and not cfg.embed:
         raise ValueError(f"--mode={cfg.mode} needs vectors: give --embed=…")
 
 

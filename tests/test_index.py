@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import manifest as manifest_module
-from index import Index, diverse, reciprocal_rank_fusion, top
+from index import Index, blend, diverse, reciprocal_rank_fusion, top
 from segment import Chunk, split
 from topics import terms
 
@@ -146,10 +146,20 @@ def test_vectors_rank_fuse_and_are_not_made_twice(tmp_path):
     want = hashing([c.full for c in [made.chunk(i) for i in range(12)]], "passage")
     want /= np.linalg.norm(want, axis=1, keepdims=True)
     assert np.allclose(np.array(made.vectors), want, atol=1e-6)
-    found = made.search("tea apple", 12, "hybrid")
+    found = made.search("tea apple", 12, "rrf")
     fused = reciprocal_rank_fusion([np.argsort(-made.scores("tea apple", m), kind="stable")[
         :(made.scores("tea apple", m) > 0).sum()] for m in ("bm25", "dense")])
     assert found[0].score == pytest.approx(max(fused.values()), abs=3e-6)
+
+
+def test_a_blend_weighs_both_scores_and_leaves_out_the_dead():
+    """By hand. Seen to fail with ranks, and with a scale over the dead as well."""
+    lexical, cosines = np.array([4.0, 0.0, 2.0, 9.0]), np.array([0.6, 0.8, 0.7, -1.0])
+    alive = np.array([True, True, True, False])
+    assert blend(lexical, cosines, alive) == pytest.approx([0.5, 0.5, 0.5, 0.0], abs=2e-6)
+    assert blend(lexical, 10 * cosines, alive) == pytest.approx([0.5, 0.5, 0.5, 0.0], abs=2e-6)
+    assert (blend(lexical[:1], cosines[:1], alive[:1]) > 0).all()  # alone, and found
+    assert not blend(lexical, cosines, ~alive & alive).any()
 
 
 def test_a_dense_search_copies_no_vectors_and_ranks_as_double_precision_does(tmp_path):
