@@ -59,6 +59,7 @@ class Run:
                  before: Callable[[], None] = lambda: None, **environ: str):
         """`before` is called in the child; what it writes goes to the file `said`."""
         self.said = said
+        said.write_bytes(b"")  # for who reads it before the child writes
         sys.stdout.flush()
         self.pid, self.code = os.fork(), None
         if self.pid:
