@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -105,8 +106,9 @@ def test_the_ladder_is_climbed_in_small_and_the_same_command_goes_on(tmp_path):
     the unigram entropy, SFT loss down, RM better than at its start, a DPO margin, a KL that is none
     below 0."""
     command = [sys.executable, "demo.py", f"--out_dir={tmp_path}", "--n_train=4000", "--share=0.02"]
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # though we run behind nohup
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, start_new_session=True) as stopped:
+                          text=True, start_new_session=True, preexec_fn=listen) as stopped:
         for line in stopped.stdout:
             if line.startswith("val at step 0"):  # of PT: Ctrl-C, which the whole group gets
                 os.killpg(stopped.pid, signal.SIGINT)
