@@ -303,9 +303,11 @@ def index_notes(folder: Path, notes: Path) -> None:
 
 
 def found_in(folder: Path) -> list:
-    """What a search finds, with its scores."""
+    """What a search finds and in which order. A cosine's last bits depend on where its row stands
+    in the product, so scores are rounded."""
     with Index(str(folder), False, by_hash, "own:hash") as made:
-        return [made.search(q, 50) for q in ("The pet of Kimu is cat.", "琪宁的宠物是猫。")]
+        return [[(hit.chunk, hit.coverage, round(hit.score, 4)) for hit in made.search(q, 50)]
+                for q in ("The pet of Kimu is cat.", "琪宁的宠物是猫。")]
 
 
 def refuses(lab: Lab, stage: str, out: Path, start: Path, whole: Path | None, reason: str,
