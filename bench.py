@@ -296,7 +296,7 @@ def loader(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     """Making a batch of inputs and targets; share: of the time our eager model trains on it."""
     path, V = f"{folder}/random.bin", cfg.vocab_size
     np.random.default_rng(0).integers(0, V, 20_000_000, np.uint16).tofile(path)
-    file = data.TokenFile(path, np.memmap(path, np.uint16, "r"), V, 0, 0, "", "en")
+    file = data.TokenFile(path, np.memmap(path, np.uint16, "r"), V, 0, 0, "", "", "en")
     speed = (done["train"].rows[0]["value"] if "train" in done else None) or torch.nan
     for B, T in ((12, 64), (16, 256), (12, 1024)):
         windows, starts = data.Windows([file], T, seed=0), iter(range(0, 1 << 62, B))
@@ -347,7 +347,7 @@ def resume(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     model(torch.zeros(1, 1, dtype=torch.long)).sum().backward()
     optimizer.step()  # makes the moments
     saved = {"format": 1, "model": model.state_dict(), "optimizer": [optimizer.state_dict()]}
-    file = data.TokenFile("", np.zeros(1 << 20, np.uint16), V, 0, 0, "", "en")
+    file = data.TokenFile("", np.zeros(1 << 20, np.uint16), V, 0, 0, "", "", "en")
 
     def again(path: Path) -> None:
         os.utime(path)  # as in a new process: its hash has not been checked yet
