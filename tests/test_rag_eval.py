@@ -78,6 +78,9 @@ def test_the_command_prints_a_line_for_each_language(files, tiny):
     en, zh = evaluate(files, f"--checkpoint={tiny.pt}", "--limit=2", "--template=short",
                       "--max_tokens=4")
     assert en["answered"] == en["n"] == 2 and en["sentence_f1"] > en["model_f1"] >= 0
+    assert en["model_no_room"] == 0
+    en, zh = evaluate(files, f"--checkpoint={tiny.pt}", "--limit=2", "--max_tokens=100000")
+    assert en["model_no_room"] == 100 - en["model_refused"] > 0  # said, and the others go on
 
 
 def test_an_answer_is_cut_only_where_the_document_holds_it(tmp_path):
