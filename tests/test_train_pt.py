@@ -95,12 +95,17 @@ def test_training_starts_at_ln_v_and_falls_below_the_unigram_entropy(cfg):
 
 
 def test_a_run_killed_anywhere_gives_the_same_losses_to_the_last_bit(cfg, tmp_path):
-    """SIGKILL at random moments, a checkpoint each step; every start resumes. Seen to fail when the
-    optimizer was not restored, and when the batch depended on the first step of the process."""
+    """SIGKILL at random moments of a run that saves each step; every start resumes. Seen to fail
+    when the optimizer was not restored, and when the batch depended on the process's first step."""
     whole, torn = cfg, replace(cfg, out_dir=str(tmp_path / "torn"), save_every=1, resume=True)
     train_pt.train(whole, ALONE)
     r, kills = random.Random(0), 0
+
+    def newest() -> str:
+        return max((p.name for p in Path(torn.out_dir).glob("step*.pt")), default="")
+
     for _ in range(100):
+        seen, more = newest(), r.randrange(1, 8)  # checkpoints it may write before it is killed
         pid = os.fork()
         if pid == 0:
             try:
@@ -109,9 +114,14 @@ def test_a_run_killed_anywhere_gives_the_same_losses_to_the_last_bit(cfg, tmp_pa
                 os._exit(0)
             finally:
                 os._exit(1)
-        time.sleep(r.uniform(0.2, 0.5) + 0.05 * kills)  # later kills leave more room: it must end
-        os.kill(pid, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        while more and not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+            time.sleep(0.001)
+            more, seen = more - (newest() > seen), newest()
+        if not ended[0]:
+            time.sleep(r.uniform(0, 0.02))  # anywhere in a step, or while it is saved
+            os.kill(pid, signal.SIGKILL)
+            ended = os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(ended[1])
         if code == 0:
             break
         assert code == -signal.SIGKILL
