@@ -31,17 +31,18 @@ def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumula
     """Bytes at the fullest moment of a training step on one device, by what takes them. `width` is
     bytes per activation: 4, or 2 under autocast, which leaves norms and the sum x in fp32. Counted
     is what autograd keeps of each line above on a CPU; a fused RMSNorm keeps one tensor less.
-    `learnt` parameters have gradients, None: all; without `head` no token is predicted. `shards`
-    and `recompute` as in sharding.py: parameters in so many parts, blocks run again. Muon keeps one
-    moment of a block's matrices, not two. `masked`: chats are packed, and each block keeps which
-    token may see which, as a number for each pair of a row."""
+    `learnt` parameters have gradients (as in `lora_parameters`), None: all; without `head` no token
+    is predicted. `shards` and `recompute` as in sharding.py: parameters in so many parts, blocks
+    run again. Muon keeps one moment of a block's matrices, not two. `masked`: chats are packed, and
+    each block keeps which token may see which, as a number for each pair of a row."""
     c, n, tokens = config, count_parameters(config), batch_size * seq_len
     heads = (c.n_head + c.n_kv_head) * c.head_dim
     matrix = c.vocab_size * c.n_embd
     exact = 4 * c.n_embd + 2 * heads  # x and x / rms(x): two norms of x, those of q and k
     # inputs of products, turned q and k, v and y; autocast makes q, k, v, gate and up a copy each
     rounded = (2 if width == 4 else 5) * c.n_embd + 4 * c.n_hidden + 2 * heads
-    of_block, root = 4 * exact + width * rounded, (1 if c.tied else 2) * matrix + c.n_embd
+    tables = (1 if c.tied else 2) * matrix
+    of_block, root = 4 * exact + width * rounded, tables + c.n_embd
     of_block += width * seq_len * masked
     inside = (n - root) // c.n_layer  # parameters of a block
     copies = width * inside if width < 4 and shards == 1 else 0  # autocast's, of a block's weights
@@ -50,16 +51,16 @@ def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumula
     kept = c.n_layer * (tokens * 4 * c.n_embd if recompute else tokens * of_block + copies)
     kept += tokens * 5 * 4 * c.n_embd
     gains = c.n_layer * 2 * (c.n_embd + c.head_dim)
-    once = muon * ((n - root - gains) if learnt is None else learnt)  # those with one moment
-    learnt = n if learnt is None else learnt
+    once = muon * ((n - root - gains) if learnt is None else learnt - tables)  # with one moment
+    whole, learnt = learnt is None, n if learnt is None else learnt
     grads, moments = 4 * learnt, 8 * learnt - 4 * once
     # where backward starts, the head has its gradient and autograd's zeros of the same size; on
     # the way activations go as gradients come; the two gradients of a tied matrix meet at the end
-    spare = 4 * matrix if head and learnt == n else 0
+    spare = 4 * matrix * head
     if shards > 1:
         # embedding and head stay while they are needed, in fp32; of the blocks one is in use and
         # one on its way; the gradient of one is whole, in `width` and in fp32 to be summed
-        summed = inside * (width + 4) if learnt == n else 0
+        summed = inside * (width + 4) * whole
         return {"parameters": 4 * n // shards, "optimizer": moments // shards,
                 "gradients": grads // shards, "gathered": 4 * root + 2 * width * inside,
                 "activations": kept + spare + max(spare, again + summed)}
@@ -108,7 +109,8 @@ def fullest(training: dict[str, int], **others: int) -> dict[str, int]:
 
 
 def lora_parameters(config: ModelConfig, rank: int) -> int:
-    """Parameters that --lora_rank learns: rank (rows + columns) for each matrix of the blocks."""
+    """Parameters that --lora_rank learns: rank (rows + columns) for each matrix of the blocks, and
+    the embedding, with the head where that is another matrix."""
     c, q, kv = config, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     sides = 2 * (c.n_embd + q) + 2 * (c.n_embd + kv) + 3 * (c.n_embd + c.n_hidden)
-    return rank * c.n_layer * sides
+    return rank * c.n_layer * sides + (1 if c.tied else 2) * c.vocab_size * c.n_embd

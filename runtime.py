@@ -110,6 +110,15 @@ def end_if_hanging(timeout: float) -> None:
             os._exit(1)
 
 
+def logits_at_once(head: torch.Tensor) -> torch.nn.LinearCrossEntropyOptions:
+    """How many rows of logits exist at a time: torch's choice, made for little memory, but on a GPU
+    0.5 GB of them, which took 30 instead of 63 ms for the loss of 8,192 tokens and its gradients
+    (head of 65,536 x 2,048, H100)."""
+    if head.device.type != "cuda":
+        return torch.nn.LinearCrossEntropyOptions()
+    return torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(128, (1 << 27) // len(head)))
+
+
 def finish(dist: Dist) -> None:
     """Leave together: a rank that goes early makes the others fail. All is saved by now, so a
     signal has nothing left to stop, and must not turn the exit code 0 into another."""

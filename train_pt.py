@@ -95,7 +95,7 @@ def pt_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     targets (B, T). The (B T, V) logits exist only a chunk at a time: they would be the largest
     tensor of the run."""
     return F.linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten(), reduction="sum",
-                                  options=nn.LinearCrossEntropyOptions())
+                                  options=runtime.logits_at_once(head))
 
 
 @torch.no_grad()

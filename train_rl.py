@@ -105,7 +105,7 @@ def token_logps(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """log P(target) of each token, (B, T) in fp32, 0 where the target is IGNORE. hidden (B, T, C),
     head (V, C), targets (B, T); the (B, T, V) logits exist only a chunk at a time."""
     nats = F.linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten(), reduction="none",
-                                  options=nn.LinearCrossEntropyOptions())
+                                  options=runtime.logits_at_once(head))
     return -nats.float().view_as(targets)
 # end same
 

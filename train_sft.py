@@ -12,8 +12,9 @@ short reply more weight. Chats are packed whole into windows, isolated from each
 positions from 0; tests show that the loss is that of the chats one by one.
 
 With --lora_rank=16 only a product of two thin matrices is learnt for each matrix of the blocks
-(Hu et al. 2021), and merged into it when saved: 1B parameters then need 4 GB, not 16, and
-activations. Files: examples.py says what a line of --data looks like.
+(Hu et al. 2021), and merged into it when saved; and the embedding, for text has taught it nothing
+about the tokens of a chat. 1B parameters then need 6 GB, not 16, and activations. What a line of
+--data looks like: examples.py.
 """
 # same in every train_*.py: early signals
 import interrupts
@@ -76,7 +77,7 @@ class Config:
     adam_beta1: float = 0.9  # AdamW: memory of the mean gradient
     adam_beta2: float = 0.95  # AdamW: memory of its square
     grad_clip: float = 1.0  # largest norm of the gradient
-    lora_rank: int = 0  # learn so thin a change of each matrix only; 0: all weights
+    lora_rank: int = 0  # learn the embedding and so thin a change of other matrices; 0: all weights
     lora_alpha: float = 32.0  # the change is scaled by alpha / rank
     eval_every: int = 200  # steps between validations
     eval_rows: int = 500  # chats per language whose loss is taken; the last takes all
@@ -96,7 +97,7 @@ def sft_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """-sum log P(target) over all targets but IGNORE, a scalar. hidden (B, T, C), head (V, C),
     targets (B, T); the (B, T, V) logits exist only a chunk at a time."""
     return F.linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten(), reduction="sum",
-                                  options=nn.LinearCrossEntropyOptions())
+                                  options=runtime.logits_at_once(head))
 
 
 class LowRank(nn.Module):
@@ -118,8 +119,11 @@ class LowRank(nn.Module):
 
 
 def add_lora(model: Transformer, rank: int, alpha: float) -> None:
-    """Freeze the model and put a LowRank around every matrix of its blocks."""
+    """Freeze all but the embedding and the head, and put a LowRank around every matrix of the
+    blocks. Frozen, <|im_start|> and its like would keep the random vectors that they begin with."""
     model.requires_grad_(False)
+    for table in (model.embed_tokens, model.lm_head):
+        table.requires_grad_(True)
     for parent in list(model.layers.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Linear):
@@ -133,8 +137,8 @@ def weights(model: Transformer, tensors: dict[str, Tensor]) -> dict:
     thin = {name: m for name, m in model.named_modules() if isinstance(m, LowRank)}
     if not thin:
         return {"model": tensors}
-    lora = {k: v for k, v in tensors.items() if k.endswith((".a", ".b"))}
-    merged = {k: v for k, v in tensors.items() if k not in lora and not k.endswith(".base.weight")}
+    lora = {name: tensors[name] for name, p in model.named_parameters() if p.requires_grad}
+    merged = {k: v for k, v in tensors.items() if not k.endswith((".a", ".b", ".base.weight"))}
     merged |= {f"{name}.weight": m.merged(*(tensors[f"{name}.{part}"]
                                             for part in ("base.weight", "a", "b")))
                for name, m in thin.items()}

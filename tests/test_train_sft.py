@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import checkpoint
 import runtime
 import train_sft
+from costs import lora_parameters
 from data import IGNORE
 from examples import Packed, Row, load_examples, pad_right, window_batch
 from generate import load_model
@@ -135,9 +136,11 @@ def test_lora_starts_as_the_model_and_merges_into_it():
     names = set(model.state_dict())
     add_lora(model, 4, 8.0)
     assert torch.equal(model(idx), before)
-    learnt = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    learnt = [name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad]
     thin = [m for m in model.modules() if isinstance(m, LowRank)]
-    assert learnt == {"a", "b"} and len(thin) == 14
+    assert sorted(learnt) == 14 * ["a"] + 14 * ["b"] + ["weight"] and len(thin) == 14
+    assert model.embed_tokens.weight.requires_grad and lora_parameters(model.config, 4) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad)
     for m in thin:
         torch.nn.init.normal_(m.b)
     state = weights(model, model.state_dict())["model"]
@@ -182,7 +185,9 @@ def test_lora_resumes_to_the_last_bit_and_what_is_saved_is_merged(tiny, tmp_path
         assert all(torch.equal(a[key][k], b[key][k]) for k in a[key])
     start = checkpoint.load(tiny.pt)[0]["model"]
     assert set(start) == set(a["model"])
-    assert torch.equal(start["embed_tokens.weight"], a["model"]["embed_tokens.weight"])
+    for changed in ("embed_tokens.weight", "lm_head.weight"):
+        assert not torch.equal(start[changed], a["model"][changed])
+    assert torch.equal(start["norm.weight"], a["model"]["norm.weight"])
     assert not torch.equal(start["layers.0.mlp.up_proj.weight"],
                            a["model"]["layers.0.mlp.up_proj.weight"])
 

@@ -1,0 +1,223 @@
+"""
+How fast it is on a GPU, and whether it computes there what it computes on a CPU.
+
+    python bench_gpu.py                      124M and 1B parameters: about ten minutes on an H100
+    python bench_gpu.py --only=train --configs=config/pt_124m.py
+
+agree    logits in fp32 (without TF32) and bf16, and greedy text, against those of the CPU; off by
+         |difference| / |logits|
+train    train_pt.py itself, on random text: the speed it prints for the last ten of `steps` steps
+stages   a portion of batch_size windows forward and back with the loss of PT, with that of SFT
+         (chats of T / 4 tokens, packed, each masked off from the others) and with that of DPO
+decode   greedy text with bf16 weights: tokens/s, and the bytes of weights and cache that a step
+         reads, per second, beside those that a copy within the memory reads and writes
+
+Each figure is a line, and a line of JSON. Times are medians of `repeats` runs, each from one
+synchronisation to the next.
+"""
+import json
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import runtime
+import sharding
+import train_dpo
+import train_pt
+import train_sft
+from configurator import configure, fail
+from generate import generate
+from model import ModelConfig, Transformer
+from tokenizer import PATTERN, SPECIALS, dump
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Config:
+    only: str = "agree,train,stages,decode"  # jobs, comma-separated
+    configs: str = "config/pt_124m.py,config/pt_1b.py"  # models, comma-separated
+    vocab_size: int = 65_536  # of all models
+    steps: int = 30  # optimizer steps that train_pt.py makes; the last ten are timed
+    micro_steps: int = 8  # portions of batch_size windows in an optimizer step of train_pt.py
+    modes: str = "eager,compiled"  # of train, comma-separated; stages are compiled if it says so
+    decode_tokens: int = 128  # tokens written behind a prompt of 16
+    decode_rows: str = "1,64"  # texts written at once, comma-separated
+    repeats: int = 5  # timed runs of each figure
+    device: str = "cuda"  # where to compute; cpu only shows that this program works
+
+
+def row(job: str, name: str, value: float, unit: str, **notes: float | str) -> None:
+    shown = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in notes.items())
+    print(f"{job:<7} {name:<30} {value:>12,.4g} {unit:<6}", *shown, sep=" | ")
+    print(json.dumps({"job": job, "name": name, "value": value, "unit": unit, **notes}), flush=True)
+
+
+def seconds(work: Callable[[], object], cfg: Config) -> float:
+    """Median time of a call, all of its work on the device included."""
+    def once() -> float:
+        wait = torch.cuda.synchronize if cfg.device == "cuda" else lambda: None
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        return time.perf_counter() - start
+    once()  # compiles, allocates
+    return float(np.median([once() for _ in range(cfg.repeats)]))
+
+
+def models(cfg: Config) -> Iterator[tuple[str, train_pt.Config, ModelConfig]]:
+    """Name, settings and shape of each of the --configs."""
+    known = {f.name for f in fields(train_pt.Config)}
+    for path in cfg.configs.split(","):
+        settings = {k: v for k, v in runpy.run_path(path).items() if k in known}
+        pt = train_pt.Config(**settings)
+        yield Path(path).stem, pt, train_pt.shape(pt, cfg.vocab_size)
+
+
+def agree(cfg: Config) -> None:
+    """4 layers of the head sizes of the 1B model, on CPU and device."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(512, 4, 8, 2, 1024, 128, 2048, 256)).eval()
+    idx = torch.randint(512, (4, 256))
+    segments = torch.arange(256).expand(4, -1) // 100 + 1
+    texts = idx[:, :16].tolist()
+    with torch.no_grad():
+        expected = {"causal": model(idx), "packed": model(idx, segments=segments)}
+    greedy = list(generate(model, texts, 32, temperature=0))
+    torch.set_float32_matmul_precision("highest")
+    model, idx, segments = model.to(cfg.device), idx.to(cfg.device), segments.to(cfg.device)
+    for kind in (torch.float32, torch.bfloat16):
+        here = runtime.Dist(0, 1, torch.device(cfg.device), kind)
+        with torch.no_grad(), here.autocast():
+            got = {"causal": model(idx), "packed": model(idx, segments=segments)}
+        for name, logits in got.items():
+            off = (logits.float().cpu() - expected[name]).norm() / expected[name].norm()
+            row("agree", f"{name}, {str(kind).removeprefix('torch.')}", float(off), "")
+    same = [a == b for a, b in zip(generate(model, texts, 32, temperature=0), greedy)]
+    row("agree", "steps of greedy text", sum(same) / 32, "equal")
+
+
+def write_text(cfg: Config, folder: str) -> None:
+    """Random text, and a tokenizer of any size for it: all bytes and pairs of bytes."""
+    words = np.random.default_rng(0).integers(97, 123, (2000, 2000), np.uint8)
+    with open(f"{folder}/text.jsonl", "w") as f:
+        f.writelines(json.dumps({"text": bytes(w).decode()}) + "\n" for w in words)
+    ranks = [bytes([a]) for a in range(256)] + [bytes([a, b]) for a in range(256)
+                                                for b in range(256)]
+    text = dump(ranks[:cfg.vocab_size - len(SPECIALS)], PATTERN)
+    Path(f"{folder}/tokenizer.txt").write_text(text)
+    subprocess.run([sys.executable, "data.py", f"--input={folder}/text.jsonl",
+                    f"--tokenizer={folder}/tokenizer.txt", f"--out_dir={folder}/data"], cwd=HERE,
+                   check=True, stdout=subprocess.DEVNULL)
+
+
+def train(cfg: Config) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_text(cfg, folder)
+        for path, (name, pt, _) in zip(cfg.configs.split(","), models(cfg)):
+            for mode in cfg.modes.split(","):
+                tokens = pt.batch_size * pt.max_seq_len * cfg.micro_steps
+                process = subprocess.Popen(
+                    [sys.executable, "train_pt.py", path, f"--data_dir={folder}/data",
+                     f"--out_dir={folder}/out", f"--compile={mode == 'compiled'}",
+                     f"--batch_tokens={tokens}", f"--max_steps={cfg.steps + 1}",
+                     "--warmup_steps=1", "--log_every=10", "--eval_tokens=1", "--sample_every=0",
+                     "--save_every=1000000", f"--device={cfg.device}"],
+                    cwd=HERE, stdout=subprocess.PIPE, text=True)
+                line = ""
+                while not line.startswith(f"step {cfg.steps:>6,}/"):
+                    if not (line := process.stdout.readline()):
+                        fail(f"train_pt.py {path}: ended early, see above")
+                    if line.startswith(("memory", "step")):
+                        print(line, end="", flush=True)
+                process.kill()  # before it saves: 1B parameters are 12 GB
+                process.wait()
+                speed, mfu = re.search(r"([\d,]+) tok/s \| mfu (\S+) ", line).groups()
+                row("train", f"{name}, {mode}", float(speed.replace(",", "")), "tok/s",
+                    mfu=mfu)
+
+
+def stages(cfg: Config) -> None:
+    for name, pt, shape in models(cfg):
+        here = runtime.Dist(0, 1, torch.device(cfg.device), torch.bfloat16)
+        model = Transformer(shape)
+        net = sharding.wrap(model, here, compiled="compiled" in cfg.modes)
+        B, T = pt.batch_size, pt.max_seq_len
+        idx, targets = torch.randint(shape.vocab_size, (2, B, T), device=cfg.device)
+        segments = (torch.arange(T, device=cfg.device) // (T // 4)).expand(B, -1) + 1
+        zero = torch.zeros(B // 2, device=cfg.device)
+
+        def pt_loss() -> Tensor:
+            return train_pt.pt_loss(net(idx, hidden=True), model.lm_head.weight, targets)
+
+        def sft_loss() -> Tensor:
+            hidden = net(idx, hidden=True, segments=segments)
+            return train_sft.sft_loss(hidden, model.lm_head.weight, targets)
+
+        def dpo_loss() -> Tensor:
+            logps, n = train_dpo.reply_logps(net, model, idx, targets, here)
+            return train_dpo.dpo_loss(*logps.chunk(2), zero, zero, *n.chunk(2)).mean()
+
+        def learn(loss: Callable[[], Tensor]) -> None:
+            with here.autocast():
+                value = loss() / targets.numel()
+            value.backward()
+            model.zero_grad()
+
+        for loss in (pt_loss, sft_loss, dpo_loss):
+            speed = B * T / seconds(partial(learn, loss), cfg)
+            first = speed if loss is pt_loss else first
+            row("stages", f"{name}, {loss.__name__}", speed, "tok/s", of_pt=speed / first)
+
+
+def decode(cfg: Config) -> None:
+    """Time of `decode_tokens` steps less that of one, so that reading the prompt is not in it."""
+    array = torch.ones(1 << 28, device=cfg.device)  # 1 GiB
+    other = torch.empty_like(array)
+    limit = 2 * 4 * len(array) / seconds(lambda: other.copy_(array), cfg)
+    row("decode", "copy", limit / 1e9, "GB/s")
+    for name, _, shape in models(cfg):
+        model = Transformer(shape).to(cfg.device, torch.bfloat16).eval()
+        read = 2 * (sum(p.numel() for p in model.parameters())
+                    - (0 if shape.tied else model.embed_tokens.weight.numel()))
+        for B in map(int, cfg.decode_rows.split(",")):
+            prompts = torch.randint(shape.vocab_size, (B, 16)).tolist()
+            took = [seconds(lambda: list(generate(model, prompts, n, temperature=0)), cfg)
+                    for n in (1, 1 + cfg.decode_tokens)]
+            step = (took[1] - took[0]) / cfg.decode_tokens
+            cached = 2 * 2 * B * shape.n_layer * shape.n_kv_head * shape.head_dim * (
+                16 + cfg.decode_tokens / 2)
+            row("decode", f"{name}, {B} at once", B / step, "tok/s", gb_per_s=(read + cached)
+                / step / 1e9, of_copy=(read + cached) / step / limit, ms_per_step=1000 * step)
+
+
+JOBS = {"agree": agree, "train": train, "stages": stages, "decode": decode}
+
+
+def main() -> None:
+    cfg = configure(Config)
+    if unknown := set(cfg.only.split(",")) - set(JOBS):
+        fail(f"--only={cfg.only}: there is no {', '.join(unknown)} among {', '.join(JOBS)}")
+    if missing := [path for path in cfg.configs.split(",") if not Path(path).is_file()]:
+        fail(f"--configs={cfg.configs}: there is no {', '.join(missing)}")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        fail("--device=cuda: no CUDA device here; bench.py measures a CPU")
+    print(runtime.describe_run(runtime.setup(cfg.device)))
+    for job in cfg.only.split(","):
+        JOBS[job](cfg)
+
+
+if __name__ == "__main__":
+    main()
