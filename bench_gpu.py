@@ -12,8 +12,8 @@ stages   a portion of batch_size windows forward and back with the loss of PT, w
 decode   greedy text with bf16 weights: tokens/s, and the bytes of weights and cache that a step
          reads, per second, beside those that a copy within the memory reads and writes
 
-Each figure is a line, and a line of JSON. Times are medians of `repeats` runs, each from one
-synchronisation to the next.
+Each figure is a line, and a line of JSON. Times of stages and decode are medians of `repeats` runs,
+each from one synchronisation to the next.
 """
 import json
 import re
@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,14 +49,14 @@ HERE = Path(__file__).parent
 class Config:
     only: str = "agree,train,stages,decode"  # jobs, comma-separated
     configs: str = "config/pt_124m.py,config/pt_1b.py"  # models, comma-separated
-    vocab_size: int = 65_536  # of all models
-    steps: int = 30  # optimizer steps that train_pt.py makes; the last ten are timed
+    vocab_size: int = 65_536  # of all models; 65,796 at most
+    steps: int = 30  # optimizer steps that train_pt.py makes, a multiple of ten
     micro_steps: int = 8  # portions of batch_size windows in an optimizer step of train_pt.py
     modes: str = "eager,compiled"  # of train, comma-separated; stages are compiled if it says so
     decode_tokens: int = 128  # tokens written behind a prompt of 16
     decode_rows: str = "1,64"  # texts written at once, comma-separated
     repeats: int = 5  # timed runs of each figure
-    device: str = "cuda"  # where to compute; cpu only shows that this program works
+    device: Literal["cuda", "cpu"] = "cuda"  # where to compute; cpu: to try this program out
 
 
 def row(job: str, name: str, value: float, unit: str, **notes: float | str) -> None:
@@ -96,6 +97,7 @@ def agree(cfg: Config) -> None:
     with torch.no_grad():
         expected = {"causal": model(idx), "packed": model(idx, segments=segments)}
     greedy = list(generate(model, texts, 32, temperature=0))
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     model, idx, segments = model.to(cfg.device), idx.to(cfg.device), segments.to(cfg.device)
     for kind in (torch.float32, torch.bfloat16):
@@ -107,10 +109,11 @@ def agree(cfg: Config) -> None:
             row("agree", f"{name}, {str(kind).removeprefix('torch.')}", float(off), "")
     same = [a == b for a, b in zip(generate(model, texts, 32, temperature=0), greedy)]
     row("agree", "steps of greedy text", sum(same) / 32, "equal")
+    torch.set_float32_matmul_precision(precision)
 
 
 def write_text(cfg: Config, folder: str) -> None:
-    """Random text, and a tokenizer of any size for it: all bytes and pairs of bytes."""
+    """Random text, and a tokenizer for it whose tokens are all bytes and then pairs of bytes."""
     words = np.random.default_rng(0).integers(97, 123, (2000, 2000), np.uint8)
     with open(f"{folder}/text.jsonl", "w") as f:
         f.writelines(json.dumps({"text": bytes(w).decode()}) + "\n" for w in words)
@@ -210,6 +213,8 @@ def main() -> None:
     cfg = configure(Config)
     if unknown := set(cfg.only.split(",")) - set(JOBS):
         fail(f"--only={cfg.only}: there is no {', '.join(unknown)} among {', '.join(JOBS)}")
+    if cfg.steps < 10 or cfg.steps % 10 or cfg.vocab_size > 256 + 65_536 + len(SPECIALS):
+        fail("--steps must be a multiple of ten, and --vocab_size at most 65,796")
     if missing := [path for path in cfg.configs.split(",") if not Path(path).is_file()]:
         fail(f"--configs={cfg.configs}: there is no {', '.join(missing)}")
     if cfg.device == "cuda" and not torch.cuda.is_available():

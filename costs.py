@@ -15,13 +15,15 @@ def count_parameters(config: ModelConfig) -> int:
         return sum(p.numel() for p in Transformer(config).parameters())
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+def flops_per_token(config: ModelConfig, seq_len: int, head: bool = True, frozen: int = 0) -> int:
     """Floating-point operations to train on one token, forward and backward: 6 for each weight
-    that multiplies, 12 n_layer n_head head_dim seq_len for attention (PaLM, appendix B: the
-    causal half is counted whole, as everybody's MFU does)."""
-    looked_up = 0 if config.tied else config.vocab_size * config.n_embd
+    that multiplies, 4 where it is one of those `frozen`, which need no gradient, and 12 n_layer
+    n_head head_dim seq_len for attention (PaLM, appendix B: the causal half is counted whole, as
+    everybody's MFU does). Without `head` no token is predicted."""
+    matrices = 1 if config.tied else 2  # embedding and head; the embedding is only looked up
+    idle = (matrices - head) * config.vocab_size * config.n_embd
     attention = 12 * config.n_layer * config.n_head * config.head_dim * seq_len
-    return 6 * (count_parameters(config) - looked_up) + attention
+    return 6 * (count_parameters(config) - idle) - 2 * frozen + attention
 
 
 def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumulate: int = 1,
@@ -30,7 +32,7 @@ def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumula
                     masked: bool = False) -> dict[str, int]:
     """Bytes at the fullest moment of a training step on one device, by what takes them. `width` is
     bytes per activation: 4, or 2 under autocast, which leaves norms and the sum x in fp32. Counted
-    is what autograd keeps of each line above on a CPU; a fused RMSNorm keeps one tensor less.
+    is what autograd keeps of each line of model.py on a CPU; a fused RMSNorm keeps one tensor less.
     `learnt` parameters have gradients (as in `lora_parameters`), None: all; without `head` no token
     is predicted. `shards` and `recompute` as in sharding.py: parameters in so many parts, blocks
     run again. Muon keeps one moment of a block's matrices, not two. `masked`: chats are packed, and
@@ -53,6 +55,7 @@ def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumula
     gains = c.n_layer * 2 * (c.n_embd + c.head_dim)
     once = muon * ((n - root - gains) if learnt is None else learnt - tables)  # with one moment
     whole, learnt = learnt is None, n if learnt is None else learnt
+    learnt -= 0 if head or c.tied else matrix  # a head of its own that predicts nothing
     grads, moments = 4 * learnt, 8 * learnt - 4 * once
     # where backward starts, the head has its gradient and autograd's zeros of the same size; on
     # the way activations go as gradients come; the two gradients of a tied matrix meet at the end

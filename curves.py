@@ -63,7 +63,8 @@ def panels(out: Path) -> list[tuple[str, str, Points, dict[str, float]]]:
          {"held out": r["val"]["pairs"]["all"]["loss"]},
          {"the start: log 2": math.log(2)}),
         ("rl", "RL", "sd, nats / reply", lambda r: {
-            name: r.get("val", r)[key] for name, key in (("reward", "reward"), ("KL", "kl"))},
+            name + (", held out" if "val" in r else ""): r.get("val", r)[key]
+            for name, key in (("reward", "reward"), ("KL", "kl"))},
          {"budget of the KL": budget})]
     return [(title, unit, read(out / name / "log.jsonl", figures), lines)
             for name, title, unit, figures, lines in stages if (out / name / "log.jsonl").exists()]

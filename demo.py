@@ -6,9 +6,10 @@ The whole ladder on a laptop: makes the toy world, climbs PT -> SFT -> RM -> DPO
 Each stage is a script of this folder, run by the command line that is printed before it; the same
 command again goes on where it was stopped. The report, with curves where matplotlib is installed,
 judges every stage on names that are in no training file (toyworld.py), by a program that knows the
-right answers and not by the reward model; gates, controls and ceilings were fixed before the runs
-and stand beside the figures.
+right answers and not by the reward model; gates were fixed before the runs and stand beside the
+figures, with controls and ceilings.
 """
+import json
 import os
 import runpy
 import subprocess
@@ -31,7 +32,7 @@ class Config:
     out_dir: str = "out/demo"  # everything the demo makes goes here
     seed: int = 0  # of the world and of the training
     n_train: int = 100_000  # documents of the world to train on
-    share: float = 1.0  # of the steps of every stage; less to try things out, the gates will fail
+    share: float = 1.0  # of the steps of every stage; less, with less data, is to try things out
 
 
 STAGES = ("pt", "sft", "rm", "dpo", "rl", "rag")
@@ -52,7 +53,22 @@ def run(script: str, *arguments: str) -> None:
         raise SystemExit(code)
 
 
-def report(cfg: Config, seconds: float) -> str:
+def keep_settings(cfg: Config) -> None:
+    """Settings of the runs in out_dir; a run with others would go on with what they made."""
+    path = Path(cfg.out_dir) / "settings.json"
+    ours = {"seed": cfg.seed, "n_train": cfg.n_train, "share": cfg.share}
+    try:
+        theirs = json.loads(path.read_text()) if path.exists() else ours
+        if theirs != ours:
+            fail(f"{cfg.out_dir}: holds a demo with {theirs}, asked for {ours}; give another "
+                 "--out_dir")
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        write_text(str(path), json.dumps(ours) + "\n")
+    except (OSError, ValueError) as error:
+        fail(f"{path}: {error}")
+
+
+def report(cfg: Config, start: float) -> str:
     """Judge all stages; the report as Markdown, its gates first."""
     out = Path(cfg.out_dir)
     world = out / "world"
@@ -74,8 +90,8 @@ def report(cfg: Config, seconds: float) -> str:
         table.append(f"| {g.stage} | {g.what} | {g.value:.3f} | {g.low:.2f} … {g.high:.2f} | "
                      f"{passed} | {g.note} |")
     lines = [*table, "", *lines, *samples(world, models, cfg.seed),
-             f"The whole took {seconds / 60:.1f} minutes on {os.cpu_count()} cores, seed "
-             f"{cfg.seed}, {cfg.share:.0%} of the steps.", ""]
+             f"Up to here this command took {(time.time() - start) / 60:.1f} minutes on "
+             f"{os.cpu_count()} cores; seed {cfg.seed}, {cfg.share:.0%} of the steps.", ""]
     return "\n".join(lines)
 
 
@@ -84,6 +100,7 @@ def main() -> None:
     if not 0 < cfg.share <= 1:
         fail(f"--share={cfg.share} must lie between 0 and 1")
     os.chdir(os.path.dirname(os.path.abspath(__file__)))
+    keep_settings(cfg)
     start = time.time()
     world, data, tok = (os.path.join(cfg.out_dir, n) for n in ("world", "data", "tokenizer.txt"))
     text = f"{world}/pt.jsonl"
@@ -122,7 +139,7 @@ def main() -> None:
     stage("rl", f"--init_from={cfg.out_dir}/sft", f"--reward_from={cfg.out_dir}/rm",
           *held_out("prompts"))
     try:
-        text = report(cfg, time.time() - start)
+        text = report(cfg, start)
         if path := draw(Path(cfg.out_dir)):
             text += f"\n![What each stage's log says]({path.name})\n"
         write_text(os.path.join(cfg.out_dir, "report.md"), text)

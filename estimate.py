@@ -38,13 +38,14 @@ class Config:
 
 def stage_memory(stage: str, config: ModelConfig, batch_size: int, cfg: Config, shards: int,
                  recompute: bool) -> int:
-    """Bytes on each GPU at the fullest moment of a stage in bf16, training or writing. Pairs are
+    """Bytes on each GPU at the fullest moment of a stage in bf16 with AdamW, training or writing. Pairs are
     two rows; DPO holds the reference while it is judged, RL the reference and a reward model of
     the same size all the time."""
     rows = 2 * batch_size if stage in ("rm", "dpo") else batch_size
     learnt = lora_parameters(config, cfg.lora_rank) if stage == "lora" else None
     parts = training_memory(config, rows, config.max_seq_len, accumulate=2, width=2, learnt=learnt,
-                            head=stage != "rm", shards=shards, recompute=recompute)
+                            head=stage != "rm", shards=shards, recompute=recompute,
+                            masked=stage in ("sft", "lora"))
     held = parts["parameters"] + parts["optimizer"]
     frozen = {"dpo": 1, "rl": 2}.get(stage, 0) * parts["parameters"]
     training = sum(parts.values()) - held + (frozen if stage == "rl" else 0)
@@ -52,7 +53,8 @@ def stage_memory(stage: str, config: ModelConfig, batch_size: int, cfg: Config, 
     half = cfg.written // 2
     judging = frozen + max(judging_memory(config, rows, config.max_seq_len, 2, shards),
                            writing_memory(config, writes, half, cfg.written - half, 2, shards))
-    return held + max(training, judging)
+    merging = parts["parameters"] if stage == "lora" else 0  # into a copy, to be saved
+    return held + max(training, judging, merging)
 
 
 def tokens_per_day(config: ModelConfig, cfg: Config) -> float:

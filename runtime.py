@@ -113,7 +113,7 @@ def end_if_hanging(timeout: float) -> None:
 def logits_at_once(head: torch.Tensor) -> torch.nn.LinearCrossEntropyOptions:
     """How many rows of logits exist at a time: torch's choice, made for little memory, but on a GPU
     0.5 GB of them, which took 30 instead of 63 ms for the loss of 8,192 tokens and its gradients
-    (head of 65,536 x 2,048, H100)."""
+    (head of 65,536 x 2,048, H100). The memory line does not count them."""
     if head.device.type != "cuda":
         return torch.nn.LinearCrossEntropyOptions()
     return torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(128, (1 << 27) // len(head)))
@@ -336,8 +336,8 @@ def name_rank() -> None:
 # how gloo and NCCL say that another process is gone or silent
 LOST_CONTACT = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Broken pipe",
                 "Socket Timeout", "NCCL communicator was aborted", "Connection refused")
-LESS_MEMORY = ("halve --batch_size (the update stays the same: --batch_tokens does not change), "
-               "then --max_seq_len, then the model")
+LESS_MEMORY = ("halve --batch_size (the update stays the same), then how long texts may be, then "
+               "the model")
 
 
 def memory_line(parts: dict[str, int], dist: Dist) -> str:

@@ -9,8 +9,10 @@ surprising its text is to a reader who knows the generator is known exactly:
                   -  log2( (1 - e) / (4 K!)  +  e [second half == first half] )
 
 N is the number of names; one is drawn once per document, in order, while attributes and values may
-coincide. Of the five attributes P(number) = w / (4 + w), that of others 1 / (4 + w). A form is drawn per half, not per fact. The second half is an exact repeat with
-probability e, else in random order (K!), either language and form (4), and so a repeat by chance.
+coincide. With w = --numbers, in held-out files 1, P(number) = w / (4 + w), and that of each of the
+other four attributes 1 / (4 + w). A form is drawn per half, not per fact. The second half is an
+exact repeat with probability e, in held-out files 0, else in random order (K!), either language and
+form (4), and so a repeat by chance.
 The text gives all of this away, so no path is missing from P; where a document ends is no surprise.
 The sum over a file divided by its UTF-8 bytes is its floor: a model that has not seen the file
 undercuts the sum by b bits with probability <= 2^-b (Markov's inequality). One language alone may
@@ -23,7 +25,8 @@ d more is chosen with probability sigmoid(d). So the Bradley-Terry model is righ
 of scores that a reward model should find are known, and so is the best it can do.
 
     python toyworld.py --out_dir=out/toyworld        pt, chat, rankings, pairs, prompts .jsonl, and
-                                                     _heldout ones on test names, floor.json
+                                                     all but rankings _heldout, on test names;
+                                                     floor.json
 """
 import json
 import os
@@ -45,7 +48,7 @@ class Config:
     seed: int = 0                  # same seed and settings, same bytes
     n_train: int = 100_000         # pre-training documents
     n_chat: int = 40_000           # chats for supervised fine-tuning
-    n_pairs: int = 16_000          # pairs of replies for DPO, and to judge both by
+    n_pairs: int = 16_000          # pairs of replies for DPO
     n_rankings: int = 24_000       # rankings of four replies for the reward model
     n_prompts: int = 4_000         # questions for reinforcement learning
     n_val: int = 2_000             # rows in each held-out file, on test names only

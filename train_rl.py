@@ -235,8 +235,8 @@ def roll_out(model: Transformer, reference: Transformer, reward: RewardModel,
 
 def reply_losses(net: nn.Module, model: Transformer, rollout: Rollout, some: Sequence[int],
                  cfg: Config, dist: Dist) -> tuple[Tensor, Tensor]:
-    """The losses of some replies of a rollout, and which of their ratios were clipped, (len(some),)
-    each, of a policy through its wrapper `net`."""
+    """The losses of some replies of a rollout, and which share of their ratios was clipped,
+    (len(some),) each, of a policy through its wrapper `net`. GRPO has a ratio for each token."""
     idx, targets, _ = (t.to(dist.device) for t in pad_right([rollout.rows[i] for i in some], 0))
     mask = targets != IGNORE
     old = torch.zeros(mask.shape, device=dist.device)
@@ -244,12 +244,14 @@ def reply_losses(net: nn.Module, model: Transformer, rollout: Rollout, some: Seq
     with dist.autocast():
         logps = token_logps(net(idx, hidden=True), model.lm_head.weight, targets)
     advantage = rollout.advantage[list(some)].to(dist.device)
-    losses = rl_loss(logps, old, mask, advantage, cfg.eps_low, cfg.eps_high,
-                     cfg.advantage != "rloo")
-    ratio = ((logps - old).detach() * mask).sum(-1).exp()
-    clipped = ((ratio > 1 + cfg.eps_high) & (advantage > 0)
-               | (ratio < 1 - cfg.eps_low) & (advantage < 0))
-    return losses, clipped
+    per_token = cfg.advantage != "rloo"
+    losses = rl_loss(logps, old, mask, advantage, cfg.eps_low, cfg.eps_high, per_token)
+    change, of = ((logps - old).detach() * mask), mask
+    if not per_token:
+        change, of = change.sum(-1, keepdim=True), mask[:, :1] | True
+    ratio, A = change.exp(), advantage[:, None]
+    clipped = (ratio > 1 + cfg.eps_high) & (A > 0) | (ratio < 1 - cfg.eps_low) & (A < 0)
+    return losses, (clipped & of).sum(-1) / of.sum(-1)
 
 
 def all_max(dist: Dist, value: float) -> float:

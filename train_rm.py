@@ -352,7 +352,8 @@ def train(cfg: Config, dist: Dist) -> None:
     first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text, asdict(config), data_id)
     if state:
         sharding.load(model, optimizers, state)
-    log = runtime.Log(cfg.out_dir, dist, first, max_steps, 0, flops_per_token(config, length))
+    log = runtime.Log(cfg.out_dir, dist, first, max_steps, 0,
+                      flops_per_token(config, length, head=False))
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
 
     for step in range(first, max_steps + 1):

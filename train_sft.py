@@ -12,9 +12,9 @@ short reply more weight. Chats are packed whole into windows, isolated from each
 positions from 0; tests show that the loss is that of the chats one by one.
 
 With --lora_rank=16 only a product of two thin matrices is learnt for each matrix of the blocks
-(Hu et al. 2021), and merged into it when saved; and the embedding, for text has taught it nothing
-about the tokens of a chat. 1B parameters then need 6 GB, not 16, and activations. What a line of
---data looks like: examples.py.
+(Hu et al. 2021), and merged into it when saved; and embedding and head, for text has taught them
+nothing about the tokens of a chat. 1B parameters then need 6 GB, not 16, and activations. What a
+line of --data looks like: examples.py.
 """
 # same in every train_*.py: early signals
 import interrupts
@@ -283,6 +283,7 @@ def train(cfg: Config, dist: Dist) -> None:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha)
     print0(runtime.describe_run(dist))
     shards, width = dist.world if cfg.shard else 1, dist.dtype.itemsize
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     parts = training_memory(
         config, cfg.batch_size, length, accumulate, width, masked=True,
         learnt=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -314,7 +315,7 @@ def train(cfg: Config, dist: Dist) -> None:
     elif state:
         sharding.load(model, optimizers, state)
     log = runtime.Log(cfg.out_dir, dist, first, max_steps, cfg.batch_tokens,
-                      flops_per_token(config, length))
+                      flops_per_token(config, length, frozen=frozen))
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
 
     for step in range(first, max_steps + 1):

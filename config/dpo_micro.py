@@ -11,7 +11,6 @@ logit(0.9) = 2.2, and beta can be low enough for the styles, whose margins are s
 """
 init_from = "out/demo/sft"
 data = "out/demo/world/pairs.jsonl"
-val_data = "out/demo/world/pairs_heldout.jsonl"
 out_dir = "out/demo/dpo"
 
 beta = 0.25

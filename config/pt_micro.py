@@ -1,5 +1,5 @@
 """
-The demo: 0.23M parameters on the toy world, 2 CPU cores, about 6 minutes.
+The demo: 0.22M parameters on the toy world, 2 CPU cores, about 6 minutes.
 
     python train_pt.py config/pt_micro.py --data_dir=out/demo/data --out_dir=out/demo/pt
 

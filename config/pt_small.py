@@ -1,5 +1,5 @@
 """
-25M parameters at a vocabulary of 16,384, for real text on one GPU, or a long day on a CPU.
+27M parameters at a vocabulary of 16,384, for real text on one GPU, or a long day on a CPU.
 
     python train_pt.py config/pt_small.py --data_dir=DIR
 

@@ -10,7 +10,6 @@ model sees wrong values; 0.3 left a third of the budget unused.
 init_from = "out/demo/sft"
 reward_from = "out/demo/rm"
 data = "out/demo/world/prompts.jsonl"
-val_data = "out/demo/world/prompts_heldout.jsonl"
 out_dir = "out/demo/rl"
 
 beta = 0.25

@@ -11,7 +11,6 @@ make it form.
 """
 init_from = "out/demo/sft"
 data = "out/demo/world/rankings.jsonl"
-val_data = "out/demo/world/pairs_heldout.jsonl"
 out_dir = "out/demo/rm"
 
 batch_pairs = 16

@@ -10,8 +10,6 @@ with one question to a context 800 steps left 20 % of the answers wrong, with up
 """
 init_from = "out/demo/pt"
 data = "out/demo/world/chat.jsonl"
-val_data = "out/demo/world/chat_heldout.jsonl"
-pt_data = "out/demo/data"
 out_dir = "out/demo/sft"
 
 batch_tokens = 4096

@@ -44,6 +44,24 @@ def test_flops_are_those_the_counter_of_torch_sees(tied):
     assert counter.get_total_flops() / (2 * T) == flops_per_token(model.config, T) - 6 * gains
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_needs_no_gradient_or_predicts_nothing_is_not_counted(tied):
+    """By torch's own counter: blocks frozen, and a reward model, whose head has no part."""
+    c = ModelConfig(50, 2, 4, 2, 32, 8, 96, 16, tied=tied)
+    model, idx = Transformer(c), torch.randint(50, (2, 16))
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    gains = count_parameters(c) - sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    with FlopCounterMode(display=False) as without_head, sdpa_kernel(SDPBackend.MATH):
+        model(idx, hidden=True).sum().backward()
+    assert without_head.get_total_flops() / 32 == flops_per_token(c, 16, head=False) - 6 * gains
+    for p in matrices:
+        p.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(idx).sum().backward()
+    frozen = sum(p.numel() for p in matrices)
+    assert counter.get_total_flops() / 32 == flops_per_token(c, 16, frozen=frozen) - 6 * gains
+
+
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of RMSNorm under the CPU's autocast
 @pytest.mark.parametrize("width", [4, 2])
 @pytest.mark.parametrize("B, T, changes", [

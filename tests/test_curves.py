@@ -41,7 +41,8 @@ def test_each_stage_has_its_curves_and_known_lines(out):
         "cannot tell: log 2": pytest.approx(0.6931, abs=1e-4), "Bayes": 0.29})
     assert found["DPO"][0] == {"held out": ([0], [0.69]), "training": ([0], [0.68])}
     points, lines = found["RL"]
-    assert points == {"reward": ([0, 0], [0.0, 0.1]), "KL": ([0, 0], [0.0, 0.2])}
+    assert points == {"reward": ([0], [0.1]), "KL": ([0], [0.2]),
+                      "reward, held out": ([0], [0.0]), "KL, held out": ([0], [0.0])}
     assert list(lines) == ["budget of the KL"]
 
 

@@ -120,6 +120,8 @@ def test_the_ladder_is_climbed_in_small_and_the_same_command_goes_on(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert "is up to date" in done.stdout and "toyworld.py" not in done.stdout
     assert f"loaded {tmp_path}/pt/step{int(step):08d}-" in done.stdout and 0 < int(step) < 40
+    other = subprocess.run([*command, "--seed=1"], cwd=ROOT, capture_output=True, text=True)
+    assert other.returncode == 2 and "holds a demo with {'seed': 0, " in other.stderr
     text = (tmp_path / "report.md").read_text()
     rows = re.findall(r"^\| (en|zh|all) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.M)
     assert [row[0] for row in rows] == ["en", "zh", "all"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import runtime
+import train_pt
 
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)
 
@@ -99,6 +100,35 @@ def test_bfloat16_computes_products_in_bfloat16():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     with ALONE.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("device, vocabulary, rows", [
+    ("cuda", 65_536, 2048), ("cuda", 1 << 21, 128), ("cpu", 65_536, None)])
+def test_a_gpu_holds_half_a_gigabyte_of_logits_at_once(device, vocabulary, rows):
+    """2,048 x 65,536 logits of 4 bytes are 0.54 GB. A stand-in for a head on a GPU."""
+    class Head:
+        def __init__(self):
+            self.device = torch.device(device)
+
+        def __len__(self):
+            return vocabulary
+    assert runtime.logits_at_once(Head()).batch_chunk_size == rows
+
+
+def test_the_loss_is_the_same_however_many_rows_exist_at_once(monkeypatch):
+    hidden, head = torch.randn(2, 9, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    targets = torch.randint(30, (2, 9))
+    targets[0, 3] = -100
+    want = torch.nn.functional.cross_entropy((hidden @ head.t()).flatten(0, 1), targets.flatten(),
+                                             reduction="sum")
+    gradients = torch.autograd.grad(want, (hidden, head))
+    for rows in (1, 4, 100):
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+        monkeypatch.setattr(runtime, "logits_at_once", lambda head: options)
+        loss = train_pt.pt_loss(hidden, head, targets)
+        assert torch.allclose(loss, want, rtol=1e-5)
+        for got, expected in zip(torch.autograd.grad(loss, (hidden, head)), gradients):
+            assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_measured_peak_and_memory_are_plausible():
