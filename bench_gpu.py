@@ -15,15 +15,16 @@ decode   greedy text with bf16 weights: tokens/s, and the bytes of weights and c
 Each figure is a line, and a line of JSON. Times of stages and decode are medians of `repeats` runs,
 each from one synchronisation to the next.
 """
+import io
 import json
 import re
-import runpy
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -80,10 +81,9 @@ def seconds(work: Callable[[], object], cfg: Config) -> float:
 
 def models(cfg: Config) -> Iterator[tuple[str, train_pt.Config, ModelConfig]]:
     """Name, settings and shape of each of the --configs."""
-    known = {f.name for f in fields(train_pt.Config)}
     for path in cfg.configs.split(","):
-        settings = {k: v for k, v in runpy.run_path(path).items() if k in known}
-        pt = train_pt.Config(**settings)
+        with redirect_stdout(io.StringIO()):
+            pt = configure(train_pt.Config, [path])
         yield Path(path).stem, pt, train_pt.shape(pt, cfg.vocab_size)
 
 
@@ -215,11 +215,10 @@ def main() -> None:
         fail(f"--only={cfg.only}: there is no {', '.join(unknown)} among {', '.join(JOBS)}")
     if cfg.steps < 10 or cfg.steps % 10 or cfg.vocab_size > 256 + 65_536 + len(SPECIALS):
         fail("--steps must be a multiple of ten, and --vocab_size at most 65,796")
-    if missing := [path for path in cfg.configs.split(",") if not Path(path).is_file()]:
-        fail(f"--configs={cfg.configs}: there is no {', '.join(missing)}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         fail("--device=cuda: no CUDA device here; bench.py measures a CPU")
     print(runtime.describe_run(runtime.setup(cfg.device)))
+    list(models(cfg))  # a mistake in a config is told before anything is measured
     for job in cfg.only.split(","):
         JOBS[job](cfg)
 
