@@ -133,9 +133,8 @@ class Fact(NamedTuple):
 
 
 def attributes_to_draw(numbers: int) -> list[Pair]:
-    """Each attribute, and that of numbers so many times. A model learns last to copy them, digit by
-    digit: with as many of them as of colours two thousand steps were enough for three runs of four,
-    and the fourth restated 1 % of them."""
+    """Each attribute, and that of numbers so many times: a model learns last to copy them, digit by
+    digit."""
     return [a for a in VALUES for _ in range(numbers if a[0] == "number" else 1)]
 
 
