@@ -5,14 +5,13 @@ A pre-training document states K facts about K names and, on a second line, rest
 surprising its text is to a reader who knows the generator is known exactly:
 
     -log2 P(text) =  1 + 1 + log2 #K                              language, form, how many facts
-                  +  sum over i < K of  log2(N - i) - log2 P(attribute i) + log2 |its values|
+                  +  sum over i < K of  log2(N - i) + log2 5 + log2 |values of attribute i|
                   -  log2( (1 - e) / (4 K!)  +  e [second half == first half] )
 
 N is the number of names; one is drawn once per document, in order, while attributes and values may
-coincide. With w = --numbers, in held-out files 1, P(number) = w / (4 + w), and that of each of the
-other four attributes 1 / (4 + w). A form is drawn per half, not per fact. The second half is an
-exact repeat with probability e, in held-out files 0, else in random order (K!), either language and
-form (4), and so a repeat by chance.
+coincide. A form is drawn per half, not per fact. The second half is an exact repeat with
+probability e, 0 in held-out files, else in random order (K!), either language and form (4), and so
+a repeat by chance.
 The text gives all of this away, so no path is missing from P; where a document ends is no surprise.
 The sum over a file divided by its UTF-8 bytes is its floor: a model that has not seen the file
 undercuts the sum by b bits with probability <= 2^-b (Markov's inequality). One language alone may
@@ -55,7 +54,6 @@ class Config:
     min_facts: int = 2             # fewest facts in a pre-training document
     max_facts: int = 4             # most facts in a pre-training document, each on its own name
     exact_repeat: float = 0.3      # share of pt.jsonl with an exact repeat as second half
-    numbers: int = 3               # times as many facts of pt.jsonl tell a number as a colour
     max_chat_facts: int = 6        # a chat's context holds 1 to this many facts
 
 
@@ -132,15 +130,9 @@ class Fact(NamedTuple):
     value: Pair
 
 
-def attributes_to_draw(numbers: int) -> list[Pair]:
-    """Each attribute, and that of numbers so many times: a model learns last to copy them, digit by
-    digit."""
-    return [a for a in VALUES for _ in range(numbers if a[0] == "number" else 1)]
-
-
-def facts(r: Random, split: str, k: int, numbers: int = 1) -> list[Fact]:
+def facts(r: Random, split: str, k: int) -> list[Fact]:
     """k facts about k different names of a split, good for one document."""
-    attributes = [r.choice(attributes_to_draw(numbers)) for _ in range(k)]
+    attributes = [r.choice(list(VALUES)) for _ in range(k)]
     return [Fact(n, a, r.choice(VALUES[a])) for n, a in zip(r.sample(NAMES[split], k), attributes)]
 
 
@@ -165,17 +157,15 @@ def _half(fs: list[Fact], lang: str, form: int) -> str:
     return SPACE[lang].join(fact_text(fact, lang, form) for fact in fs)
 
 
-def pt_document(r: Random, split: str, min_facts: int, max_facts: int, exact_repeat: float,
-                numbers: int = 1) -> dict:
+def pt_document(r: Random, split: str, min_facts: int, max_facts: int, exact_repeat: float) -> dict:
     """{"text", "lang" of the first half, "bits" = -log2 P(text)}."""
-    fs = facts(r, split, r.choice(range(min_facts, max_facts + 1)), numbers)
+    fs = facts(r, split, r.choice(range(min_facts, max_facts + 1)))
     lang = r.choice(LANGS)
     first = second = _half(fs, lang, r.choice((0, 1)))
     if r.random() >= exact_repeat:
         second = _half(r.sample(fs, len(fs)), r.choice(LANGS), r.choice((0, 1)))
     bits = 2 + log2(max_facts - min_facts + 1) + name_bits(len(fs), len(NAMES[split]))
-    drawn = attributes_to_draw(numbers)
-    bits += sum(log2(len(drawn) / drawn.count(f.attribute) * len(VALUES[f.attribute])) for f in fs)
+    bits += sum(log2(len(VALUES)) + log2(len(VALUES[f.attribute])) for f in fs)
     fresh = (1 - exact_repeat) / (4 * factorial(len(fs)))
     bits -= log2(fresh + exact_repeat * (second == first))
     return {"text": first + "\n" + second, "lang": lang, "bits": bits}
@@ -375,7 +365,7 @@ def check(cfg: Config) -> None:
     """Raises ValueError for what cannot be generated."""
     names = min(map(len, NAMES.values()))
     lowest = dict.fromkeys(("n_train", "n_chat", "n_pairs", "n_rankings", "n_prompts", "n_val",
-                            "min_facts", "max_chat_facts", "numbers"), 1)
+                            "min_facts", "max_chat_facts"), 1)
     lowest |= {"max_facts": cfg.min_facts, "exact_repeat": 0}
     highest = {"max_facts": names, "max_chat_facts": names - 1, "exact_repeat": 1}
     for key, low in lowest.items():
@@ -396,8 +386,7 @@ def generate(cfg: Config) -> dict[str, list[dict]]:
         return [make(r, *args) for _ in range(n)]
 
     sizes, most = (cfg.min_facts, cfg.max_facts), cfg.max_chat_facts
-    return {"pt": rows("pt", cfg.n_train, pt_document, "train", *sizes, cfg.exact_repeat,
-                       cfg.numbers),
+    return {"pt": rows("pt", cfg.n_train, pt_document, "train", *sizes, cfg.exact_repeat),
             "pt_heldout": rows("pt_heldout", cfg.n_val, pt_document, "test", *sizes, 0.0),
             "chat": rows("chat", cfg.n_chat, chat, "train", most),
             "chat_heldout": rows("chat_heldout", cfg.n_val, chat, "test", most),

@@ -5,10 +5,10 @@ The demo: 0.22M parameters on the toy world, 2 CPU cores, about 8 minutes.
 
 Small model, small vocabulary, a high rate and Muon are what lets the copying circuit form quickly:
 the loss falls to "format known, values guessed" within 200 steps and then, slowly, below it. With
-AdamW alone 2,400 steps restate 71 % of the values. Numbers come last, for they are copied digit by
-digit. By step 2,000 they were there in three runs of five, and in three of four with three numbers
-to a colour (toyworld.py --numbers), else 1 to 15 % of them; which, rounding decides: the same seed
-differed with one thread and with two. So there are 3,000 steps, level until the last 30 %.
+AdamW alone 2,400 steps restate 71 % of the values. While the circuit forms, the rate must not fall:
+it is level until the last 30 %. Numbers come last, for they are copied digit by digit: of four runs
+of 2,000 steps, three seeds and one of them again with two threads, which round differently, three
+had them and one restated 1 %. Hence 3,000.
 """
 data_dir = "out/demo/data"
 out_dir = "out/demo/pt"

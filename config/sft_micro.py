@@ -1,6 +1,6 @@
 """
 The demo's fine-tuning: questions about facts in the context, in two languages and four styles.
-2 CPU cores, about 6 minutes.
+2 CPU cores, about 5 minutes.
 
     python train_sft.py config/sft_micro.py
 
@@ -14,7 +14,7 @@ out_dir = "out/demo/sft"
 
 batch_tokens = 4096
 batch_size = 16
-max_steps = 3000
+max_steps = 2000
 optimizer = "muon"
 learning_rate = 6e-3
 muon_lr = 0.02

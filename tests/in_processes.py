@@ -6,6 +6,7 @@ What the tests of sharding.py do in several processes, forked once for many jobs
 A job is the name of a function below and its arguments; the first is given to it by its process.
 """
 import ctypes
+import gc
 import importlib
 import sys
 from pathlib import Path
@@ -122,6 +123,8 @@ def grown(dist: runtime.Dist, shape: dict, batch_size: int, recompute: bool) -> 
     """Bytes by which a process grows at most over two steps in parts, of two micro-steps each. The
     first, small model loads torch's code; writing 5 to clear_refs forgets the peak so far."""
     for changes in (dict(n_layer=1, vocab_size=96), {}):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, or the next model would fill it
         before = memory("VmRSS:")
         model = Transformer(ModelConfig(**shape | changes))
         net = sharding.wrap(model, dist, True, recompute)
