@@ -1,7 +1,7 @@
 """
 How fast it is on a GPU, and whether it computes there what it computes on a CPU.
 
-    python bench_gpu.py                      124M and 1B parameters: about ten minutes on an H100
+    python bench_gpu.py                                       124M and 1B parameters, one GPU
     python bench_gpu.py --only=train --configs=config/pt_124m.py
 
 agree    logits in fp32 (without TF32) and bf16, and greedy text, against those of the CPU; off by

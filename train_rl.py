@@ -246,12 +246,10 @@ def reply_losses(net: nn.Module, model: Transformer, rollout: Rollout, some: Seq
     advantage = rollout.advantage[list(some)].to(dist.device)
     per_token = cfg.advantage != "rloo"
     losses = rl_loss(logps, old, mask, advantage, cfg.eps_low, cfg.eps_high, per_token)
-    change, of = ((logps - old).detach() * mask), mask
-    if not per_token:
-        change, of = change.sum(-1, keepdim=True), mask[:, :1] | True
-    ratio, A = change.exp(), advantage[:, None]
+    change = (logps - old).detach() * mask
+    ratio, A = (change if per_token else change.sum(-1, keepdim=True)).exp(), advantage[:, None]
     clipped = (ratio > 1 + cfg.eps_high) & (A > 0) | (ratio < 1 - cfg.eps_low) & (A < 0)
-    return losses, (clipped & of).sum(-1) / of.sum(-1)
+    return losses, (clipped & mask).sum(-1) / mask.sum(-1)
 
 
 def all_max(dist: Dist, value: float) -> float:
