@@ -106,9 +106,11 @@ def test_the_ladder_is_climbed_in_small_and_the_same_command_goes_on(tmp_path):
     the unigram entropy, SFT loss down, RM better than at its start, a DPO margin, a KL that is none
     below 0."""
     command = [sys.executable, "demo.py", f"--out_dir={tmp_path}", "--n_train=4000", "--share=0.02"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as all tests: so few steps feel rounding
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # though we run behind nohup
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, start_new_session=True, preexec_fn=listen) as stopped:
+                          text=True, start_new_session=True, preexec_fn=listen,
+                          env=one_thread) as stopped:
         for line in stopped.stdout:
             if line.startswith("val at step 0"):  # of PT: Ctrl-C, which the whole group gets
                 os.killpg(stopped.pid, signal.SIGINT)
@@ -116,7 +118,8 @@ def test_the_ladder_is_climbed_in_small_and_the_same_command_goes_on(tmp_path):
         said = stopped.stdout.read()
     assert stopped.returncode == 130 and "stopped; the same command goes on from there" in said
     step, = re.findall(r"stopped by SIGINT at step (\d+)", said)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900,
+                          env=one_thread)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert "is up to date" in done.stdout and "toyworld.py" not in done.stdout
     assert f"loaded {tmp_path}/pt/step{int(step):08d}-" in done.stdout and 0 < int(step) < 40
