@@ -199,6 +199,8 @@ class Transformer(nn.Module):
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02
                 nn.init.normal_(p, std=std)
+        if not config.tied:  # as a head it would have to be small, for even guesses at the start
+            nn.init.normal_(self.embed_tokens.weight, std=1 / math.sqrt(config.n_embd))
 
     def forward(self, idx: Tensor, cache: KVCache | None = None, hidden: bool = False,
                 segments: Tensor | None = None) -> Tensor:

@@ -222,13 +222,18 @@ def answer_held_out(model: Transformer, tok: Tokenizer, rows: Rows, cfg: Config)
 # same in every train_*.py: optimizers
 def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer]:
     """AdamW for all that is learnt, or Muon for the matrices inside the blocks and AdamW for the
-    rest. Only matrices decay. Each group remembers its full learning rate as `base`."""
+    rest. Matrices decay, but for an embedding that is no head too: its rows would fade between the
+    few tokens that teach them. Each group remembers its full learning rate as `base`."""
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
     muon = [p for name, p in learnt.items() if cfg.optimizer == "muon" and "layers." in name
             and p.dim() == 2]
-    rest = [p for p in learnt.values() if all(p is not m for m in muon)]
-    groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    rest = {name: p for name, p in learnt.items() if all(p is not m for m in muon)}
+    untied = any("lm_head" in name for name, _ in model.named_parameters())  # else it is no name
+
+    def decays(name: str) -> bool:
+        return rest[name].dim() == 2 and not (untied and "embed_tokens" in name)
+    groups = [{"params": [p for name, p in rest.items() if decays(name) == yes],
+               "weight_decay": cfg.weight_decay * yes} for yes in (True, False)]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
         groups, lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-8,
         fused=True)]

@@ -185,6 +185,17 @@ def test_muon_takes_the_matrices_of_the_blocks_and_learns(cfg):
     train_pt.train(replace(cfg, resume=True, max_steps=30), ALONE)  # both optimizers come back
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_decay_but_not_an_embedding_that_is_only_looked_up(cfg, tied):
+    from model import Transformer
+    model = Transformer(train_pt.shape(replace(cfg, tied=tied), 300))
+    adamw, = train_pt.make_optimizers(model, cfg)
+    decays = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        wanted = p.dim() == 2 and (tied or name != "embed_tokens.weight")
+        assert decays[id(p)] == cfg.weight_decay * wanted, name
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run_with_finite_checkpoints(cfg):
     process = start(command(cfg, learning_rate=1e25, warmup_steps=0, save_every=1))
     said = process.communicate(timeout=60)[0]
