@@ -106,7 +106,7 @@ def main() -> None:
     text = f"{world}/pt.jsonl"
     if not os.path.exists(f"{world}/floor.json"):
         less = [] if cfg.share == 1 else ["--n_chat=4000", "--n_pairs=2000", "--n_rankings=2000",
-                                          f"--n_val={max(60, round(2000 * cfg.share))}"]
+                                          f"--n_val={max(300, round(2000 * cfg.share))}"]
         run("toyworld.py", f"--out_dir={world}", f"--seed={cfg.seed}", f"--n_train={cfg.n_train}",
             *less)
     if not os.path.exists(tok):
