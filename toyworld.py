@@ -51,7 +51,7 @@ class Config:
     n_rankings: int = 24_000       # rankings of four replies for the reward model
     n_prompts: int = 4_000         # questions for reinforcement learning
     n_val: int = 2_000             # rows in each held-out file, on test names only
-    min_facts: int = 2             # fewest facts in a pre-training document
+    min_facts: int = 1             # fewest facts in a pre-training document
     max_facts: int = 4             # most facts in a pre-training document, each on its own name
     exact_repeat: float = 0.3      # share of pt.jsonl with an exact repeat as second half
     max_chat_facts: int = 6        # a chat's context holds 1 to this many facts
