@@ -53,8 +53,8 @@ def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumula
     kept = c.n_layer * (tokens * 4 * c.n_embd if recompute else tokens * of_block + copies)
     kept += tokens * 5 * 4 * c.n_embd
     gains = c.n_layer * 2 * (c.n_embd + c.head_dim)
-    once = muon * ((n - root - gains) if learnt is None else learnt - tables)  # with one moment
     whole, learnt = learnt is None, n if learnt is None else learnt
+    once = muon * (learnt - root - gains)  # with one moment
     learnt -= 0 if head or c.tied else matrix  # a head of its own that predicts nothing
     grads, moments = 4 * learnt, 8 * learnt - 4 * once
     # where backward starts, the head has its gradient and autograd's zeros of the same size; on
@@ -113,7 +113,8 @@ def fullest(training: dict[str, int], **others: int) -> dict[str, int]:
 
 def lora_parameters(config: ModelConfig, rank: int) -> int:
     """Parameters that --lora_rank learns: rank (rows + columns) for each matrix of the blocks, and
-    the embedding, with the head where that is another matrix."""
+    all of the norms, the embedding, and the head where that is another matrix."""
     c, q, kv = config, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     sides = 2 * (c.n_embd + q) + 2 * (c.n_embd + kv) + 3 * (c.n_embd + c.n_hidden)
-    return rank * c.n_layer * sides + (1 if c.tied else 2) * c.vocab_size * c.n_embd
+    norms = c.n_layer * 2 * (c.n_embd + c.head_dim) + c.n_embd
+    return rank * c.n_layer * sides + norms + (1 if c.tied else 2) * c.vocab_size * c.n_embd

@@ -12,8 +12,8 @@ short reply more weight. Chats are packed whole into windows, isolated from each
 positions from 0; tests show that the loss is that of the chats one by one.
 
 With --lora_rank=16 only a product of two thin matrices is learnt for each matrix of the blocks
-(Hu et al. 2021), and merged into it when saved; and embedding and head, for text has taught them
-nothing about the tokens of a chat. 1B parameters then need 6 GB, not 16, and activations. What a
+(Hu et al. 2021), and merged into it when saved; and the norms, and embedding and head, for text has
+taught them nothing about the tokens of a chat. 1B parameters then need 6 GB, not 16, and activations. What a
 line of --data looks like: examples.py.
 """
 # same in every train_*.py: early signals
@@ -77,7 +77,7 @@ class Config:
     adam_beta1: float = 0.9  # AdamW: memory of the mean gradient
     adam_beta2: float = 0.95  # AdamW: memory of its square
     grad_clip: float = 1.0  # largest norm of the gradient
-    lora_rank: int = 0  # learn the embedding and so thin a change of other matrices; 0: all weights
+    lora_rank: int = 0  # learn so thin a change of each matrix of the blocks; 0: all weights
     lora_alpha: float = 32.0  # the change is scaled by alpha / rank
     eval_every: int = 200  # steps between validations
     eval_rows: int = 500  # chats per language whose loss is taken; the last takes all
@@ -119,11 +119,9 @@ class LowRank(nn.Module):
 
 
 def add_lora(model: Transformer, rank: int, alpha: float) -> None:
-    """Freeze all but the embedding and the head, and put a LowRank around every matrix of the
-    blocks. Frozen, <|im_start|> and its like would keep the random vectors that they begin with."""
-    model.requires_grad_(False)
-    for table in (model.embed_tokens, model.lm_head):
-        table.requires_grad_(True)
+    """Put a LowRank around every matrix of the blocks. The rest stays learnt: the norms, which say
+    how sharply a head looks, are small; and without the embedding and the head <|im_start|> and its
+    like would keep the random vectors that they begin with."""
     for parent in list(model.layers.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Linear):

@@ -264,7 +264,7 @@ def test_a_full_disk_leaves_the_old_files_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("bad, message", [
     ("--max_facts=900", f"max_facts 900 must be at most {FEWEST}"),
     ("--max_chat_facts=900", f"max_chat_facts 900 must be at most {FEWEST - 1}"),
-    ("--max_facts=1", "max_facts 1 must be at least 2"),
+    ("--max_facts=0", "max_facts 0 must be at least 1"),
     ("--exact_repeat=1.5", "exact_repeat 1.5 must be at most 1"),
     ("--n_val=0", "n_val 0 must be at least 1"),
 ])

@@ -138,7 +138,7 @@ def test_lora_starts_as_the_model_and_merges_into_it():
     assert torch.equal(model(idx), before)
     learnt = [name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad]
     thin = [m for m in model.modules() if isinstance(m, LowRank)]
-    assert sorted(learnt) == 14 * ["a"] + 14 * ["b"] + ["weight"] and len(thin) == 14
+    assert sorted(learnt) == 14 * ["a"] + 14 * ["b"] + 10 * ["weight"] and len(thin) == 14
     assert model.embed_tokens.weight.requires_grad and lora_parameters(model.config, 4) == sum(
         p.numel() for p in model.parameters() if p.requires_grad)
     for m in thin:
@@ -185,11 +185,7 @@ def test_lora_resumes_to_the_last_bit_and_what_is_saved_is_merged(tiny, tmp_path
         assert all(torch.equal(a[key][k], b[key][k]) for k in a[key])
     start = checkpoint.load(tiny.pt)[0]["model"]
     assert set(start) == set(a["model"])
-    for changed in ("embed_tokens.weight", "lm_head.weight"):
-        assert not torch.equal(start[changed], a["model"][changed])
-    assert torch.equal(start["norm.weight"], a["model"]["norm.weight"])
-    assert not torch.equal(start["layers.0.mlp.up_proj.weight"],
-                           a["model"]["layers.0.mlp.up_proj.weight"])
+    assert not any(torch.equal(start[name], a["model"][name]) for name in start)
 
 
 def test_forgetting_is_the_loss_of_ordinary_text(tiny, tmp_path, capsys):
