@@ -1,6 +1,6 @@
 """
 The demo's preference optimisation, on pairs of the reward model's world. 2 CPU cores, about
-4 minutes.
+3 minutes.
 
 Of the pairs 40 % differ in the value, and there the loss never has enough: the wrong one is pushed
 down without end, and what is near it in the vocabulary with it, so that 5 % of the replies are

@@ -1,5 +1,5 @@
 """
-The demo: 0.25M parameters on the toy world, 2 CPU cores, about 9 minutes.
+The demo: 0.25M parameters on the toy world, 2 CPU cores, about 5 minutes.
 
     python train_pt.py config/pt_micro.py --data_dir=out/demo/data --out_dir=out/demo/pt
 

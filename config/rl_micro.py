@@ -1,6 +1,6 @@
 """
-The demo's reinforcement learning: 100 steps of 16 questions, each answered 8 times. 2
-CPU cores, about 3 minutes.
+The demo's reinforcement learning: 100 steps of 16 questions, each answered 8 times.
+2 CPU cores, about 2 minutes.
 
 At beta = 0.2 a KL of 1.71 nats a reply was worth its price, more than the budget, since the reward
 model sees wrong values; 0.3 left a third of the budget unused.
