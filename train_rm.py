@@ -264,7 +264,8 @@ def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer
     muon = [p for name, p in learnt.items() if cfg.optimizer == "muon" and "layers." in name
             and p.dim() == 2]
     rest = {name: p for name, p in learnt.items() if all(p is not m for m in muon)}
-    untied = any("lm_head" in name for name, _ in model.named_parameters())  # else it is no name
+    # a tied head is the embedding by another name, which named_parameters leaves out
+    untied = any("lm_head" in name for name, _ in model.named_parameters())
 
     def decays(name: str) -> bool:
         return rest[name].dim() == 2 and not (untied and "embed_tokens" in name)

@@ -12,9 +12,9 @@ short reply more weight. Chats are packed whole into windows, isolated from each
 positions from 0; tests show that the loss is that of the chats one by one.
 
 With --lora_rank=16 only a product of two thin matrices is learnt for each matrix of the blocks
-(Hu et al. 2021), and merged into it when saved; and the norms, and embedding and head, for text has
-taught them nothing about the tokens of a chat. 1B parameters then need 6 GB, not 16, and activations. What a
-line of --data looks like: examples.py.
+(Hu et al. 2021), and merged into it when saved; and the norms, which are small, and embedding and
+head, for text has taught them nothing about the tokens of a chat. 1B parameters then need 6 GB, not
+16, and activations. What a line of --data looks like: examples.py.
 """
 # same in every train_*.py: early signals
 import interrupts
@@ -226,7 +226,8 @@ def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer
     muon = [p for name, p in learnt.items() if cfg.optimizer == "muon" and "layers." in name
             and p.dim() == 2]
     rest = {name: p for name, p in learnt.items() if all(p is not m for m in muon)}
-    untied = any("lm_head" in name for name, _ in model.named_parameters())  # else it is no name
+    # a tied head is the embedding by another name, which named_parameters leaves out
+    untied = any("lm_head" in name for name, _ in model.named_parameters())
 
     def decays(name: str) -> bool:
         return rest[name].dim() == 2 and not (untied and "embed_tokens" in name)
