@@ -4,7 +4,7 @@ PY = .venv/bin/python
 
 .PHONY: demo test reliability test-all
 demo: .venv/ready
-	$(PY) demo.py
+	$(PY) -m demo
 
 test: .venv/ready
 	$(PY) -m pytest
@@ -13,7 +13,7 @@ test-all: .venv/ready
 	$(PY) -m pytest -m "slow or not slow"
 
 reliability: .venv/ready
-	OMP_NUM_THREADS=1 $(PY) reliability.py
+	OMP_NUM_THREADS=1 $(PY) -m faults
 
 .venv/ready: requirements.txt
 	python3 -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed'"

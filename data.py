@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from configurator import configure, fail
-from corpus import (BadLine, BadLines, Batch, Progress, find_files, parallel, parse, read_batches,
+from plumbing.corpus import (BadLine, BadLines, Batch, Progress, find_files, parallel, parse, read_batches,
                     write_text)
 from tokenizer import Tokenizer, load_tokenizer
 

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-import checkpoint
+from plumbing import checkpoint
 from configurator import configure, fail
 from model import KVCache, ModelConfig, Transformer
 from tokenizer import StreamDecoder, Tokenizer, render

@@ -48,7 +48,7 @@ class ModelConfig:
 class Linear(nn.Linear):
     """x W^T. To write a token, W must come out of the memory once for the few rows of x, but BLAS
     then works with one thread or copies W. A slice of W for each thread is read at full speed:
-    at one row 3 times as fast, at 8 still faster (2 cores, fp32; `bench.py --only=decode`)."""
+    at one row 3 times as fast, at 8 still faster (2 cores, fp32; `python -m bench --only=decode`)."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)

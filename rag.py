@@ -26,17 +26,17 @@ from typing import Literal
 
 import torch
 
-import embed
-import rag_eval
+from search import embed
+from bench import rag as rag_eval
 from configurator import configure, fail
-from corpus import language
-from documents import Cut, as_utf8, count_pieces, find_documents, read_document, update
+from plumbing.corpus import language
+from search.documents import Cut, as_utf8, count_pieces, find_documents, read_document, update
 from generate import generate, load_model
-from index import Hit, Index, Mode
+from search.index import Hit, Index, Mode
 from model import Transformer
-from segment import split
+from search.segment import split
 from tokenizer import StreamDecoder, Tokenizer, load_tokenizer, render
-from topics import INVISIBLE, sentences, terms, tfidf
+from search.topics import INVISIBLE, sentences, terms, tfidf
 
 JOBS = ("add", "ask", "chat", "info", "split", "eval")
 

@@ -27,7 +27,7 @@ import regex  # comes with tiktoken, which needs it too
 import tiktoken
 
 from configurator import configure, fail
-from corpus import (BadLine, BadLines, Batch, Document, Progress, find_files, parallel, parse,
+from plumbing.corpus import (BadLine, BadLines, Batch, Document, Progress, find_files, parallel, parse,
                     read_batches, write_text)
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")

@@ -18,7 +18,7 @@ Hinge, KTO and the rest are one line each in `dpo_loss` and left out on purpose.
 P are computed once and kept in out_dir. Files: examples.py says what a line of --data looks like.
 """
 # same in every train_*.py: early signals
-import interrupts
+from plumbing import interrupts
 
 if __name__ == "__main__":  # a stop during the imports below must end them without a traceback
     interrupts.end_quietly()
@@ -39,19 +39,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import checkpoint
-import runtime
-import sharding
+from plumbing import checkpoint
+from plumbing import runtime
+from plumbing import sharding
 from configurator import configure
-from corpus import Progress
-from costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
+from plumbing.corpus import Progress
+from plumbing.costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
                    writing_memory)
 from data import IGNORE, Order, mix
-from examples import (Row, Rows, in_batches, load_splits, micro_batches, pad_right,
+from plumbing.examples import (Row, Rows, in_batches, load_splits, micro_batches, pad_right,
                       pair_batch, prompt_of, spread)
 from generate import load_model, replies
 from model import Transformer
-from runtime import Dist, all_sum, print0
+from plumbing.runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
 
 KIND = "dpo"  # of checkpoint

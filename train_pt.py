@@ -13,7 +13,7 @@ of the batch in portions of `batch_size` and adds up their gradients. Radford et
 hyper-parameters after Touvron et al. 2023 (AdamW) and Jordan et al. 2024 (Muon).
 """
 # same in every train_*.py: early signals
-import interrupts
+from plumbing import interrupts
 
 if __name__ == "__main__":  # a stop during the imports below must end them without a traceback
     interrupts.end_quietly()
@@ -29,15 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import checkpoint
-import runtime
-import sharding
+from plumbing import checkpoint
+from plumbing import runtime
+from plumbing import sharding
 from configurator import configure
-from costs import count_parameters, flops_per_token, training_memory
+from plumbing.costs import count_parameters, flops_per_token, training_memory
 from data import IGNORE, TokenFile, Windows, ahead, mix, open_data, passages
 from generate import complete, load_model
 from model import ModelConfig, Transformer
-from runtime import Dist, all_sum, print0
+from plumbing.runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
 
 KIND = "pt"  # of checkpoint

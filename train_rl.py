@@ -23,7 +23,7 @@ step. Sampled ids are kept and scored as they are, never decoded and encoded aga
 temperature 1 is sampled from: a cut distribution is not the one that the gradient is of.
 """
 # same in every train_*.py: early signals
-import interrupts
+from plumbing import interrupts
 
 if __name__ == "__main__":  # a stop during the imports below must end them without a traceback
     interrupts.end_quietly()
@@ -39,17 +39,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import checkpoint
-import runtime
-import sharding
+from plumbing import checkpoint
+from plumbing import runtime
+from plumbing import sharding
 from configurator import configure
-from costs import (count_parameters, flops_per_token, fullest, training_memory,
+from plumbing.costs import (count_parameters, flops_per_token, fullest, training_memory,
                    writing_memory)
 from data import IGNORE, Order, mix
-from examples import Row, Rows, in_batches, load_splits, pad_right, spread
+from plumbing.examples import Row, Rows, in_batches, load_splits, pad_right, spread
 from generate import load_model, replies
 from model import ModelConfig, RewardModel, Transformer
-from runtime import Dist, all_sum, print0
+from plumbing.runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
 
 KIND = "rl"  # of checkpoint

@@ -14,7 +14,7 @@ kept for train_rl.py, so that its penalty means the same for every reward model.
 says what a line of --data looks like.
 """
 # same in every train_*.py: early signals
-import interrupts
+from plumbing import interrupts
 
 if __name__ == "__main__":  # a stop during the imports below must end them without a traceback
     interrupts.end_quietly()
@@ -33,19 +33,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import checkpoint
-import runtime
-import sharding
+from plumbing import checkpoint
+from plumbing import runtime
+from plumbing import sharding
 from configurator import configure
-from corpus import BadLine, find_files, parse_records, read_batches
-from costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
+from plumbing.corpus import BadLine, find_files, parse_records, read_batches
+from plumbing.costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
                    writing_memory)
 from data import Order, mix
-from examples import (Row, Rows, in_batches, load_splits, micro_batches, pad_right, prompt_of,
+from plumbing.examples import (Row, Rows, in_batches, load_splits, micro_batches, pad_right, prompt_of,
                       ranking_batch, reply_end, rows_of, spread)
 from generate import load_model, replies
 from model import ModelConfig, RewardModel, Transformer
-from runtime import Dist, all_sum, print0
+from plumbing.runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
 
 KIND = "rm"  # of checkpoint

@@ -17,7 +17,7 @@ head, for text has taught them nothing about the tokens of a chat. 1B parameters
 16, and activations. What a line of --data looks like: examples.py.
 """
 # same in every train_*.py: early signals
-import interrupts
+from plumbing import interrupts
 
 if __name__ == "__main__":  # a stop during the imports below must end them without a traceback
     interrupts.end_quietly()
@@ -34,17 +34,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import checkpoint
-import runtime
-import sharding
+from plumbing import checkpoint
+from plumbing import runtime
+from plumbing import sharding
 from configurator import configure
-from costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
+from plumbing.costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
                    writing_memory)
 from data import IGNORE, open_data, passages
-from examples import Packed, Rows, in_batches, load_splits, pad_right, prompt_of, spread
+from plumbing.examples import Packed, Rows, in_batches, load_splits, pad_right, prompt_of, spread
 from generate import load_model, replies
 from model import Linear, Transformer
-from runtime import Dist, all_sum, print0
+from plumbing.runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
 
 KIND = "sft"  # of checkpoint

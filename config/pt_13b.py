@@ -3,7 +3,7 @@
 
     torchrun --nproc_per_node=8 train_pt.py config/pt_13b.py --data_dir=DIR
 
-Needs 8 GPUs of 80 GB: 48.9 GB of each, by formula (python estimate.py config/pt_13b.py). Not run
+Needs 8 GPUs of 80 GB: 48.9 GB of each, by formula (python -m bench.estimate config/pt_13b.py). Not run
 at this size; tests/test_large.py runs this file with small ones.
 """
 data_dir = "out/13b/data"

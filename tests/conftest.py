@@ -10,8 +10,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import checkpoint  # noqa: E402
-import toyworld  # noqa: E402
+from plumbing import checkpoint  # noqa: E402
+from demo import world as toyworld  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from tokenizer import PATTERN, Tokenizer, dump  # noqa: E402
 
@@ -46,5 +46,5 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
     """Toy data, and runs of the five stages in forked children; on Linux."""
-    from faults import Lab
+    from faults.lab import Lab
     return Lab(tmp_path_factory.mktemp("lab"))

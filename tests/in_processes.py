@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 import torch._dynamo  # noqa: F401, once instead of in every child
 
-import checkpoint
-import runtime
-import sharding
+from plumbing import checkpoint
+from plumbing import runtime
+from plumbing import sharding
 import train_pt
-from faults import Run, places
+from faults.lab import Run, places
 from generate import replies
 from model import ModelConfig, Transformer
 

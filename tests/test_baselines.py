@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import baselines
+from bench import baselines
 import data
-from baselines import BASE, END, fit, ngram_bits, pack, probability, symbols, xz_bits
+from bench.baselines import BASE, END, fit, ngram_bits, pack, probability, symbols, xz_bits
 
 HERE = Path(__file__).parent.parent
 
@@ -125,7 +125,7 @@ def test_dictionary_of_xz_holds_a_text_longer_than_64_mb(monkeypatch):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A folder as data.py makes it, and the texts of its documents by (split, lang)."""
-    from corpus import Progress
+    from plumbing.corpus import Progress
     from tokenizer import PATTERN, count_pieces, dump, train_bpe
     folder = tmp_path_factory.mktemp("baselines")
     rng = np.random.default_rng(9)
@@ -154,7 +154,7 @@ def test_token_files_give_back_the_documents(prepared):
 
 def test_command_line_scores_both_languages(prepared):
     folder, _ = prepared
-    done = subprocess.run([sys.executable, "baselines.py", f"--data_dir={folder}"], cwd=HERE,
+    done = subprocess.run([sys.executable, "-m", "bench.baselines", f"--data_dir={folder}"], cwd=HERE,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *_, en, zh, last = done.stdout.splitlines()

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-from costs import flops_per_token
+from bench import __main__ as bench
+from plumbing.costs import flops_per_token
 from generate import generate
 from model import ModelConfig, Transformer
-from race import Race, used_by_others
+from bench.race import Race, used_by_others
 
 HERE = Path(__file__).parent.parent
 TINY = dict(repeats=2, sample_s=0.01, max_foreign=1e9, compile=False, matmul=64, n_layer=2,
@@ -32,7 +32,7 @@ def shape(tied: bool = False) -> ModelConfig:
 @pytest.fixture(scope="module")
 def rows():
     """JSON rows by (job, name, batch), and the lines of the table, of one run of everything."""
-    done = subprocess.run([sys.executable, "bench.py", *(f"--{k}={v}" for k, v in TINY.items())],
+    done = subprocess.run([sys.executable, "-m", "bench", *(f"--{k}={v}" for k, v in TINY.items())],
                           cwd=HERE, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -213,7 +213,7 @@ def test_transformers_runs_the_same_model():
     ("--only=train,sleep", "there is no sleep among limits, train"),
 ])
 def test_mistakes_are_one_line_and_exit_code_2(argument, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench.py", argument])
+    monkeypatch.setattr(sys, "argv", ["bench", argument])
     with pytest.raises(SystemExit) as end:
         bench.main()
     error = capsys.readouterr().err

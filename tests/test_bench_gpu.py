@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from costs import count_parameters, flops_per_token
+from plumbing.costs import count_parameters, flops_per_token
 from model import ModelConfig
 
 HERE = Path(__file__).parent.parent
@@ -15,7 +15,7 @@ TINY = "n_layer = 2\nn_head = 2\nn_kv_head = 1\nn_embd = 64\nmax_seq_len = 32\nb
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
-    done = subprocess.run([sys.executable, "bench_gpu.py", *arguments], cwd=HERE, text=True,
+    done = subprocess.run([sys.executable, "-m", "bench.gpu", *arguments], cwd=HERE, text=True,
                           capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout, done.stderr
 

@@ -1,7 +1,7 @@
 """The line scanner: what begins a block, and what does not."""
 import pytest
 
-from blocks import blocks, sections
+from search.blocks import blocks, sections
 
 
 def kinds(text):

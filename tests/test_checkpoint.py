@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 
-import checkpoint
+from plumbing import checkpoint
 
 
 def state(step: int, size: int = 300) -> dict:

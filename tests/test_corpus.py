@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-import corpus
-from corpus import (BadLine, BadLines, Document, Progress, find_files, language, parallel, parse,
+from plumbing import corpus
+from plumbing.corpus import (BadLine, BadLines, Document, Progress, find_files, language, parallel, parse,
                     parse_records, read_batches, write_text)
 
 GOOD = [{"text": "一只猫 sat.\nTwo [lines] {\"text\": 1}", "lang": "zh", "meta": {"text": 5}},
@@ -146,7 +146,7 @@ def test_folders_are_searched_and_what_is_passed_over_is_said(tmp_path, capsys):
 @pytest.mark.parametrize("paths, message", [
     ("nowhere", "nowhere: no such file or folder$"), ("x.csv", "x.csv: not one of .txt, "),
     ("empty", "empty: no .txt, .txt.gz, .* file in this folder"), (",", "--input names no file"),
-    ("out/toyworld/pt.jsonl", "make it with: python toyworld.py")])
+    ("out/toyworld/pt.jsonl", "make it with: python -m demo.world")])
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, paths, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

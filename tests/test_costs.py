@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_pt
-from costs import count_parameters, flops_per_token, training_memory
+from plumbing.costs import count_parameters, flops_per_token, training_memory
 from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-import curves
+from demo import curves
 
 LOGS = {
     "pt": [{"step": 0, "val": {"en": {"loss": 6.0, "bits_per_byte": 4.0}}},

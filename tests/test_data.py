@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-import corpus
+from plumbing import corpus
 import data
 from data import begin, encode_batch, open_data, open_token_file, read_batches
 from tokenizer import CHAR_PATTERN, PATTERN, count_pieces, dump, train_bpe
@@ -196,7 +196,7 @@ def flip(path):
     (lambda f: 0, ["--out_dir={}/o", "--val_fraction=1e-9"], "into the val split"),
     (lambda f: 0, ["--out_dir={}/o", "--val_fraction=0.999999999"], "into the train split"),
     (lambda f: 0, ["--tokenizer=none.txt"], "none.txt: No such file or directory; make one with"),
-    (lambda f: 0, ["--input=out/toyworld/pt.jsonl"], "make it with: python toyworld.py"),
+    (lambda f: 0, ["--input=out/toyworld/pt.jsonl"], "make it with: python -m demo.world"),
     (lambda f: 0, ["--out_dir={}/tok.txt"], "tok.txt: File exists")], ids=range(14))
 def test_a_mistake_is_one_line(made, folder, spoil, args, line):
     shutil.copytree(made / "out", folder / "out")

@@ -1,4 +1,4 @@
-"""demo.py: the whole chain in small, by the command lines a user would type."""
+"""The demo: the whole chain in small, by the command lines a user would type."""
 import json
 import math
 import os
@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-import demo
-import judge
+from demo import __main__ as demo
+from demo import judge
 from data import open_data
 from model import ModelConfig, Transformer
 from tokenizer import PATTERN, Tokenizer, dump
-from toyworld import restated_values
+from demo.world import restated_values
 
-ROOT = Path(demo.__file__).parent
+ROOT = Path(demo.__file__).parent.parent
 DOC = {"text": "The pet of Kimu is cat.\nKimu's pet is cat.", "lang": "en"}
 
 
@@ -105,7 +105,7 @@ def test_the_ladder_is_climbed_in_small_and_the_same_command_goes_on(tmp_path):
     """All stages at a fiftieth of their steps, stopped once on the way. Directions only: PT below
     the unigram entropy, SFT loss down, RM better than at its start, a DPO margin, a KL that is none
     below 0."""
-    command = [sys.executable, "demo.py", f"--out_dir={tmp_path}", "--n_train=4000", "--share=0.02"]
+    command = [sys.executable, "-m", "demo", f"--out_dir={tmp_path}", "--n_train=4000", "--share=0.02"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as all tests: so few steps feel rounding
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # though we run behind nohup
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -121,7 +121,7 @@ def test_the_ladder_is_climbed_in_small_and_the_same_command_goes_on(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900,
                           env=one_thread)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    assert "is up to date" in done.stdout and "toyworld.py" not in done.stdout
+    assert "is up to date" in done.stdout and "demo.world" not in done.stdout
     assert f"loaded {tmp_path}/pt/step{int(step):08d}-" in done.stdout and 0 < int(step) < 40
     other = subprocess.run([*command, "--seed=1"], cwd=ROOT, capture_output=True, text=True)
     assert other.returncode == 2 and "holds a demo with {'seed': 0, " in other.stderr

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from documents import count_pieces, decode, find_documents, read_document, update
-from index import Index
+from search.documents import count_pieces, decode, find_documents, read_document, update
+from search.index import Index
 from notes import NOTES
-from segment import split
+from search.segment import split
 
 cut = lambda text, name: split(text, name, 64, count=count_pieces)
 

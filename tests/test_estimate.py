@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import configurator
-import costs
-import estimate
+from plumbing import costs
+from bench import estimate
 import train_pt
-from faults import Run, side_by_side
+from faults.lab import Run, side_by_side
 from model import ModelConfig
 
-ROOT = Path(estimate.__file__).parent
+ROOT = Path(estimate.__file__).parent.parent
 forks = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 #         vocabulary, layers, heads, kv heads, width, head, hidden, window
 TINY = ModelConfig(10, 1, 1, 1, 2, 2, 3, 4)
@@ -112,8 +112,8 @@ def shares_on_meta(name: str) -> list[int]:
     other seven are pretended."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    import runtime
-    import sharding
+    from plumbing import runtime
+    from plumbing import sharding
     from model import Transformer
     torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     cfg = configurator.configure(train_pt.Config, [str(ROOT / f"config/pt_{name}.py")])

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-import examples
+from plumbing import examples
 from data import IGNORE
-from examples import (Order, Packed, Row, load_examples, pack, pad_right, prompt_of, rows_of,
+from plumbing.examples import (Order, Packed, Row, load_examples, pack, pad_right, prompt_of, rows_of,
                       window_batch)
 from tokenizer import render
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_generate import PROMPTS, model, tok  # noqa: F401, the last two are fixtures
 
-import checkpoint
+from plumbing import checkpoint
 import generate as script
 from generate import Config, answer, complete, load_model
 from tokenizer import render

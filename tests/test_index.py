@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import manifest as manifest_module
-from index import Index, blend, diverse, reciprocal_rank_fusion, top
-from segment import Chunk, split
-from topics import terms
+from search.index import Index, blend, diverse, reciprocal_rank_fusion, top
+from search.segment import Chunk, split
+from search.topics import terms
 
 WORDS = "apple pear 猫 狗 鸭子 red blue river 山 水 北京 上海 rain snow moon 太阳 tea rice".split()
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-from faults import Run, places
+from plumbing import checkpoint
+from faults.lab import Run, places
 
-ROOT = Path(checkpoint.__file__).parent
+ROOT = Path(checkpoint.__file__).parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 SMALL = ("--n_layer=2 --n_head=4 --n_kv_head=2 --n_embd=64 --n_hidden=96 --max_seq_len=32 "
          "--batch_tokens=512 --batch_size=2 --max_steps=6 --warmup_steps=1 --eval_every=3 "

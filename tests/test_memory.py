@@ -15,8 +15,8 @@ from random import Random
 import pytest
 import torch
 
-import checkpoint
-import runtime
+from plumbing import checkpoint
+from plumbing import runtime
 import train_dpo
 import train_rl
 import train_rm

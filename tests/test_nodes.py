@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
+from plumbing import checkpoint
 import data
 import train_pt
-from corpus import Progress
-from faults import places
-from toyworld import pt_document
+from plumbing.corpus import Progress
+from faults.lab import places
+from demo.world import pt_document
 
 ROOT = Path(train_pt.__file__).parent
 pytestmark = pytest.mark.slow  # 100 s; in make test-all

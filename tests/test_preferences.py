@@ -13,12 +13,12 @@ import torch
 from test_stages import ALONE, settings
 from torch.testing import assert_close
 
-import checkpoint
+from plumbing import checkpoint
 import train_dpo
 import train_rl
 import train_rm
 from data import IGNORE
-from examples import Order, Row, load_examples, micro_batches, pad_right, pair_batch, ranking_batch
+from plumbing.examples import Order, Row, load_examples, micro_batches, pad_right, pair_batch, ranking_batch
 from generate import load_model
 from model import RewardModel
 

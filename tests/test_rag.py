@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import rag
-from documents import count_pieces, update
-from index import Hit, Index
+from search.documents import count_pieces, update
+from search.index import Hit, Index
 from notes import NOTES, QUESTIONS, STRANGE
 from rag import Answer, Config, answer, build_messages, build_prompt, shown, support
-from segment import Chunk, split
+from search.segment import Chunk, split
 from tokenizer import render
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +122,7 @@ def test_history_is_forgotten_before_sources_are(tiny):
 
 
 def test_the_short_template_is_the_toy_worlds(tiny):
-    from toyworld import CONTEXT
+    from demo.world import CONTEXT
     for q, c in (("What is Tobu's pet?", ["A.\nB.", "C."]), ("嘉河的号码是什么？", ["甲。\n乙。", "丙。"])):
         lang = "en" if q[0] == "W" else "zh"
         want = CONTEXT[lang].format(c={"en": "A. B. C.", "zh": "甲。乙。丙。"}[lang], q=q)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpus import Progress
-from documents import count_pieces
-from index import Index
+from plumbing.corpus import Progress
+from search.documents import count_pieces
+from search.index import Index
 from notes import NOTES, QUESTIONS
 from rag import Config
-from rag_eval import auc, chinese_units, english_words, measure, rank_of, score_answer
-from segment import split
+from bench.rag import auc, chinese_units, english_words, measure, rank_of, score_answer
+from search.segment import split
 
 ROOT = Path(__file__).parent.parent
 

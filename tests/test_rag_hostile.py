@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 import data
-import documents
+from search import documents
 import rag
-from documents import count_pieces, decode, find_documents, update
-from index import Index
-from manifest import sha256_of
+from search.documents import count_pieces, decode, find_documents, update
+from search.index import Index
+from search.manifest import sha256_of
 from rag import shown
-from segment import split
+from search.segment import split
 from tokenizer import PATTERN, dump
 
 cut = lambda text, name: split(text, name, 64, count=count_pieces)

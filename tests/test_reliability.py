@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import reliability
-from faults import crash_everywhere, damaged, die_after_save, newest, side_by_side
-from reliability import ROWS, two_ranks
+from faults import __main__ as reliability
+from faults.lab import crash_everywhere, damaged, die_after_save, newest, side_by_side
+from faults.__main__ import ROWS, two_ranks
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and kills as Linux does")
@@ -41,7 +41,7 @@ def test_row(lab, row, more):
 def test_all_ranks_end_and_say_which_and_where(lab, how, line):
     """Without torchrun, which only adds the time to import torch twice. Seen to fail without
     end_if_hanging, and before messages named rank and step."""
-    import runtime
+    from plumbing import runtime
 
     def before():
         allows = runtime.GradientGuard.allows
@@ -65,7 +65,7 @@ def test_all_ranks_end_and_say_which_and_where(lab, how, line):
 def test_a_restarted_group_does_not_wait_for_the_dead(lab):
     """The second attempt of torchrun finds the same store: seen to hang without the prefix."""
     import torch.distributed as dist
-    from runtime import setup
+    from plumbing.runtime import setup
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def attempt(n: int, rank: int) -> list:

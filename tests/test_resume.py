@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
-import interrupts
-from damage import can_mount, tmpfs
-from faults import STAGES, Lab, newest, same_run
+from plumbing import checkpoint
+from plumbing import interrupts
+from faults.damage import can_mount, tmpfs
+from faults.lab import STAGES, Lab, newest, same_run
 from tokenizer import PATTERN, dump
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
@@ -118,7 +118,7 @@ def test_one_signal_stops_behind_the_step_and_a_second_at_once(lab, done, tmp_pa
     """Seen to fail before anything was said to the first one."""
     def before() -> None:
         interrupts.end_quietly()
-        import runtime
+        from plumbing import runtime
         write = runtime.Log.write
 
         def slow(self, **record):

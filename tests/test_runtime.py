@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-import runtime
+from plumbing import runtime
 import train_pt
 
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)

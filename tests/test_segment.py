@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segment import Chunk, clean, sentences, split, terms, tfidf
+from search.segment import Chunk, clean, sentences, split, terms, tfidf
 from tokenizer import PATTERN, Tokenizer, count_pieces, dump, train_bpe
 
 DOCS = Path(__file__).resolve().parents[2] / "shared" / "data" / "docs"

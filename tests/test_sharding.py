@@ -12,19 +12,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
+from plumbing import checkpoint
 import data
 import in_processes
-import runtime
+from plumbing import runtime
 import train_dpo
 import train_pt
 import train_rl
 import train_rm
 import train_sft
-from corpus import Progress
-from costs import training_memory
+from plumbing.corpus import Progress
+from plumbing.costs import training_memory
 from generate import load_model
-from toyworld import pt_document
+from demo.world import pt_document
 
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)
 SHAPE = dict(vocab_size=96, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, head_dim=16, n_hidden=96,

@@ -12,15 +12,15 @@ import pytest
 import torch
 import torch._dynamo  # noqa: F401, once instead of in every child
 
-import checkpoint
-import interrupts
-import runtime
+from plumbing import checkpoint
+from plumbing import interrupts
+from plumbing import runtime
 import train_dpo
 import train_pt
 import train_rl
 import train_rm
 import train_sft
-from faults import Run, places
+from faults.lab import Run, places
 from generate import load_model
 
 ROOT = Path(train_sft.__file__).parent

@@ -2,10 +2,10 @@
 import numpy as np
 import pytest
 
-from segment import Chunk
+from search.segment import Chunk
 
 pytest.importorskip("qdrant_client", reason="the extra vectordb is not installed")
-from store_qdrant import QdrantStore  # noqa: E402
+from search.qdrant import QdrantStore  # noqa: E402
 
 
 def chunk(i, doc):

@@ -236,7 +236,7 @@ def test_any_number_of_workers_writes_the_same_file(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("args, line", [
     (["--vocab_size=260"], "--vocab_size=260 must be more than 260"),
     (["--max_mb=0"], "--max_mb must be at least 1"),
-    ([], "out/toyworld/pt.jsonl: no such file or folder; make it with: python toyworld.py"),
+    ([], "out/toyworld/pt.jsonl: no such file or folder; make it with: python -m demo.world"),
     (["--input=bad.jsonl"], "bad.jsonl:2:1: field missing: 'text' or a chat (--on_bad_line=skip"),
     (["--input=bad.jsonl", "--on_bad_line=skip"], "1 of 2 lines are bad, more than 1.0% (--max_b"),
     (["--input=empty.txt"], "empty.txt: no text in it")])

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import embed
-from topics import automatic_penalty, semantic_cuts, sentences, terms, tfidf
+from search import embed
+from search.topics import automatic_penalty, semantic_cuts, sentences, terms, tfidf
 
 CORPUS = Path(__file__).resolve().parents[2] / "shared" / "data" / "rag_corpus.jsonl"
 

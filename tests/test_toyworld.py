@@ -12,8 +12,8 @@ from math import exp, log2, perm, sqrt
 
 import pytest
 
-import toyworld
-from toyworld import ANSWERS, COMMA, LANGS, NAMES, STYLES, VALUES, WORDS, Config
+from demo import world as toyworld
+from demo.world import ANSWERS, COMMA, LANGS, NAMES, STYLES, VALUES, WORDS, Config
 
 FEWEST = min(map(len, NAMES.values()))
 ENGLISH = {zh: en for en, zh in [*WORDS, *VALUES]}
@@ -31,7 +31,7 @@ def data():
 
 def command(out_dir, *args, limit=None, **env):
     cap = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
-    args = [sys.executable, "-B", toyworld.__file__, f"--out_dir={out_dir}", *args]
+    args = [sys.executable, "-B", "-m", "demo.world", f"--out_dir={out_dir}", *args]
     return subprocess.run(args, env=os.environ | {"PYTHONIOENCODING": "utf-8"} | env,
                           preexec_fn=cap, capture_output=True, encoding="utf-8")
 

@@ -16,14 +16,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+from plumbing import checkpoint
 import data
-import runtime
+from plumbing import runtime
 import train_pt
-from corpus import Progress, write_text
+from plumbing.corpus import Progress, write_text
 from generate import complete, load_model
 from tokenizer import PATTERN, count_pieces, dump, train_bpe
-from toyworld import pt_document
+from demo.world import pt_document
 
 ROOT = Path(train_pt.__file__).parent
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)

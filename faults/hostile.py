@@ -1,5 +1,5 @@
 """
-What people mistype and strangers send: rows of reliability.py, and thirty model files that nobody
+What people mistype and strangers send: rows of `python -m faults`, and thirty model files that nobody
 should open.
 
     for name, path in write_all(folder, good, marker): …     # good: the state of a real checkpoint
@@ -25,11 +25,11 @@ from random import Random
 
 import torch
 
-import checkpoint
-import corpus
-import examples
+from plumbing import checkpoint
+from plumbing import corpus
+from plumbing import examples
 from configurator import configure
-from faults import ROOT, Lab, Result, Run, newest
+from faults.lab import ROOT, Lab, Result, Run, newest
 from tokenizer import (CHAR_PATTERN, PATTERN, SPECIALS, Tokenizer, _digest, dump, load_tokenizer,
                        render, train_char)
 

@@ -23,7 +23,7 @@ Preferences are drawn, too: a reply has a known score (GOLD), and of two replies
 d more is chosen with probability sigmoid(d). So the Bradley-Terry model is right, the differences
 of scores that a reward model should find are known, and so is the best it can do.
 
-    python toyworld.py --out_dir=out/toyworld        pt, chat, rankings, pairs, prompts .jsonl, and
+    python -m demo.world --out_dir=out/toyworld        pt, chat, rankings, pairs, prompts .jsonl, and
                                                      all but rankings _heldout, on test names;
                                                      floor.json
 """

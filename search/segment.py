@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blocks import ITEM, Part, sections
-from topics import semantic_cuts, sentences, terms, tfidf  # noqa: F401  (the last two: see above)
+from search.blocks import ITEM, Part, sections
+from search.topics import semantic_cuts, sentences, terms, tfidf  # noqa: F401  (the last two: see above)
 
 CRUMB_TOKENS = 48  # of a breadcrumb, or a quarter of max_tokens if that is less
 FILE = re.compile(r"(?s)(?:.*[/\\])?(.*)\.(?:md|markdown|txt|rst|py|jsonl?)", re.I)

@@ -1,8 +1,8 @@
 """
 How fast it is on a GPU, and whether it computes there what it computes on a CPU.
 
-    python bench_gpu.py                                       124M and 1B parameters, one GPU
-    python bench_gpu.py --only=train --configs=config/pt_124m.py
+    python -m bench.gpu                                       124M and 1B parameters, one GPU
+    python -m bench.gpu --only=train --configs=config/pt_124m.py
 
 agree    logits in fp32 (without TF32) and bf16, and greedy text, against those of the CPU; off by
          |difference| / |logits|
@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import runtime
-import sharding
+from plumbing import runtime
+from plumbing import sharding
 import train_dpo
 import train_pt
 import train_sft
@@ -43,7 +43,7 @@ from generate import generate
 from model import ModelConfig, Transformer
 from tokenizer import PATTERN, SPECIALS, dump
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def main() -> None:
     if cfg.steps < 10 or cfg.steps % 10 or cfg.vocab_size > 256 + 65_536 + len(SPECIALS):
         fail("--steps must be a multiple of ten, and --vocab_size at most 65,796")
     if cfg.device == "cuda" and not torch.cuda.is_available():
-        fail("--device=cuda: no CUDA device here; bench.py measures a CPU")
+        fail("--device=cuda: no CUDA device here; python -m bench measures a CPU")
     print(runtime.describe_run(runtime.setup(cfg.device)))
     list(models(cfg))  # a mistake in a config is told before anything is measured
     for job in cfg.only.split(","):

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corpus import (BadLine, BadLines, Batch, FieldError, Progress, find_files, language, parallel,
+from plumbing.corpus import (BadLine, BadLines, Batch, FieldError, Progress, find_files, language, parallel,
                     parse_records, read_batches, write_text)
 from data import IGNORE, Order, cached_tokenizer, draw_split, mix, read_json
 from tokenizer import ROLES, Tokenizer, render

@@ -1,9 +1,9 @@
 """
 How fast it is: beside the limits of the machine, and beside other code that does the same work.
 
-    python bench.py                                        everything; CPU, fp32
-    python bench.py --only=train --nanogpt=../nanoGPT      one job, your clone of nanoGPT beside it
-    python bench.py --only=decode --decode_1b              also 1.1B parameters (needs 10 GB)
+    python -m bench                                        everything; CPU, fp32
+    python -m bench --only=train --nanogpt=../nanoGPT      one job, your clone of nanoGPT beside it
+    python -m bench --only=decode --decode_1b              also 1.1B parameters (needs 10 GB)
 
 How samples are taken, and which count: race.py. Figures are medians; "x": calls per second relative
 to the first contender.
@@ -33,24 +33,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import bench_search
-import checkpoint
+from bench import search as bench_search
+from plumbing import checkpoint
 import data
-import examples
-import runtime
+from plumbing import examples
+from plumbing import runtime
 import train_dpo
 import train_pt
 import train_rl
 import train_rm
 import train_sft
 from configurator import configure, fail
-from corpus import Progress
-from examples import Row
+from plumbing.corpus import Progress
+from plumbing.examples import Row
 from generate import generate
 from model import ModelConfig, RewardModel, Transformer, rope_table, rotate
-from race import Race
+from bench.race import Race
 from tokenizer import PATTERN, SPECIALS, count_pieces, dump, load_tokenizer, train_bpe
-from toyworld import pt_document
+from demo.world import pt_document
 
 READ = 256 << 20  # bytes of the array whose sum measures the memory: more than caches hold
 

@@ -83,7 +83,7 @@ def find_files(paths: str) -> list[str]:
         elif not os.path.exists(path):
             made = path.startswith("out/toyworld/")
             raise ValueError(f"{path}: no such file or folder"
-                             + ("; make it with: python toyworld.py" if made else ""))
+                             + ("; make it with: python -m demo.world" if made else ""))
         elif not path.endswith(SUFFIXES):
             raise ValueError(f"{path}: not one of {', '.join(SUFFIXES)}")
         else:

@@ -1,5 +1,5 @@
 """
-What each stage of the demo has learnt, on names that are in no training file (toyworld.py), judged
+What each stage of the demo has learnt, on names that are in no training file (world.py), judged
 by a program that knows the right answers. Every function gives lines of the report, as Markdown,
 and gates: figures with bounds that were set before the first run (the upper ones of DPO and of J
 are ceilings that the run measures).
@@ -20,14 +20,14 @@ import torch.nn.functional as F
 
 import rag
 from configurator import fail
-from corpus import write_text
-from documents import update
+from plumbing.corpus import write_text
+from search.documents import update
 from generate import replies
-from index import Index
+from search.index import Index
 from model import Transformer
-from segment import Chunk, split
+from search.segment import Chunk, split
 from tokenizer import Tokenizer, render
-from toyworld import (ABSTAIN, LANGS, SPACE, STYLES, Fact, asked, fact_text, facts, grade,
+from demo.world import (ABSTAIN, LANGS, SPACE, STYLES, Fact, asked, fact_text, facts, grade,
                       read_fact, restated_values, wrong)
 
 CHUNK_TOKENS = 64  # of the notes: a paragraph of three facts, seldom two

@@ -2,8 +2,8 @@
 The scoreboard: break the shipped scripts in every way we know, and count what is lost.
 
     make reliability                          5 minutes; writes RELIABILITY.md
-    python reliability.py --kills=2000        the long form of the first row
-    python reliability.py --only=hostile_files,disk_full --out=
+    python -m faults --kills=2000        the long form of the first row
+    python -m faults --only=hostile_files,disk_full --out=
 
 One function per row: its docstring says what is done and with which deliberate break the row was
 seen to fail. They return what was measured and whether that is what is promised; tests/
@@ -31,14 +31,14 @@ import numpy as np
 import tiktoken
 import torch
 
-import checkpoint
-import corpus
+from plumbing import checkpoint
+from plumbing import corpus
 import data
-import interrupts
-from damage import crash_at_every_call, damaged_files, disk_full, kill_storm
-from faults import (ROOT, STAGES, Lab, Result, Run, die_after_save, places, same_bits, same_run,
+from plumbing import interrupts
+from faults.damage import crash_at_every_call, damaged_files, disk_full, kill_storm
+from faults.lab import (ROOT, STAGES, Lab, Result, Run, die_after_save, places, same_bits, same_run,
                     side_by_side, trace)
-from hostile import bad_lines, hostile_files, injections, typos, worst_strings
+from faults.hostile import bad_lines, hostile_files, injections, typos, worst_strings
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
@@ -166,7 +166,7 @@ def signal_while_importing(lab: Lab, stage: str, out: Path, settings: dict, numb
 
 FAULT = """import os, sys, time
 sys.path.insert(0, {root!r})
-import runtime
+from plumbing import runtime
 allows = runtime.GradientGuard.allows
 def faulty(self, norm, step, *rest):
     if os.environ["RANK"] == "1" and step == 5:
@@ -395,11 +395,11 @@ def old_rows(path: str) -> dict[int, str]:
 
 def write_report(path: str, board: dict[int, str]) -> None:
     head = (f"# Faults survived\n\nWritten by `make reliability`, or row by row by `python "
-            f"reliability.py --only=ROW` (the function's name), on {machine()}; Python "
+            f"-m faults --only=ROW` (the function's name), on {machine()}; Python "
             f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
             f"tiktoken {tiktoken.__version__}.\nWhat each row does, and with which deliberate "
-            "break it was seen to fail, stands in its function\nin `reliability.py`, "
-            "`damage.py` or `hostile.py`. Times depend on what else the machine does.\n")
+            "break it was seen to fail, stands in its function\nin `faults/`. "
+            "Times depend on what else the machine does.\n")
     corpus.write_text(path, "\n".join([head, HEAD, *(board[i] for i in sorted(board)), ""]))
 
 

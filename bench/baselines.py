@@ -1,7 +1,7 @@
 """
 What a language model must beat: counting bytes, and a general-purpose compressor.
 
-    python baselines.py --data_dir=out/toyworld/data
+    python -m bench.baselines --data_dir=out/toyworld/data
 
 Both are scored like a model, in bits per byte of UTF-8 text over the whole validation split of each
 language, after reading the training split of that language. A document is its bytes and one symbol

@@ -1,5 +1,5 @@
 """
-Tools to break a training run with, for reliability.py and its tests.
+Tools to break a training run with, for `python -m faults` and its tests.
 
     lab = Lab(folder)                                  # toy data and a first checkpoint per stage
     run = lab.start("sft", out_dir, max_steps=6)       # train_sft.py's own main(), in a child
@@ -28,12 +28,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import runtime
-import toyworld
+from plumbing import checkpoint
+from plumbing import runtime
+from demo import world
 from tokenizer import PATTERN, dump
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 Result = tuple[str, bool]  # of a row: what was measured, and whether it is what is promised
 STAGES = ("pt", "sft", "rm", "dpo", "rl")
 SHORT = dict(warmup_steps=1, eval_every=1000, save_every=1, log_every=1, learning_rate=1e-3)
@@ -120,9 +120,9 @@ class Lab:
         self.folder, self.count = folder, 0
         self.random = random.Random(0)
         folder.mkdir(parents=True, exist_ok=True)
-        self.write("pt", lambda r: toyworld.pt_document(r, "train", 2, 3, 0.3), 150)
-        for name, make in (("sft", toyworld.chat), ("rm", toyworld.pair),
-                           ("rl", toyworld.rl_prompt)):
+        self.write("pt", lambda r: world.pt_document(r, "train", 2, 3, 0.3), 150)
+        for name, make in (("sft", world.chat), ("rm", world.pair),
+                           ("rl", world.rl_prompt)):
             self.write(name, lambda r, make=make: make(r, "train", 1), 40)
         (folder / "tok.txt").write_text(dump([bytes([i]) for i in range(256)], PATTERN))
         self.must("data", [f"--input={folder}/pt.jsonl", f"--tokenizer={folder}/tok.txt",

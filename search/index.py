@@ -30,12 +30,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from corpus import language
-from embed import Embed, check_language
-from manifest import Files
-from postings import Posting, Segment, make_segment, merge_segments, term_key
-from segment import Chunk
-from topics import terms
+from plumbing.corpus import language
+from search.embed import Embed, check_language
+from search.manifest import Files
+from search.postings import Posting, Segment, make_segment, merge_segments, term_key
+from search.segment import Chunk
+from search.topics import terms
 
 K1, B = 1.2, 0.75
 RRF_K, RRF_DEPTH = 60, 100

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from corpus import Progress
-from index import Index
-from segment import Chunk, clean
+from plumbing.corpus import Progress
+from search.index import Index
+from search.segment import Chunk, clean
 
 SUFFIXES = (".md", ".markdown", ".txt", ".rst", ".py", ".json", ".jsonl")
 COMMIT_CHUNKS = 5000  # an interrupted run loses no more than so many

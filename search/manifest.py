@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from postings import ARRAYS, Segment
+from search.postings import ARRAYS, Segment
 
 AGAIN = "remove the folder and index the documents again"
 SUFFIX = {"chunks": ".jsonl", "starts": ".u64", "vectors": ".f32"}

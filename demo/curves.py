@@ -1,7 +1,7 @@
 """
 The curves of the demo: what each stage's log.jsonl says, beside what it can reach at best.
 
-    python curves.py [--out_dir=out/demo]
+    python -m demo.curves [--out_dir=out/demo]
 
 One picture, curves.png, a panel for each stage that has a log. Dashed lines are known before the
 run: the entropy of the text (no model gets below it), log 2 (a model that cannot tell two replies
@@ -52,7 +52,7 @@ def panels(out: Path) -> list[tuple[str, str, Points, dict[str, float]]]:
     entropy = {f"floor {lang}": bits for lang, bits in floor.get("pt", {}).items()
                if lang != "all"}
     bayes = floor.get("pairs_heldout_bayes")
-    budget = runpy.run_path(str(Path(__file__).parent / "config/rl_micro.py"))["kl_budget"]
+    budget = runpy.run_path(str(Path(__file__).parent.parent / "config/rl_micro.py"))["kl_budget"]
     stages = [
         ("pt", "PT", "bits / byte", of_languages("bits_per_byte"), entropy),
         ("sft", "SFT", "nats / supervised token", of_languages(None), {}),
@@ -73,7 +73,7 @@ def panels(out: Path) -> list[tuple[str, str, Points, dict[str, float]]]:
 def draw(out: Path) -> Path | None:
     """Draw the curves into `out`/curves.png; where it is, or None and a line that says why not."""
     if not find_spec("matplotlib"):
-        print("no curves: matplotlib is not installed; pip install matplotlib, python curves.py")
+        print("no curves: matplotlib is not installed; pip install matplotlib, python -m demo.curves")
         return None
     import matplotlib
     matplotlib.use("agg")  # a file, no window
@@ -101,7 +101,7 @@ def draw(out: Path) -> Path | None:
 def main() -> None:
     out = Path(configure(Config).out_dir)
     if not out.is_dir():
-        fail(f"--out_dir={out}: no such folder; python demo.py makes it")
+        fail(f"--out_dir={out}: no such folder; python -m demo makes it")
     if path := draw(out):
         print(f"written to {path}")
 

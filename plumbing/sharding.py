@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from model import Block
-from runtime import Dist
+from plumbing.runtime import Dist
 
 
 def wrap(model: nn.Module, dist: Dist, shard: bool = False, recompute: bool = False,

@@ -33,13 +33,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from corpus import FieldError, Progress, find_files, parse_records, read_batches
-from documents import PIECE, count_pieces
-from embed import Embed
-from examples import spread
-from index import Index
-from segment import Chunk, clean
-from topics import sentences
+from plumbing.corpus import FieldError, Progress, find_files, parse_records, read_batches
+from search.documents import PIECE, count_pieces
+from search.embed import Embed
+from plumbing.examples import spread
+from search.index import Index
+from search.segment import Chunk, clean
+from search.topics import sentences
 
 if TYPE_CHECKING:
     from rag import Config

@@ -1,11 +1,11 @@
 """
 The whole ladder on a laptop: makes the toy world, climbs PT -> SFT -> RM -> DPO -> RL, and reports.
 
-    make demo        or        python demo.py [--out_dir=out/demo]
+    make demo        or        python -m demo [--out_dir=out/demo]
 
 Each stage is a script of this folder, run by the command line that is printed before it; the same
 command again goes on where it was stopped. The report, with curves where matplotlib is installed,
-judges every stage on names that are in no training file (toyworld.py), by a program that knows the
+judges every stage on names that are in no training file (world.py), by a program that knows the
 right answers and not by the reward model; gates were fixed before the runs and stand beside the
 figures, with controls and ceilings.
 """
@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from configurator import configure, fail
-from corpus import write_text
-from curves import draw
+from plumbing.corpus import write_text
+from demo.curves import draw
 from generate import load_model
-from judge import (judge_answers, judge_chats, judge_pt, judge_rag, judge_rl, judge_rm, samples)
+from demo.judge import (judge_answers, judge_chats, judge_pt, judge_rag, judge_rl, judge_rm, samples)
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ STAGES = ("pt", "sft", "rm", "dpo", "rl", "rag")
 WRITERS = ("pt", "sft", "dpo", "rl")  # the stages whose model can answer
 
 
-def run(script: str, *arguments: str) -> None:
-    """Run a script of this folder as a user would; its failure ends the demo with its exit code."""
-    print(f"\n$ python {script} {' '.join(arguments)}", flush=True)
-    child = subprocess.Popen([sys.executable, script, *arguments])
+def run(*words: str) -> None:
+    """Run a command of this folder as a user would; its failure ends the demo with its exit code."""
+    print(f"\n$ python {' '.join(words)}", flush=True)
+    child = subprocess.Popen([sys.executable, *words])
     try:
         code = child.wait()
     except KeyboardInterrupt:  # the child has it too: let it save
@@ -99,7 +99,7 @@ def main() -> None:
     cfg = configure(Config)
     if not 0 < cfg.share <= 1:
         fail(f"--share={cfg.share} must lie between 0 and 1")
-    os.chdir(os.path.dirname(os.path.abspath(__file__)))
+    os.chdir(Path(__file__).resolve().parent.parent)
     keep_settings(cfg)
     start = time.time()
     world, data, tok = (os.path.join(cfg.out_dir, n) for n in ("world", "data", "tokenizer.txt"))
@@ -107,7 +107,7 @@ def main() -> None:
     if not os.path.exists(f"{world}/floor.json"):
         less = [] if cfg.share == 1 else ["--n_chat=4000", "--n_pairs=2000", "--n_rankings=2000",
                                           f"--n_val={max(300, round(2000 * cfg.share))}"]
-        run("toyworld.py", f"--out_dir={world}", f"--seed={cfg.seed}", f"--n_train={cfg.n_train}",
+        run("-m", "demo.world", f"--out_dir={world}", f"--seed={cfg.seed}", f"--n_train={cfg.n_train}",
             *less)
     if not os.path.exists(tok):
         run("tokenizer.py", f"--input={text},{world}/chat.jsonl", "--vocab_size=512",

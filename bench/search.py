@@ -1,7 +1,7 @@
 """
-How fast documents are split, indexed and searched: the rows `search` of bench.py.
+How fast documents are split, indexed and searched: the rows `search` of `python -m bench`.
 
-    python bench.py --only=search
+    python -m bench --only=search
 """
 import resource
 import shutil
@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import documents
-from index import Index
-from race import Race
-from segment import split
+from search import documents
+from search.index import Index
+from bench.race import Race
+from search.segment import split
 
 
 def write_note(rng: np.random.Generator, lang: str, paragraphs: int) -> str:

@@ -1,5 +1,5 @@
 """
-Rows of the scoreboard (reliability.py) about files: processes killed at any moment, damage on the
+Rows of the scoreboard (`python -m faults`) about files: processes killed at any moment, damage on the
 disk, and disks that are full. Each function says in its docstring what it does and with which
 deliberate break it was seen to fail.
 """
@@ -17,17 +17,17 @@ from random import Random
 
 import numpy as np
 
-import checkpoint
-import corpus
+from plumbing import checkpoint
+from plumbing import corpus
 import data
-import embed
-import examples
-import toyworld
-from documents import count_pieces, update
-from faults import (STAGES, Lab, Result, Run, crash_everywhere, damaged, die_after_save, newest,
+from search import embed
+from plumbing import examples
+from demo import world
+from search.documents import count_pieces, update
+from faults.lab import (STAGES, Lab, Result, Run, crash_everywhere, damaged, die_after_save, newest,
                     same_bits, same_run, side_by_side, spoil)
-from index import Index
-from segment import split
+from search.index import Index
+from search.segment import split
 from tokenizer import load_tokenizer
 
 
@@ -290,7 +290,7 @@ def write_notes(folder: Path, first: int, last: int) -> None:
     folder.mkdir()
     for i in range(first, last):
         r = Random(f"{i} {last}")
-        facts = [toyworld.pt_document(r, "train", 2, 3, 0.3)["text"] for _ in range(6)]
+        facts = [world.pt_document(r, "train", 2, 3, 0.3)["text"] for _ in range(6)]
         (folder / f"{i}.md").write_text("\n\n".join(facts), encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
 """
 What a model of a config costs before anything is bought: memory of each stage, and days.
 
-    python estimate.py config/pt_1b.py
-    python estimate.py config/pt_7b.py --gpus=64 --mfu=0.45 --batch_size=2
+    python -m bench.estimate config/pt_1b.py
+    python -m bench.estimate config/pt_7b.py --gpus=64 --mfu=0.45 --batch_size=2
 
 Settings of train_pt.py say how large the model and a batch are; those of this script (--help) what
 it runs on. Memory is per GPU, by the formulas of costs.py, and leaves out what CUDA and NCCL take
@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 
 import train_pt
 from configurator import configure, fail
-from costs import (count_parameters, flops_per_token, judging_memory, lora_parameters,
+from plumbing.costs import (count_parameters, flops_per_token, judging_memory, lora_parameters,
                    training_memory, writing_memory)
 from model import ModelConfig
 
@@ -93,7 +93,7 @@ def main() -> None:
         trained = configure(train_pt.Config, [arg for arg in sys.argv[1:] if arg not in own])
     try:
         if min(vars(cfg).values()) <= 0:
-            raise ValueError("every setting of estimate.py must be positive")
+            raise ValueError("every setting must be positive")
         print(report(train_pt.shape(trained, cfg.vocab_size), trained.batch_size, cfg))
     except ValueError as error:
         fail(f"{error}")

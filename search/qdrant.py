@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from segment import Chunk
+from search.segment import Chunk
 
 BATCH = 256  # points to send at once
 

@@ -1,0 +1,1 @@
+"""What to beat and how fast it is: `python -m bench`."""

@@ -1,0 +1,1 @@
+"""The toy world, the ladder of all stages on it, and the judge: `python -m demo`."""

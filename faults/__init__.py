@@ -1,0 +1,1 @@
+"""What breaks a run, and what is lost then: `python -m faults`."""

@@ -1,0 +1,1 @@
+"""The search engine under rag.py: documents are cut into chunks, indexed, and found again."""
