@@ -148,7 +148,7 @@ def shuffled(index: np.ndarray, n: int, key: int) -> np.ndarray:
     bits = max(2, (n - 1).bit_length())
     low = np.uint64(bits // 2)
     low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
-    rounds = [np.uint64(mix(key, r)) for r in range(4)]
+    rounds = [np.uint64(hash64(key, r)) for r in range(4)]
 
     def network(x: np.ndarray) -> np.ndarray:
         a, b = x & low_mask, x >> low
@@ -170,7 +170,7 @@ def shuffled(index: np.ndarray, n: int, key: int) -> np.ndarray:
     return x.astype(np.int64)
 
 
-def mix(*values: int | str) -> int:
+def hash64(*values: int | str) -> int:
     """A 64-bit hash of small things, to make a seed or a name for one out of several."""
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")
 
@@ -193,7 +193,7 @@ class Order:
     def block(self, epoch: int, block: int) -> list[int]:
         """The next BLOCK places of an epoch: numpy costs as much for one as for hundreds."""
         index = np.arange(block * BLOCK, min((block + 1) * BLOCK, self.n))
-        return shuffled(index, self.n, mix(self.seed, epoch)).tolist()
+        return shuffled(index, self.n, hash64(self.seed, epoch)).tolist()
 
 
 class Windows:
@@ -234,11 +234,11 @@ class Windows:
 
     def offsets(self, epoch: int) -> list[int]:
         """Where the first window of each file starts, as far in as the file has room for."""
-        draw = mix(self.seed, epoch, 1)
+        draw = hash64(self.seed, epoch, 1)
         return [draw % min(self.length, max(len(ids) - self.length, 1)) for ids in self.ids]
 
 
-def ahead(make: Callable, places: Iterable[tuple]) -> Iterator:
+def prefetch(make: Callable, places: Iterable[tuple]) -> Iterator:
     """make(*place) of each place in turn, the next one made by a thread while the caller is busy:
     a slow disk then costs time only where it takes longer than the work."""
     with ThreadPoolExecutor(1) as thread:

@@ -217,9 +217,9 @@ class Transformer(nn.Module):
         mask = None
         if cache is not None:
             cache.check_room(B, T)
-            positions, mask = self.place(positions, cache)
+            positions, mask = self.cache_mask(positions, cache)
         elif segments is not None:
-            positions, mask = self.isolate(positions, segments)
+            positions, mask = self.segment_mask(positions, segments)
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         rope = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (T, D) or (B, T, D) -> (…, 1, T, D)
         x = self.embed_tokens(idx)  # (B, T) -> (B, T, C)
@@ -231,7 +231,7 @@ class Transformer(nn.Module):
         return x if hidden else self.lm_head(x)
 
     @staticmethod
-    def place(positions: Tensor, cache: KVCache) -> tuple[Tensor, Tensor | None]:
+    def cache_mask(positions: Tensor, cache: KVCache) -> tuple[Tensor, Tensor | None]:
         """Positions (T,) or (B, T) of new tokens, and which keys (…, T, length + T) each may see;
         None stands for "plain causal from the start", which SDPA does without a mask."""
         T, padded = len(positions), cache.padded
@@ -247,7 +247,7 @@ class Transformer(nn.Module):
 
 
     @staticmethod
-    def isolate(index: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
+    def segment_mask(index: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (B, T) within each segment, and which keys (B, 1, T, T) a token may see, for
         indices (T,) and segments (B, T) whose equal numbers stand together."""
         begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)

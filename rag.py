@@ -101,7 +101,7 @@ def shown(text: str) -> str:
     return re.sub(r"(?m)^((?:[^\S\n]|[>*#-])*)\[[^\S\n]*(\d+)[^\S\n]*\]", r"\1(\2)", text)
 
 
-def place(hit: Hit) -> str:
+def location(hit: Hit) -> str:
     """path:line"""
     path = hit.chunk.doc
     near = os.path.relpath(path) if os.path.isabs(path) else path
@@ -138,7 +138,7 @@ def build_prompt(question: str, hits: list[Hit], tok: Tokenizer, length: int, cf
     room = min(room, bare + int(cfg.context_share * length))
     texts: list[str] = []
     for hit in hits:
-        body = hit.chunk.text if cfg.template == "short" else f"{place(hit)}\n{hit.chunk.full}"
+        body = hit.chunk.text if cfg.template == "short" else f"{location(hit)}\n{hit.chunk.full}"
         body = shown(body)
         head = len(body) - len(shown(hit.chunk.text))
         cuts = [len(body)] + [head + end for _, end in reversed(sentences(body[head:]))]
@@ -303,7 +303,7 @@ def print_answer(question: str, cfg: Config, index: Index, history: list[dict]) 
         INVISIBLE.sub("", text), end="", flush=True) if cfg.stream else None, history=history)
     print("" if cfg.stream else INVISIBLE.sub("", said.text))
     for number, hit in enumerate(said.sources, 1):
-        where = shown(f"{place(hit)}  {hit.chunk.crumb}").rstrip()
+        where = shown(f"{location(hit)}  {hit.chunk.crumb}").rstrip()
         print(f"  [{number}]{'*' if number in said.cited else ' '} {where}")
     if said.invalid_citations:
         print(f"  dropped from the answer, naming no source: {said.invalid_citations}")

@@ -46,9 +46,9 @@ from configurator import configure
 from plumbing.corpus import Progress
 from plumbing.costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
                    writing_memory)
-from data import IGNORE, Order, mix
+from data import IGNORE, Order, hash64
 from plumbing.examples import (Row, Rows, in_batches, load_splits, micro_batches, pad_right,
-                      pair_batch, prompt_of, spread)
+                      pair_batch, prompt_of, evenly_spaced)
 from generate import load_model, replies
 from model import Transformer
 from plumbing.runtime import Dist, all_sum, print0
@@ -179,7 +179,7 @@ def reference_logps(model: Transformer, rows: Rows, used: list[int], name: str, 
     note = path.with_suffix(".json")
     if not (path.exists() and note.exists() and note.read_text() == key):
         found = np.full((len(rows), 2), np.nan)
-        with sharding.whole(model, dist):
+        with sharding.unsharded(model, dist):
             found[used] = pair_logps(model, rows, used, cfg, dist)
         if dist.rank == 0:
             temporary = f"{path}.tmp"
@@ -191,7 +191,7 @@ def reference_logps(model: Transformer, rows: Rows, used: list[int], name: str, 
     found = np.load(path)
     some = used[:2 * cfg.batch_size]
     tokens = np.array([[sum(row.mask) for row in rows.example(i)] for i in some])
-    with sharding.whole(model, dist):
+    with sharding.unsharded(model, dist):
         now = pair_logps(model, rows, some, cfg, dist)
     if not (np.abs(now - found[some]) <= 1e-3 * tokens).all():
         raise ValueError(f"{path}: not what {model.path} gives; delete it")
@@ -204,8 +204,8 @@ def reference_logps(model: Transformer, rows: Rows, used: list[int], name: str, 
 def evaluate(model: Transformer, rows: Rows, ref: np.ndarray, cfg: Config, dist: Dist,
              everything: bool) -> dict[str, dict[str, float]]:
     """Loss, implicit rewards and log-probabilities of held-out pairs, of all and each language."""
-    chosen = spread(range(len(rows)), None if everything else cfg.eval_pairs)
-    with sharding.whole(model, dist):
+    chosen = evenly_spaced(range(len(rows)), None if everything else cfg.eval_pairs)
+    with sharding.unsharded(model, dist):
         now = pair_logps(model, rows, chosen, cfg, dist)
     tokens = np.array([[sum(row.mask) for row in rows.example(i)] for i in chosen])
     rewards = cfg.beta * (now - ref[chosen])
@@ -235,14 +235,14 @@ def sample_replies(model: Transformer, reference: Transformer | None, tok: Token
     P_ref), length, and the share that ends by itself. Prints one reply per language."""
     reference = reference or load_reference(cfg, dist)
     room = model.config.max_seq_len - cfg.answer_tokens
-    chosen = [i for i in spread(range(len(rows)), cfg.eval_samples)
+    chosen = [i for i in evenly_spaced(range(len(rows)), cfg.eval_samples)
               if len(prompt_of(rows.example(i)[0])) <= room]
     kls, lengths, stops, shown = [], [], [], set()
     for batch in in_batches(chosen, 32):
         prompts = [prompt_of(rows.example(i)[0]) for i in batch]
-        with sharding.whole(model, dist):
+        with sharding.unsharded(model, dist):
             said = replies(model, prompts, cfg.answer_tokens, stop=(tok.im_end,),
-                           seed=mix(cfg.seed, batch[0]))
+                           seed=hash64(cfg.seed, batch[0]))
             full = [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, said)]
             idx, targets, _ = (t.to(dist.device) for t in pad_right(full, 0))
             own, n = reply_logps(model, model, idx, targets, dist)

@@ -34,7 +34,7 @@ from plumbing import runtime
 from plumbing import sharding
 from configurator import configure
 from plumbing.costs import count_parameters, flops_per_token, training_memory
-from data import IGNORE, TokenFile, Windows, ahead, mix, open_data, passages
+from data import IGNORE, TokenFile, Windows, prefetch, hash64, open_data, passages
 from generate import complete, load_model
 from model import ModelConfig, Transformer
 from plumbing.runtime import Dist, all_sum, print0
@@ -243,7 +243,7 @@ def train(cfg: Config, dist: Dist) -> None:
     model = Transformer(config)
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute, cfg.compile)
     optimizers = make_optimizers(model, cfg)
-    data_id = mix(*(file.sha256 for file in splits["train"]))
+    data_id = hash64(*(file.sha256 for file in splits["train"]))
     first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text, asdict(config), data_id)
     if state:
         sharding.load(model, optimizers, state)
@@ -257,7 +257,7 @@ def train(cfg: Config, dist: Dist) -> None:
     tok_bytes = torch.tensor(tok.token_bytes())
     log = runtime.Log(cfg.out_dir, dist, first, cfg.max_steps, cfg.batch_tokens, flops)
     # the windows of a step, of all processes, stand side by side: its start is step x rows
-    batches = ahead(windows.batch, (
+    batches = prefetch(windows.batch, (
         (step * rows + (micro_step * dist.world + dist.rank) * cfg.batch_size, cfg.batch_size)
         for step in range(first, max_steps) for micro_step in range(accumulate)))
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
@@ -265,14 +265,14 @@ def train(cfg: Config, dist: Dist) -> None:
     for step in range(first, max_steps + 1):
         last = step == max_steps
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
-            with sharding.whole(model, dist):
+            with sharding.unsharded(model, dist):
                 scores = evaluate(model, splits["val"], tok_bytes, cfg.batch_size, dist,
                                   None if last else cfg.eval_tokens)
             print0(f"val at step {step:,} | {score_line(scores)}")
             log.write(step=step, val={k: {"loss": a, "bits_per_byte": b}
                                       for k, (a, b) in scores.items()})
         if cfg.sample_every and (last or (step % cfg.sample_every == 0 and step > first)):
-            with sharding.whole(model, dist):
+            with sharding.unsharded(model, dist):
                 if dist.rank == 0:
                     write_samples(model, tok, splits["val"], cfg)
 

@@ -45,8 +45,8 @@ from plumbing import sharding
 from configurator import configure
 from plumbing.costs import (count_parameters, flops_per_token, fullest, training_memory,
                    writing_memory)
-from data import IGNORE, Order, mix
-from plumbing.examples import Row, Rows, in_batches, load_splits, pad_right, spread
+from data import IGNORE, Order, hash64
+from plumbing.examples import Row, Rows, in_batches, load_splits, pad_right, evenly_spaced
 from generate import load_model, replies
 from model import ModelConfig, RewardModel, Transformer
 from plumbing.runtime import Dist, all_sum, print0
@@ -203,28 +203,28 @@ def roll_out(model: Transformer, reference: Transformer, reward: RewardModel,
              dist: Dist) -> Rollout:
     """Write, score and compare `group` replies to each prompt."""
     begin = time.perf_counter()
-    with sharding.whole(model, dist):
+    with sharding.unsharded(model, dist):
         rows, seen = write_replies(
             model, [p for p in prompts for _ in range(cfg.group)],
-            [mix(key, g) for key in keys for g in range(cfg.group)], stop, cfg)
+            [hash64(key, g) for key in keys for g in range(cfg.group)], stop, cfg)
         seconds = time.perf_counter() - begin
         old = reply_logps(model, rows, cfg, dist)
-    with sharding.whole(reference, dist):
+    with sharding.unsharded(reference, dist):
         ref = reply_logps(reference, rows, cfg, dist)
-    with sharding.whole(reward, dist):
+    with sharding.unsharded(reward, dist):
         raw = score(reward, rows, cfg, dist)
     ended = torch.tensor([row.ids[-1] == stop for row in rows])
     rewards = ((raw - reward.mean.cpu()) / reward.std.cpu()).clamp(-5, 5)
     worst = -all_max(dist, -float(rewards.min()))
     rewards = torch.where(ended, rewards, worst - 1.0)
     kl = torch.stack([(a - b).sum() for a, b in zip(old, ref)])
-    kinder = torch.stack([((b - a).exp() - 1 - (b - a)).sum() for a, b in zip(old, ref)])
+    k3 = torch.stack([((b - a).exp() - 1 - (b - a)).sum() for a, b in zip(old, ref)])
     groups = (rewards - cfg.beta * kl).view(-1, cfg.group)
     lengths = torch.tensor([float(len(a)) for a in old])
     said = [tuple(row.ids[-len(a):]) for row, a in zip(rows, old)]
     distinct = sum(len(set(said[i:i + cfg.group])) for i in range(0, len(rows), cfg.group))
     figures = {"reward": float(rewards.sum()), "raw": float(raw.sum()), "kl": float(kl.sum()),
-               "k3": float(kinder.sum()), "J": float(groups.sum()), "ended": float(ended.sum()),
+               "k3": float(k3.sum()), "J": float(groups.sum()), "ended": float(ended.sum()),
                "length": float(lengths.sum()), "surprise": -float(sum(a.sum() for a in old)),
                "distinct": float(distinct), "seconds": seconds,
                "same_reward": float((groups.std(1) < 1e-6).sum()) * cfg.group,
@@ -266,15 +266,15 @@ def evaluate(model: Transformer, reference: Transformer, reward: RewardModel, ro
              tok: Tokenizer, cfg: Config, dist: Dist) -> tuple[dict[str, float], Tensor]:
     """Held-out prompts, answered once each at temperature 1: figures, and the rewards (n,). Prints
     one reply per language."""
-    chosen = spread(range(len(rows)), cfg.eval_prompts)
+    chosen = evenly_spaced(range(len(rows)), cfg.eval_prompts)
     prompts = [rows.example(i)[0].ids for i in chosen]
-    with sharding.whole(model, dist):
-        said, _ = write_replies(model, prompts, [mix(cfg.seed, -1, i) for i in chosen], tok.im_end,
+    with sharding.unsharded(model, dist):
+        said, _ = write_replies(model, prompts, [hash64(cfg.seed, -1, i) for i in chosen], tok.im_end,
                                 cfg)
         own = reply_logps(model, said, cfg, dist)
-    with sharding.whole(reference, dist):
+    with sharding.unsharded(reference, dist):
         ref = reply_logps(reference, said, cfg, dist)
-    with sharding.whole(reward, dist):
+    with sharding.unsharded(reward, dist):
         raw = score(reward, said, cfg, dist)
     kl = torch.stack([(a - b).sum() for a, b in zip(own, ref)])
     shown = set()
@@ -446,7 +446,7 @@ def train(cfg: Config, dist: Dist) -> None:
     for step in range(first, max_steps + 1):
         last = step == max_steps
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
-            with sharding.whole(model, dist):
+            with sharding.unsharded(model, dist):
                 same_weights(model, dist)
             now = start
             if step:
@@ -482,7 +482,7 @@ def train(cfg: Config, dist: Dist) -> None:
         # end same
         chosen = order.take(step * cfg.prompts_per_step, cfg.prompts_per_step)
         own = chosen[dist.rank::dist.world]
-        keys = [mix(cfg.seed, step, i) for i in range(cfg.prompts_per_step)]
+        keys = [hash64(cfg.seed, step, i) for i in range(cfg.prompts_per_step)]
         rollout = roll_out(model, reference, reward, [prompts.example(i)[0].ids for i in own],
                            keys[dist.rank::dist.world], tok.im_end, cfg, dist)
         n_replies = cfg.prompts_per_step * cfg.group

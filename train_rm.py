@@ -40,9 +40,9 @@ from configurator import configure
 from plumbing.corpus import BadLine, find_files, parse_records, read_batches
 from plumbing.costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
                    writing_memory)
-from data import Order, mix
+from data import Order, hash64
 from plumbing.examples import (Row, Rows, in_batches, load_splits, micro_batches, pad_right, prompt_of,
-                      ranking_batch, reply_end, rows_of, spread)
+                      ranking_batch, reply_end, rows_of, evenly_spaced)
 from generate import load_model, replies
 from model import ModelConfig, RewardModel, Transformer
 from plumbing.runtime import Dist, all_sum, print0
@@ -111,7 +111,7 @@ def score_rows(model: nn.Module, rows: list[Row], dist: Dist) -> Tensor:
         return model(idx.to(dist.device), lengths.to(dist.device))
 
 
-def let_in(chosen: list[int], shortest_first: np.ndarray, progress: float) -> list[int]:
+def easy_first(chosen: list[int], shortest_first: np.ndarray, progress: float) -> list[int]:
     """Instead of the examples drawn from all, ones drawn alike from the shorter part of them: a
     tenth at first, all when `progress` has come to 1. What has to be found in a short prompt is
     learnt sooner, and finding it in a long one from there (Bengio et al. 2009)."""
@@ -165,7 +165,7 @@ def judge(scores: np.ndarray, lengths: np.ndarray, margins: np.ndarray) -> dict[
 def evaluate(model: RewardModel, rows: Rows, cfg: Config, dist: Dist,
              everything: bool) -> dict[str, dict[str, float]]:
     """`judge` of the pairs of all held-out examples and of each language."""
-    chosen = spread(range(len(rows)), None if everything else cfg.eval_pairs)
+    chosen = evenly_spaced(range(len(rows)), None if everything else cfg.eval_pairs)
     found = []
     for i, scores in zip(chosen, score_examples(model, rows, chosen, cfg, dist)):
         lengths = [sum(row.mask) for row in rows.example(i)]
@@ -191,16 +191,16 @@ def note_spread(model: RewardModel, rows: Rows, cfg: Config, dist: Dist) -> None
     """Keep mean and standard deviation of the scores of what the SFT model itself replies."""
     policy, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
     sharding.wrap(policy.requires_grad_(False), dist, cfg.shard)
-    chosen = spread(range(len(rows)), cfg.norm_samples)
+    chosen = evenly_spaced(range(len(rows)), cfg.norm_samples)
     prompts = [prompt_of(rows.example(i)[0]) for i in chosen]
     room = policy.config.max_seq_len - cfg.answer_tokens
     prompts = [p for p in prompts if len(p) <= room]
     scores: list[float] = []
     for at in range(0, len(prompts), 32):
         part = prompts[at:at + 32]
-        with sharding.whole(policy, dist):
+        with sharding.unsharded(policy, dist):
             said = replies(policy, part, cfg.answer_tokens, stop=(tok.im_end,),
-                           seed=mix(cfg.seed, at))
+                           seed=hash64(cfg.seed, at))
         rows_said = [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(part, said)]
         with torch.no_grad():
             scores += score_rows(model, rows_said, dist).tolist()
@@ -350,7 +350,7 @@ def train(cfg: Config, dist: Dist) -> None:
     print0(f"{count_parameters(config):,} parameters; {len(pairs):,} pairs of {tokens:,} tokens, "
            f"{len(val):,} held out; {max_steps:,} steps, "
            f"{max_steps * cfg.batch_pairs / len(pairs):.2f} epochs")
-    let_in_until = cfg.curriculum * max_steps
+    easy_until = cfg.curriculum * max_steps
     shortest_first = pairs.shortest_first()
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute)
     optimizers = make_optimizers(model, cfg)
@@ -365,7 +365,7 @@ def train(cfg: Config, dist: Dist) -> None:
     for step in range(first, max_steps + 1):
         last = step == max_steps
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
-            with sharding.whole(model, dist):
+            with sharding.unsharded(model, dist):
                 found = evaluate(model, val, cfg, dist, last)
             report(found, step)
             log.write(step=step, val=found)
@@ -393,8 +393,8 @@ def train(cfg: Config, dist: Dist) -> None:
             group["lr"] = group["base"] * lr
         # end same
         chosen = order.take(step * cfg.batch_pairs, cfg.batch_pairs)
-        if step < let_in_until:
-            chosen = let_in(chosen, shortest_first, step / let_in_until)
+        if step < easy_until:
+            chosen = easy_first(chosen, shortest_first, step / easy_until)
         micro = micro_batches(pairs, chosen, cfg.batch_size, dist.rank, dist.world)
         loss, right, seen = torch.zeros((), device=dist.device), 0.0, 0
         for micro_step, some in enumerate(micro):

@@ -41,7 +41,7 @@ from configurator import configure
 from plumbing.costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
                    writing_memory)
 from data import IGNORE, open_data, passages
-from plumbing.examples import Packed, Rows, in_batches, load_splits, pad_right, prompt_of, spread
+from plumbing.examples import Packed, Rows, in_batches, load_splits, pad_right, prompt_of, evenly_spaced
 from generate import load_model, replies
 from model import Linear, Transformer
 from plumbing.runtime import Dist, all_sum, print0
@@ -186,7 +186,7 @@ def by_language(rows: Rows, most: int | None) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for i in range(len(rows)):
         found.setdefault(rows.lang(i), []).append(i)
-    return {lang: sorted(spread(all_, most), key=rows.longest)
+    return {lang: sorted(evenly_spaced(all_, most), key=rows.longest)
             for lang, all_ in sorted(found.items())}
 
 
@@ -325,7 +325,7 @@ def train(cfg: Config, dist: Dist) -> None:
     for step in range(first, max_steps + 1):
         last = step == max_steps
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
-            with sharding.whole(model, dist):
+            with sharding.unsharded(model, dist):
                 scores = evaluate(model, val, cfg, dist, last)
                 text_loss = forgetting(model, cfg, tok, dist) if cfg.pt_data else {}
                 answers = answer_held_out(model, tok, val, cfg) if dist.rank == 0 else {}

@@ -36,7 +36,7 @@ import numpy as np
 from plumbing.corpus import FieldError, Progress, find_files, parse_records, read_batches
 from search.documents import PIECE, count_pieces
 from search.embed import Embed
-from plumbing.examples import spread
+from plumbing.examples import evenly_spaced
 from search.index import Index
 from search.segment import Chunk, clean
 from search.topics import sentences
@@ -149,7 +149,7 @@ def peer(rows: list[dict], queries: list[dict], lang: str) -> dict:
 def heading_recall(index: Index) -> dict[str, float]:
     """Share of up to 200 headings whose own chunk is ranked first, by each retriever: questions
     that every collection brings along."""
-    chosen = spread(np.flatnonzero(index.alive).tolist(), 200)
+    chosen = evenly_spaced(np.flatnonzero(index.alive).tolist(), 200)
     asked = [(i, c.crumb.split(" > ")[-1]) for i in chosen if (c := index.chunk(i)).crumb]
     return {mode: sum(rank_of(index.scores(q, mode), [i]) == 1 for i, q in asked)
             / max(1, len(asked)) for mode in ("bm25", "dense")}
@@ -240,7 +240,7 @@ def evaluate(cfg: "Config", cut, embedder: Embed | None) -> None:
             raise ValueError(f"{cfg.queries}: doc_id {stray[0]!r} is not in {cfg.corpus}")
         if not queries:
             continue
-        queries = [queries[i] for i in spread(range(len(queries)), cfg.limit or None)]
+        queries = [queries[i] for i in evenly_spaced(range(len(queries)), cfg.limit or None)]
         progress = Progress(sys.stderr)  # stdout is for the JSON lines
         with tempfile.TemporaryDirectory() as folder, Index(folder, True, embedder,
                                                             cfg.embed) as index:

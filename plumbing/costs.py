@@ -94,7 +94,7 @@ def writing_memory(config: ModelConfig, rows: int, prompt: int, reply: int, widt
 
 
 def gathered(config: ModelConfig, width: int, shards: int) -> int:
-    """Bytes of all weights of a model in parts, together in one place (sharding.whole); of a copy
+    """Bytes of all weights of a model in parts, together in one place (sharding.unsharded); of a copy
     they are there already."""
     root = (1 if config.tied else 2) * config.vocab_size * config.n_embd + config.n_embd
     return 0 if shards == 1 else 4 * root + width * (count_parameters(config) - root)

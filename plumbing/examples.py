@@ -30,7 +30,7 @@ from torch import Tensor
 
 from plumbing.corpus import (BadLine, BadLines, Batch, FieldError, Progress, find_files, language, parallel,
                     parse_records, read_batches, write_text)
-from data import IGNORE, Order, cached_tokenizer, draw_split, mix, read_json
+from data import IGNORE, Order, cached_tokenizer, draw_split, hash64, read_json
 from tokenizer import ROLES, Tokenizer, render
 
 Kind = Literal["chat", "pair", "ranking", "prompt"]
@@ -257,7 +257,7 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
             size = os.path.getsize(name) // dtype.itemsize
             arrays.append(np.memmap(name, dtype, "r", shape=(size,)) if size
                           else np.zeros(0, dtype))
-        data_id = mix(*(meta["sha256"][f"{split}.{part}"] for part in ("words", "rows")))
+        data_id = hash64(*(meta["sha256"][f"{split}.{part}"] for part in ("words", "rows")))
         found[split] = Rows(*arrays, f"{paths} ({split})", data_id)
     return found
 
@@ -404,7 +404,7 @@ def prompt_of(row: Row) -> list[int]:
     return row.ids[:end]
 
 
-def spread(examples: Sequence[int], most: int | None) -> list[int]:
+def evenly_spaced(examples: Sequence[int], most: int | None) -> list[int]:
     """Evenly spread ones, at most `most`; None: all."""
     return list(examples[::max(1, -(-len(examples) // most))] if most else examples)
 

@@ -79,11 +79,11 @@ def setup(device: str = "auto", dtype: str = "auto", timeout: float = 120) -> Di
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world,
                                              timeout=timedelta(seconds=timeout))
         Thread(target=end_if_hanging, args=(timeout,), daemon=True).start()
-    Here.program = of_process("VmRSS") if device == "cpu" else 0.0
+    RankState.program = of_process("VmRSS") if device == "cpu" else 0.0
     return Dist(rank, world, torch.device(device), getattr(torch, dtype))
 
 
-class Here:
+class RankState:
     """Where this process is: `step`; `heard`, when it last exchanged something with the others
     (time.monotonic; None: not yet, or no longer); `gap`, the longest time between two exchanges."""
     step: int | str = "start"
@@ -95,7 +95,7 @@ class Here:
 def who() -> str:
     """What a message of one process of several begins with: "rank 1 of 2, step 37: "; else ""."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    return f"rank {os.environ['RANK']} of {world}, step {Here.step}: " if world > 1 else ""
+    return f"rank {os.environ['RANK']} of {world}, step {RankState.step}: " if world > 1 else ""
 
 
 def end_if_hanging(timeout: float) -> None:
@@ -103,8 +103,8 @@ def end_if_hanging(timeout: float) -> None:
     others have come to theirs and given up: torchrun would wait for it another 30 s."""
     while True:
         time.sleep(0.1)
-        since = time.monotonic() - (Here.heard or math.inf)
-        if since > timeout + 0.5 + 1.5 * Here.gap:
+        since = time.monotonic() - (RankState.heard or math.inf)
+        if since > timeout + 0.5 + 1.5 * RankState.gap:
             print(f"{who()}hangs for {since:.1f} s, here:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback()
             os._exit(1)
@@ -124,7 +124,7 @@ def finish(dist: Dist) -> None:
     signal has nothing left to stop, and must not turn the exit code 0 into another."""
     if dist.world > 1:
         torch.distributed.barrier()
-        Here.heard = None
+        RankState.heard = None
         torch.distributed.destroy_process_group()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -152,7 +152,7 @@ def all_sum(dist: Dist, *values: float | torch.Tensor) -> list[float]:
         total = total.to(dist.device)
         torch.distributed.all_reduce(total)
         now = time.monotonic()
-        Here.gap, Here.heard = max(Here.gap, now - (Here.heard or now)), now
+        RankState.gap, RankState.heard = max(RankState.gap, now - (RankState.heard or now)), now
     return total.tolist()
 
 
@@ -220,7 +220,7 @@ class Log:
             raise ValueError(f"{out_dir}: its run is at step {step:,}, past the {max_steps:,} steps "
                              "asked for")
         self.max_steps, self.tokens, self.file = max_steps, tokens, None
-        Here.step = step
+        RankState.step = step
         peak = peak_flops(dist)
         self.mfu = flops / peak / dist.world if peak else None  # per token/s
         self.start_clock()
@@ -242,7 +242,7 @@ class Log:
     def write(self, **record) -> None:
         """A record with a loss is that of a step; its `tokens`, if not always the same, too."""
         self.steps += "loss" in record
-        Here.step = record["step"] + ("loss" in record)
+        RankState.step = record["step"] + ("loss" in record)
         self.seen += record.get("tokens", self.tokens) * ("loss" in record)
         if self.file:
             self.file.write(json.dumps(record) + "\n")
@@ -308,12 +308,12 @@ def peak_memory(device: torch.device) -> float:
     model."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return of_process("VmHWM") - Here.program
+    return of_process("VmHWM") - RankState.program
 
 
 def peak_line(dist: Dist) -> str:
     """What a run needed, to be held against `memory_line`."""
-    beside = f", beside {Here.program / 1e9:.2f} GB of Python and torch" if Here.program else ""
+    beside = f", beside {RankState.program / 1e9:.2f} GB of Python and torch" if RankState.program else ""
     return f"peak memory {peak_memory(dist.device) / 1e9:.2f} GB{beside}"
 
 

@@ -2,7 +2,7 @@
 One model over several processes: a copy in each, or a part of it in each.
 
     model_in_parts = wrap(model, dist, shard=True)
-    with whole(model, dist): ...                # all of its weights here: to evaluate, to write
+    with unsharded(model, dist): ...                # all of its weights here: to evaluate, to write
     state = gather(model, optimizers)           # what a checkpoint holds, on rank 0
 
 Copies (DDP) cost 16 bytes a parameter in each of N processes: weight, gradient and two moments.
@@ -79,7 +79,7 @@ def parts_of(model: nn.Module) -> list[FSDPModule]:
 
 
 @contextmanager
-def whole(model: nn.Module, dist: Dist) -> Iterator[None]:
+def unsharded(model: nn.Module, dist: Dist) -> Iterator[None]:
     """Inside, every process holds all weights, so that they may call the model as often as each
     likes: with parts alone, a call is an exchange that all must make. All enter and leave
     together. Nothing happens to a model that is not sharded."""

@@ -101,14 +101,14 @@ def write(dist: runtime.Dist, shape: dict) -> list:
     """A reply by the last rank alone, then one by each, of another length; another behind a step;
     last, how many parameters of the blocks a call without gradients leaves gathered."""
     model, optimizers, _ = example(dist, shape)
-    with sharding.whole(model, dist):
+    with sharding.unsharded(model, dist):
         if dist.rank == dist.world - 1:
             replies(model, [[1, 2, 3]], 2)
         said = replies(model, [[1, 2, 3]], 4 + 3 * dist.rank, temperature=0)
     model(torch.arange(8)[None]).square().mean().backward()
     for o in optimizers:
         o.step()
-    with sharding.whole(model, dist):
+    with sharding.unsharded(model, dist):
         said += replies(model, [[1, 2, 3]], 5, temperature=0)
     with torch.no_grad():
         model(torch.arange(8)[None])

@@ -133,7 +133,7 @@ def test_one_of_eight_processes_holds_an_eighth_of_the_large_models(name):
 
 def run(folder: Path, *arguments: str) -> tuple[int, str]:
     """Exit code, and what is printed."""
-    command = Run("estimate", list(arguments), folder / "said")
+    command = Run("bench.estimate", list(arguments), folder / "said")
     return command.wait(), command.text
 
 

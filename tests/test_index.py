@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 
-import manifest as manifest_module
+from search import manifest as manifest_module
 from search.index import Index, blend, diverse, reciprocal_rank_fusion, top
 from search.segment import Chunk, split
 from search.topics import terms

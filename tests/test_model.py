@@ -142,7 +142,7 @@ def test_a_left_padded_row_gets_what_it_gets_alone(sizes):
 def test_no_token_is_left_without_a_key():
     """What attention makes of an empty row depends on the kernel: NaN, which spreads, or 0."""
     cache = KVCache(ModelConfig(**SMALL), 2, pad=[0, 6])
-    _, mask = Transformer.place(torch.arange(9), cache)
+    _, mask = Transformer.cache_mask(torch.arange(9), cache)
     assert mask.any(-1).all() and mask[1, 0, 8].tolist() == [False] * 6 + [True] * 3
 
 

@@ -287,6 +287,6 @@ def test_a_curriculum_draws_alike_from_the_shorter_examples_and_lets_all_in_at_l
     shortest = np.arange(100)[::-1]
     drawn = list(range(100))
     for progress, share in ((0.0, 0.1), (0.05, 0.1), (0.5, 0.5), (1.0, 1.0)):
-        got = train_rm.let_in(drawn, shortest, progress)
+        got = train_rm.easy_first(drawn, shortest, progress)
         assert set(got) == (set(shortest[:round(100 * share)].tolist()) if share < 1 else set(drawn))
         assert max(Counter(got).values()) == round(1 / share)

@@ -216,7 +216,7 @@ def run(monkeypatch, *args):
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
 def test_any_number_of_workers_writes_the_same_file(tmp_path, monkeypatch, capsys, kind):
-    monkeypatch.setattr("corpus.BATCH_BYTES", 500)
+    monkeypatch.setattr("plumbing.corpus.BATCH_BYTES", 500)
     rows = [{"text": f"{TEXT}{i}", "lang": ["en", "zh"][i % 2]} for i in range(40)]
     rows += [{"messages": [{"role": "user", "content": "chat 说话 説話"}]}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from data import (IGNORE, Windows, ahead, mix, open_token_file, pack_header, passages, shuffled)
+from data import (IGNORE, Windows, prefetch, hash64, open_token_file, pack_header, passages, shuffled)
 
 
 def write(path, ids, vocab_size=100, lang="en"):
@@ -32,14 +32,14 @@ def test_any_damage_to_a_token_file_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 100, 1000, 1024, 65537])
 def test_an_epoch_is_a_permutation_and_any_is_about_as_likely(n):
-    orders = [shuffled(np.arange(n), n, mix(1, epoch)) for epoch in range(4)]
+    orders = [shuffled(np.arange(n), n, hash64(1, epoch)) for epoch in range(4)]
     assert all(sorted(order.tolist()) == list(range(n)) for order in orders)
-    assert shuffled(np.array([n - 1]), n, mix(1, 0)) == orders[0][-1]  # each by itself
+    assert shuffled(np.array([n - 1]), n, hash64(1, 0)) == orders[0][-1]  # each by itself
     assert n < 64 or max((a == b).mean() for a in orders for b in orders if a is not b) < 0.1
     if n <= 100:  # chi² of where each window comes, over its degrees of freedom: 1 by chance
         counts = np.zeros((n, n))
         for key in range(20 * n):
-            counts[np.arange(n), shuffled(np.arange(n), n, mix(key))] += 1
+            counts[np.arange(n), shuffled(np.arange(n), n, hash64(key))] += 1
         chi2 = ((counts - 20) ** 2 / 20).sum() / max(1, n - 1) ** 2
         assert chi2 < (1.15 if n >= 64 else 4)  # of few windows some come 20 % too often
 
@@ -129,7 +129,7 @@ def waiting_share(windows: Windows, plain: list) -> float:
     """Share of the time that a loop with 100 ms of work a step waits for its batches, but the
     first."""
     begin, waited = time.perf_counter(), 0.0
-    for i, (x, y) in enumerate(ahead(windows.batch, ((16 * i, 16) for i in range(len(plain))))):
+    for i, (x, y) in enumerate(prefetch(windows.batch, ((16 * i, 16) for i in range(len(plain))))):
         if i:
             waited += time.perf_counter() - asked
         assert (x == plain[i][0]).all() and (y == plain[i][1]).all()
@@ -149,7 +149,7 @@ def test_a_disk_of_200_mb_a_second_does_not_keep_training_waiting(tmp_path):
 
 
 def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for():
-    found = ahead(lambda n: 1 // n, ((n,) for n in (2, 1, 0)))
+    found = prefetch(lambda n: 1 // n, ((n,) for n in (2, 1, 0)))
     assert [next(found), next(found)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(found)
