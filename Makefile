@@ -2,7 +2,7 @@
 # make reliability: what the scripts survive, into RELIABILITY.md.
 PY = .venv/bin/python
 
-.PHONY: demo test reliability test-all
+.PHONY: demo test reliability test-all lint
 demo: .venv/ready
 	$(PY) -m demo
 
@@ -12,6 +12,10 @@ test: .venv/ready
 test-all: .venv/ready
 	$(PY) -m pytest -m "slow or not slow"
 
+lint: .venv/lint
+	$(PY) -m ruff check
+	$(PY) -m mypy
+
 reliability: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m faults
 
@@ -20,3 +24,7 @@ reliability: .venv/ready
 	python3 -m venv .venv
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch .venv/ready
+
+.venv/lint: .venv/ready pyproject.toml
+	$(PY) -m pip install --quiet --editable '.[dev]'
+	touch .venv/lint

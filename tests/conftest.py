@@ -1,5 +1,6 @@
 """For every test: the repository on sys.path, and one thread, so that sums round the same way."""
 import json
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,8 @@ from model import ModelConfig, Transformer  # noqa: E402
 from tokenizer import PATTERN, Tokenizer, dump  # noqa: E402
 
 torch.set_num_threads(1)
+# `make test &` starts us deaf to Ctrl-C, and our children inherit that; the tests of Ctrl-C do not
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -107,10 +106,8 @@ def test_the_ladder_is_climbed_in_small_and_the_same_command_goes_on(tmp_path):
     below 0."""
     command = [sys.executable, "-m", "demo", f"--out_dir={tmp_path}", "--n_train=4000", "--share=0.02"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as all tests: so few steps feel rounding
-    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # though we run behind nohup
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, start_new_session=True, preexec_fn=listen,
-                          env=one_thread) as stopped:
+                          text=True, start_new_session=True, env=one_thread) as stopped:
         for line in stopped.stdout:
             if line.startswith("val at step 0"):  # of PT: Ctrl-C, which the whole group gets
                 os.killpg(stopped.pid, signal.SIGINT)

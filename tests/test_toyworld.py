@@ -9,12 +9,14 @@ import sys
 from collections import Counter
 from itertools import permutations
 from math import exp, log2, perm, sqrt
+from pathlib import Path
 
 import pytest
 
 from demo import world as toyworld
 from demo.world import ANSWERS, COMMA, LANGS, NAMES, STYLES, VALUES, WORDS, Config
 
+ROOT = Path(toyworld.__file__).parent.parent
 FEWEST = min(map(len, NAMES.values()))
 ENGLISH = {zh: en for en, zh in [*WORDS, *VALUES]}
 SAID = (("nav", r"(\w+)'s (\w+) is (\w+)\."), ("anv", r"The (\w+) of (\w+) is (\w+)\."),
@@ -32,7 +34,7 @@ def data():
 def command(out_dir, *args, limit=None, **env):
     cap = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
     args = [sys.executable, "-B", "-m", "demo.world", f"--out_dir={out_dir}", *args]
-    return subprocess.run(args, env=os.environ | {"PYTHONIOENCODING": "utf-8"} | env,
+    return subprocess.run(args, env=os.environ | {"PYTHONIOENCODING": "utf-8"} | env, cwd=ROOT,
                           preexec_fn=cap, capture_output=True, encoding="utf-8")
 
 
