@@ -1,5 +1,5 @@
 # make demo: a small bilingual model, from nothing to its first words.    make test: the tests.
-# make reliability: what the scripts survive, into RELIABILITY.md.
+# make reliability: what the scripts survive, into docs/reliability.md.
 PY = .venv/bin/python
 
 .PHONY: demo test reliability test-all lint

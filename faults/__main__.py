@@ -1,7 +1,7 @@
 """
 The scoreboard: break the shipped scripts in every way we know, and count what is lost.
 
-    make reliability                          5 minutes; writes RELIABILITY.md
+    make reliability                          5 minutes; writes docs/reliability.md
     python -m faults --kills=2000        the long form of the first row
     python -m faults --only=hostile_files,disk_full --out=
 
@@ -361,7 +361,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=300, help="of the SIGKILL storm")
     parser.add_argument("--only", default="", help="rows, comma-separated: "
                         + ", ".join(row.__name__ for row, *_ in ROWS))
-    parser.add_argument("--out", default="RELIABILITY.md", help="report; empty: none")
+    parser.add_argument("--out", default="docs/reliability.md", help="report; empty: none")
     args = parser.parse_args()
     wanted = args.only.split(",") if args.only else [row.__name__ for row, *_ in ROWS]
     begin, passed = time.time(), 0

@@ -1,4 +1,4 @@
-"""The rows of RELIABILITY.md with smaller numbers. What each does, and with which deliberate break
+"""The rows of docs/reliability.md with smaller numbers. What each does, and with which deliberate break
 it was seen to fail, is said by its function in reliability.py, damage.py and hostile.py; misspelt
 settings, bad lines, special tokens and worst strings have short forms in those files' tests."""
 import os
@@ -111,7 +111,7 @@ def test_a_run_killed_behind_a_save_has_that_checkpoint(lab):
 
 def test_the_board_and_its_report_have_every_row():
     """As make reliability wrote it: all rows, and none that failed."""
-    report = (Path(reliability.ROOT) / "RELIABILITY.md").read_text()
+    report = (Path(reliability.ROOT) / "docs/reliability.md").read_text()
     rows = [line for line in report.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert len(rows) == len(ROWS) == 14 and all(line.endswith("| yes |") for line in rows)
     for (row, what, target), line in zip(ROWS, rows):
