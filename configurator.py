@@ -4,7 +4,7 @@ Settings of a script: one dataclass says what can be set; Python files and the c
     cfg = configure(Config)          # python train_pt.py config/pt_1b.py --learning_rate=3e-4
 
 Arguments are read left to right and the last one wins. A config file is ordinary Python: every
-public name it assigns must be a setting; imported modules are ignored, _scratch names are free
+public name it assigns must be a setting; imported modules are ignored, and _scratch names are free
 unless one edit away from a setting. Only a whole number is converted, where a float is wanted.
 """
 import inspect
@@ -13,29 +13,37 @@ import re
 import sys
 from ast import literal_eval
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from math import inf
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from plumbing.configfile import run_config
+from plumbing.terminal import fail, printable
 
 C = TypeVar("C")
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """End a script the way every mistake of a user ends it: one line on stderr, exit code 2."""
-    print(" ".join(message.splitlines()), file=sys.stderr)
-    raise SystemExit(code)
+# A type that says its range: `batch_size: Count = 8` refuses 0 before anything starts.
+Count = Annotated[int, "at least 1", lambda n: n >= 1]
+Natural = Annotated[int, "at least 0", lambda n: n >= 0]
+Positive = Annotated[float, "above 0", lambda x: 0 < x < inf]
+NotNegative = Annotated[float, "at least 0", lambda x: 0 <= x < inf]
+Share = Annotated[float, "between 0 and 1", lambda x: 0 <= x <= 1]
+FilePath = Annotated[str, "naming a path", lambda path: True]  # a leading ~ is the home folder
 
 
 def configure(cls: type[C], argv: list[str] | None = None, show: bool = True) -> C:
-    """The dataclass `cls` filled from `argv` (default: the command line); `show`: rank 0 prints it.
-    Raises SystemExit(2) after one line for anything wrong, SystemExit(0) after `--help`."""
+    """The dataclass `cls` filled from `argv` (default: the command line). With `show`, rank 0 prints
+    what differs from the defaults, and who set it. Raises SystemExit(2) after one line for anything
+    wrong, SystemExit(0) after `--help`, which shows the comment beside each setting."""
     argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:  # the help of a setting is the comment beside it
-        notes = dict(re.findall(r"^\s+(\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
-        rows = [f"  --{f'{f.name}={f.default}':<32} {notes.get(f.name, '')}" for f in fields(cls)]
-        print(inspect.getdoc(sys.modules[cls.__module__]), "", *rows, sep="\n")
+    if "--help" in argv or "-h" in argv:
+        source = "\n".join(inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c))
+        notes = dict(re.findall(r"^\s+(\w+): .*?  # (.*)$", source, re.M))
+        print(inspect.getdoc(sys.modules[cls.__module__]), end="\n\n")
+        for f in sorted(fields(cls), key=lambda f: f.name not in cls.__annotations__):  # own first
+            print(f"  --{f'{f.name}={f.default}':<32} {notes.get(f.name, '')}")
         raise SystemExit(0)
-    hints, values, origin = get_type_hints(cls), {}, {}
+    hints, values, origin = get_type_hints(cls, include_extras=True), {}, {}
     # What fingers make of a setting: one character left out, or two neighbours swapped.
     slips = {k[:i] + k[i + 1:]: k for k in hints for i in range(len(k))}
     slips |= {k[:i] + k[i + 1] + k[i] + k[i + 2:]: k for k in hints for i in range(len(k) - 1)}
@@ -47,53 +55,42 @@ def configure(cls: type[C], argv: list[str] | None = None, show: bool = True) ->
             fail(f"{where}: no setting is called '{key}', {advice}")
         if type(value) is int and value.bit_length() > 63:  # float() and repr() may raise on it
             fail(f"{where}: '{key}' does not fit in 64 bits")
-        if type(value) is int and not _accepts(hints[key], value) and _accepts(hints[key], 0.0):
+        if type(value) is int and _accepts(hints[key], float(value)):
             value = float(value)
         if not _accepts(hints[key], value):
-            fail(f"{where}: '{key}' must be {inspect.formatannotation(hints[key])}, got {value!r}")
-        values[key], origin[key] = value, where
+            wanted = re.sub(r"(typing\.)?Annotated\[(\w+), '(.*?)', .*?>\]", r"\2 \3",
+                            inspect.formatannotation(hints[key]))
+            fail(f"{where}: '{key}' must be {wanted}, got {value!r}")
+        values[key] = os.path.expanduser(value) if hints[key] == FilePath else value
+        origin[key] = where
 
     for arg in argv:
         key, equals, text = arg.removeprefix("--").partition("=")
         if arg.startswith("--") and (equals or _accepts(hints.get(key, bool), True)):
-            value = text if equals else True
-            if text == "None" or not _accepts(hints.get(key), value):
+            value, hint = text if equals else True, hints.get(key)
+            if not _accepts(hint, value) or text == "None" and _accepts(hint, None):
                 with suppress(Exception):  # not a literal: override() says what was expected
                     value = literal_eval(text)
             override(key, value, arg)
         elif os.path.isfile(arg):
-            for key, (value, line) in _run(arg).items():
+            for key, (value, line) in run_config(arg).items():
                 free = key.startswith("_") and key not in slips or inspect.ismodule(value)
                 if key in hints or not free:
                     override(key, value, f"{arg}:{line}")
         else:
             fail(f"{arg}: no such config file (settings are written --key=value)")
-    cfg = cls(**values)
     if show and os.environ.get("RANK", "0") == "0":
-        for key, value in asdict(cfg).items():
-            print(f"  {key:<20} {value!r:<28} {origin.get(key, '')}".rstrip())
-    return cfg
-
-
-def _run(path: str) -> dict[str, tuple[Any, int | str]]:
-    """Run a config file: the names it leaves behind, each with the line that assigned it last."""
-    class Namespace(dict):  # sees every assignment: by for, import, with, def, := too
-        def __setitem__(self, name: str, value: Any) -> None:
-            super().__setitem__(name, value)
-            lines[name] = sys._getframe(1).f_lineno
-
-    space, lines = Namespace(__file__=path), {}
-    try:
-        with open(path, "rb") as f:
-            exec(compile(f.read(), path, "exec"), space)  # the user's own file, so trusted
-    except (Exception, SystemExit) as e:
-        line = getattr(e.__traceback__.tb_next, "tb_lineno", getattr(e, "lineno", 1)) or 1
-        fail(f"{path}:{line}: {type(e).__name__}: {getattr(e, 'msg', e)}")
-    return {name: (value, lines.get(name, "?")) for name, value in space.items()}
+        for f in fields(cls):
+            if values.get(f.name, f.default) != f.default:
+                print(f"  {f.name:<20} {printable(repr(values[f.name])):<28} {origin[f.name]}")
+    return cls(**values)
 
 
 def _accepts(hint: Any, value: Any) -> bool:
-    """isinstance for int, float, bool, str, Literal and "| None", but exact: True is no int."""
+    """isinstance for int, float, bool, str, Literal, ranges and "| None"; exact: True is no int."""
+    if get_origin(hint) is Annotated:
+        kind, _, holds = get_args(hint)
+        return type(value) is kind and holds(value)
     if get_origin(hint) is Literal:
         return any(type(value) is type(option) and value == option for option in get_args(hint))
     return type(value) is hint or any(_accepts(option, value) for option in get_args(hint))

@@ -13,7 +13,7 @@ from typing import Literal
 
 import pytest
 
-from configurator import configure
+from configurator import Count, FilePath, Natural, NotNegative, Positive, Share, configure
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if "\nclass Config:" in path.read_text()]
@@ -61,7 +61,7 @@ def config(tmp_path, monkeypatch):
     ("--n_layer=-2", -2), ("--learning_rate=3e-4", 3e-4), ("--learning_rate=1", 1.0),
     ("--dropout=0", 0.0), ("--dropout=None", None), ("--optimizer=muon", "muon"),
     ("--compile", True), ("--compile=False", False), ("--out_dir=5", "5"), ("--out_dir=a=b", "a=b"),
-    ("--out_dir=", ""), ("--init_from=None", None), ("--init_from=x.pt", "x.pt")])
+    ("--out_dir=", ""), ("--out_dir=None", "None"), ("--init_from=None", None), ("--init_from=x.pt", "x.pt")])
 def test_a_value_arrives_exactly_as_declared(arg, value, config):
     key = arg[2:].partition("=")[0]
     in_file = config(f"{key} = {int(value) if type(value) is float else value!r}")
@@ -75,11 +75,73 @@ def test_a_value_arrives_exactly_as_declared(arg, value, config):
     ("--n_layer=None", "int, got None"), ("--n_layer=", "int, got ''"),
     ("--n_layer={[]: 1}", "int, got '{[]: 1}'"), ("--n_layer=abs(1)", "int, got 'abs(1)'"),
     ("--learning_rate=True", "float, got True"), ("--learning_rate=float", "float, got 'float'"),
-    ("--dropout=high", "float | None, got 'high'"), ("--out_dir=None", "str, got None"),
+    ("--dropout=high", "float | None, got 'high'"),
     ("--compile=1", "bool, got 1"), ("--compile=true", "bool, got 'true'"),
     ("--optimizer=sgd", "Literal['adamw', 'muon'], got 'sgd'")])
 def test_a_value_of_another_type_is_refused(arg, message):
     assert refusal(arg) == f"{arg}: '{arg[2:].partition('=')[0]}' must be {message}"
+
+
+@dataclass(frozen=True)
+class Ranged:
+    batch_size: Count = 8  # rows
+    every: Natural = 0  # steps; 0: never
+    max_steps: Count | None = None  # steps; None: as many as there are
+    rate: Positive = 1.0  # of learning
+    beta: NotNegative = 0.1  # pull
+    share: Share = 0.5  # part
+    folder: FilePath = "out"  # where
+
+
+@dataclass(frozen=True)
+class Extended(Ranged):
+    rate: Positive = 2.0  # of learning, here
+    own: str = ""  # text
+
+
+@pytest.mark.parametrize("arg, message", [
+    ("--batch_size=-8", "int at least 1, got -8"), ("--batch_size=0", "int at least 1, got 0"),
+    ("--every=-1", "int at least 0, got -1"), ("--rate=0", "float above 0, got 0"),
+    ("--rate=nan", "float above 0, got 'nan'"), ("--rate=1e999", "float above 0, got inf"),
+    ("--max_steps=0", "int at least 1 | None, got 0"),
+    ("--share=1.5", "float between 0 and 1, got 1.5"), ("--beta=-1", "float at least 0, got -1")])
+def test_a_number_out_of_its_range_is_refused_before_anything_starts(arg, message):
+    """--batch_size=-8 once ran 20 steps, learnt nothing, saved and ended with exit code 0; 0 was a
+    traceback in five stages; max_steps=0 was taken for None."""
+    got = refusal(arg, cls=Ranged).replace("Optional[int at least 1]", "int at least 1 | None")
+    assert got == f"{arg}: '{arg[2:].partition('=')[0]}' must be {message}"
+
+
+def test_values_inside_their_range_arrive(config):
+    assert resolve("--max_steps=None", "--rate=1", "--share=0", "--every=0", cls=Ranged) == Ranged(
+        max_steps=None, rate=1.0, share=0.0, every=0)
+    assert resolve(config("share = 1\nbatch_size = 1"), cls=Ranged) == Ranged(
+        share=1.0, batch_size=1)
+
+
+def test_a_tilde_is_the_home_folder_and_a_folder_of_that_name_is_never_made(config, monkeypatch):
+    """bash leaves the ~ of --out_dir=~/x alone, so a folder called "~" was made."""
+    monkeypatch.setenv("HOME", "/home/mei")
+    monkeypatch.setenv("USERPROFILE", "/home/mei")
+    assert resolve("--folder=~/x", cls=Ranged).folder == "/home/mei/x"
+    assert resolve(config("folder = '~/y'"), cls=Ranged).folder == "/home/mei/y"
+    assert resolve("--own=~/x", cls=Extended).own == "~/x"  # text is not a path
+
+
+def test_help_shows_the_settings_of_the_script_first_and_those_it_shares_after(capsys):
+    with pytest.raises(SystemExit):
+        configure(Extended, ["--help"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "  --" in line]
+    assert [row[0] for row in rows] == ["--rate=2.0", "--own=", "--batch_size=8", "--every=0",
+                                        "--max_steps=None", "--beta=0.1", "--share=0.5",
+                                        "--folder=out"]
+    assert rows[0][1:] == "of learning, here".split() and rows[2][1:] == ["rows"]
+
+
+def test_only_what_differs_from_the_defaults_is_shown_with_who_set_it(config, capsys):
+    configure(Ranged, [config("share = 0.25\nbatch_size = 8"), "--folder=a\x1b[2J"])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["share", "0.25", "c.py:1"], ["folder", r"'a\x1b[2J'", "--folder=a\x1b[2J"]]
 
 
 def test_what_python_cannot_print_or_convert_is_refused(config):
