@@ -1,0 +1,66 @@
+"""What a script prints can neither end it nor command the terminal."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plumbing.terminal import printable, without_commands
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(body: str, redirect: str = "", **env: str) -> subprocess.CompletedProcess:
+    """`body` as the main of a script, run by a shell with `redirect` behind the command."""
+    code = f"import sys\nfrom plumbing.terminal import fail, run\ndef main():\n    {body}\nrun(main)"
+    return subprocess.run(["bash", "-c", f'"$0" -c "$1" {redirect}', sys.executable, code],
+                          cwd=ROOT, env=os.environ | env, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "ascii", "cp1252"])
+def test_no_character_ends_a_script(encoding):
+    """A Chinese Windows redirects output in GBK, which has no U+FFFD, no emoji and no U+23CE:
+    generation, answers and the sample line of every training died there."""
+    done = script("print('a \\ufffd \\U0001f642 \\u23ce b'); print('\\ufffd', file=sys.stderr)",
+                  PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"a ? ? ? b\n", b"?\n")
+
+
+def test_what_is_typed_in_another_encoding_does_not_end_a_script():
+    done = script("print(len(input()))", "<<< $'a\\xff'", PYTHONIOENCODING="utf-8")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"2\n", b"")
+
+
+@pytest.mark.parametrize("redirect", ["| head -1", "2>&1 | head -1"])
+@pytest.mark.parametrize("n", [3, 100_000])
+def test_a_reader_who_has_had_enough_is_no_error(n, redirect):
+    """`generate.py … | head` ended with a traceback, or with "Exception ignored" when all of it
+    was still in the buffer."""
+    done = script(f"for i in range({n}): print(i, flush=i % 2)",
+                  redirect + "; exit ${PIPESTATUS[0]}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"0\n", b"")
+    done = script(f"for i in range({n}): print(i, file=(sys.stdout, sys.stderr)[i % 2])",
+                  redirect + " >/dev/null; exit ${PIPESTATUS[0]}")
+    assert done.returncode == 0 and b"Error" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_a_stream_that_was_closed_is_no_error(closed):
+    done = script("sys.stdin.isatty(), sys.stdin.read(), sys.stdout.isatty(), print('a'); "
+                  "print('b', file=sys.stderr); raise SystemExit(7)", closed)
+    assert done.returncode == 7
+    assert done.stdout == (b"" if " >&-" in f" {closed}" else b"a\n")
+    assert done.stderr == (b"" if "2>&-" in closed else b"b\n")
+
+
+def test_a_mistake_keeps_its_line_and_its_exit_code():
+    done = script("print('a'); fail('no\\nsuch \\x1b[31mfile')", "| cat; exit ${PIPESTATUS[0]}")
+    assert (done.returncode, done.stdout) == (2, b"a\n")
+    assert done.stderr == b"no such \\x1b[31mfile\n"
+
+
+def test_text_from_outside_does_not_command_the_terminal():
+    """A model can write any byte, and so can whoever names a file: ESC [ 2 J clears the screen."""
+    assert printable("a\x1b[2J\r\n\u202eb 中\u3000🙂") == "a\\x1b[2J  \\u202eb 中 🙂"
+    assert without_commands("a\x1b[2J\r\n\tb\x9b1m\u202e 中\u3000🙂") == "a[2J\n\tb1m 中\u3000🙂"
