@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def script(body: str, redirect: str = "", **env: str) -> subprocess.CompletedProcess:
     """`body` as the main of a script, run by a shell with `redirect` behind the command."""
-    code = f"import sys\nfrom plumbing.terminal import fail, run\ndef main():\n    {body}\nrun(main)"
+    code = ("import sys\nfrom plumbing.terminal import fail, run\n"
+            f"def main():\n    {body}\nrun(main)")
     return subprocess.run(["bash", "-c", f'"$0" -c "$1" {redirect}', sys.executable, code],
                           cwd=ROOT, env=os.environ | env, capture_output=True, timeout=60)
 
