@@ -1,0 +1,194 @@
+"""What README and docs say is true: commands run as typed, from the state that a demo leaves; names,
+files and links exist; and the two READMEs show the same commands."""
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from notes import NOTES
+
+from configurator import configure
+from faults.lab import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
+PAGES = [*READMES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md"))]
+LINES = 250  # of a README, at most
+YOURS = {"texts", "texts/", "notes/", "chats.jsonl", "pairs.jsonl", "few.jsonl", "input.txt",
+         "rag_corpus.jsonl", "rag_queries.jsonl", "segments.jsonl", "log.jsonl"}  # a reader's files
+
+# Settings that make a command short; they come last, so they win.
+TINY = ("--max_steps=2 --warmup_steps=1 --batch_size=2 --log_every=1 --eval_every=9 --compile=False "
+        "--batch_tokens=512 --max_seq_len=256 --n_layer=1 --n_head=2 --n_kv_head=1 --n_embd=16 "
+        "--n_hidden=32 --eval_tokens=300 --sample_every=0 --eval_rows=2 --eval_answers=1 "
+        "--eval_pairs=2 --eval_samples=1 --eval_prompts=2 --prompts_per_step=2 --batch_pairs=2 "
+        "--group=2 --answer_tokens=4 --max_tokens=4 --workers=1 --limit=4 --device=cpu").split()
+ELSEWHERE = ("help", "key", "rdzv_conf", "max-restarts", "only")  # settings of no Config
+LONG = ("demo", "bench", "bench.gpu", "bench.rag", "demo.curves", "faults")  # settings looked at only
+WORLD = ("--n_train=200 --n_chat=60 --n_pairs=40 --n_rankings=40 --n_prompts=40 --n_val=40 "
+         "--max_chat_facts=2 --max_facts=2")
+
+
+def fences(path: Path, kind: str) -> list[str]:
+    """The text of each fence ```kind of a page."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The words of each command of a page, in its order. A line is a command."""
+    found = [shlex.split(line, comments=True) for block in fences(path, "sh")
+             for line in block.splitlines()]
+    return [words for words in found if words]
+
+
+def module_of(words: list[str]) -> tuple[str, list[str]]:
+    """(name of the module, its arguments) of a command of Python or torchrun."""
+    if words[:2] == ["python", "-m"]:
+        return words[2], words[3:]
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[at].removesuffix(".py"), words[at + 1:]
+
+
+def config_of(name: str) -> type:
+    """The settings of a script or a room."""
+    module = importlib.import_module(name)
+    if not hasattr(module, "Config"):
+        module = importlib.import_module(f"{name}.__main__")
+    return module.Config
+
+
+def resolve(words: list[str]) -> tuple[str, list[str]]:
+    """Module and arguments of a command whose file, config files and settings all exist."""
+    name, arguments = module_of(words)
+    assert (ROOT / f"{name.replace('.', '/')}.py").exists() or (ROOT / name).is_dir(), words
+    if name == "bench.estimate":  # takes the settings of train_pt.py as well
+        return name, arguments
+    known = name == "rag" or name == "faults" or [a for a in arguments if a.startswith("--") or
+                                                  a.endswith(".py")]
+    if known and name not in ("rag", "faults"):
+        configure(config_of(name), known, show=False)
+    return name, arguments
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> SimpleNamespace:
+    """A checkout in which a very small demo has run, and the files that a reader may bring along.
+    `run(words)` runs a command there, shortened: (exit code, what it said)."""
+    folder = tmp_path_factory.mktemp("home")
+    for path in ROOT.iterdir():
+        if path.name != "out" and not path.name.startswith("."):
+            (folder / path.name).symlink_to(path)
+    said = folder / "said"
+
+    def run(words: list[str]) -> tuple[int, str]:
+        if words[0] != "python":
+            done = subprocess.run(["bash", "-c", shlex.join(words).replace("'>'", ">")], cwd=folder,
+                                  capture_output=True, text=True)
+            return done.returncode, done.stdout + done.stderr
+        words, into = (words[:-2], words[-1]) if words[-2] == ">" else (words, "")
+        name, arguments = module_of(words)
+        module = importlib.import_module(name)
+        fields = getattr(module, "Config").__dataclass_fields__
+        arguments += [a for a in TINY if a[2:].partition("=")[0] in fields]
+        child = Run(name, arguments, said, lambda: (os.chdir(folder), os.close(0),
+                                                    os.open(os.devnull, os.O_RDONLY)))
+        code = child.wait(60)
+        if into:
+            shutil.copy(said, folder / into)
+        return code, child.text
+
+    out = SimpleNamespace(folder=folder, run=run)
+    micro = "--out_dir=out/demo"
+    for line in (f"python -m demo.world {WORLD} {micro}/world",
+                 "python tokenizer.py --input=out/demo/world/pt.jsonl --vocab_size=300 "
+                 "--out=out/demo/tokenizer.txt",
+                 "python data.py --input=out/demo/world/pt.jsonl --tokenizer=out/demo/tokenizer.txt "
+                 f"{micro}/data --val_fraction=0.1",
+                 *(f"python train_{stage}.py config/{stage}_micro.py"
+                   for stage in ("pt", "sft", "rm", "dpo", "rl"))):
+        code, text = run(line.split())
+        assert code == 0, line + "\n" + text[-2000:]
+    world = folder / "out/demo/world"
+    for name, mine in (("chat", "chats"), ("pairs", "pairs")):
+        shutil.copy(world / f"{name}.jsonl", folder / f"{mine}.jsonl")
+    texts = [json.loads(line)["text"] for line in open(world / "pt.jsonl", encoding="utf-8")]
+    (folder / "texts").mkdir()
+    shutil.copy(world / "pt.jsonl", folder / "texts/pages.jsonl")
+    (folder / "input.txt").write_text("\n".join(texts * 20), encoding="utf-8")
+    (folder / "notes").mkdir()
+    for name, text in NOTES.items():
+        (folder / "notes" / name).write_text(text, encoding="utf-8")
+    return out
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="runs commands in forked children")
+@pytest.mark.parametrize("page", [p for p in PAGES if p != READMES[1]], ids=lambda p: p.stem)
+def test_every_command_works_as_typed(page, home):
+    """Python's run, but for the long ones, of which files and settings are looked at; so are those
+    of torchrun, which other tests run."""
+    for words in commands(page):
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), words
+        elif words[0] in ("pip", "python3", ".", "export"):
+            assert words[1:2] != ["-r"] or (ROOT / words[2]).exists(), words
+        elif words[0] == "torchrun":
+            resolve(words)
+        elif words[:3] == ["python", "-m", "pytest"]:
+            assert all((ROOT / w.partition("::")[0]).exists() for w in words[3:4]), words
+        elif words[0] != "python" or resolve(words)[0] not in LONG:
+            code, text = home.run(words)
+            assert code == 0, f"{shlex.join(words)}: exit code {code}\n{text[-1500:]}"
+
+
+def test_both_readmes_are_short_and_show_the_same_commands():
+    for path in READMES:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES, path.name
+    english, chinese = map(commands, READMES)
+    assert english == chinese and len(english) > 20
+
+
+def test_every_link_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if "://" in target:
+                continue
+            name, _, anchor = target.partition("#")
+            path = page.parent / name if name else page
+            assert path.exists(), f"{page.name}: {target}"
+            heads = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in heads}
+            assert not anchor or anchor in slugs, f"{page.name}: {target}"
+
+
+def test_every_file_function_and_setting_that_is_named_exists():
+    """Seen to fail with a setting that is gone, a file in its old place and a function renamed."""
+    sources = [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts and "out" not in p.parts]
+    settings = set(re.findall(r"^    (\w+): [^=\n]+ = ", "".join(
+        p.read_text(encoding="utf-8") for p in sources), re.M)) | set(ELSEWHERE)
+    scripts = {p.stem for p in ROOT.glob("*.py")}
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        for code in re.findall(r"`([^`\n]+)`", text):
+            where = f"{page.name}: {code}"
+            if code.startswith("--"):
+                assert re.match(r"--([\w-]+)", code)[1] in settings, where
+            elif re.fullmatch(r"[\w./-]+(\.(py|md|txt|lock|jsonl|toml)|/)", code):
+                assert code in YOURS or code.startswith("out") or (ROOT / code).exists(), where
+            elif (m := re.fullmatch(r"(\w+)\.(\w+)", code)) and m[1] in scripts:
+                assert hasattr(importlib.import_module(m[1]), m[2]), where
+
+
+def test_what_an_exercise_changes_is_there_once():
+    for page, change in zip(READMES, (r"In `([\w.]+)`, change\s`([^`]+)`",
+                                      r"把 `([\w.]+)` 里的 `([^`]+)`")):
+        found = re.findall(change, page.read_text(encoding="utf-8"))
+        assert len(found) >= 3, page.name
+        for file, code in found:
+            assert (ROOT / file).read_text(encoding="utf-8").count(code) == 1, (file, code)
