@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from notes import NOTES
@@ -58,62 +57,53 @@ def module_of(words: list[str]) -> tuple[str, list[str]]:
 
 def config_of(name: str) -> type:
     """The settings of a script or a room."""
-    module = importlib.import_module(name)
-    if not hasattr(module, "Config"):
-        module = importlib.import_module(f"{name}.__main__")
-    return module.Config
+    return importlib.import_module(f"{name}.__main__" if (ROOT / name).is_dir() else name).Config
 
 
 def resolve(words: list[str]) -> tuple[str, list[str]]:
     """Module and arguments of a command whose file, config files and settings all exist."""
     name, arguments = module_of(words)
     assert (ROOT / f"{name.replace('.', '/')}.py").exists() or (ROOT / name).is_dir(), words
-    if name == "bench.estimate":  # takes the settings of train_pt.py as well
-        return name, arguments
-    known = name == "rag" or name == "faults" or [a for a in arguments if a.startswith("--") or
-                                                  a.endswith(".py")]
-    if known and name not in ("rag", "faults"):
-        configure(config_of(name), known, show=False)
+    if name not in ("bench.estimate", "bench.rag", "faults"):  # which read their words otherwise
+        words = [a for a in arguments if a.startswith("--") or a.endswith(".py")]
+        configure(config_of(name), words, show=False)
     return name, arguments
 
 
+def run(words: list[str], folder: Path) -> tuple[int, str]:
+    """Run a command in a folder, shortened: (exit code, what it said)."""
+    if words[0] != "python":
+        done = subprocess.run(["bash", "-c", shlex.join(words).replace("'>'", ">")], cwd=folder,
+                              capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    def before() -> None:
+        os.chdir(folder)
+        sys.stdin = open(os.devnull)  # a chat ends at once
+
+    words, into = (words[:-2], words[-1]) if words[-2] == ">" else (words, "said")
+    name, arguments = module_of(words)
+    fields = config_of(name).__dataclass_fields__ if name != "bench.estimate" else {}
+    short = [a for a in TINY if a[2:].partition("=")[0] in fields]
+    child = Run(name, arguments + short, folder / into, before)
+    return child.wait(60), child.text
+
+
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> SimpleNamespace:
-    """A checkout in which a very small demo has run, and the files that a reader may bring along.
-    `run(words)` runs a command there, shortened: (exit code, what it said)."""
-    folder = tmp_path_factory.mktemp("home")
+def demo(tmp_path_factory) -> Path:
+    """A checkout in which a very small demo has run, and the files that a reader may bring along."""
+    folder = tmp_path_factory.mktemp("demo")
     for path in ROOT.iterdir():
         if path.name != "out" and not path.name.startswith("."):
             (folder / path.name).symlink_to(path)
-    said = folder / "said"
-
-    def run(words: list[str]) -> tuple[int, str]:
-        if words[0] != "python":
-            done = subprocess.run(["bash", "-c", shlex.join(words).replace("'>'", ">")], cwd=folder,
-                                  capture_output=True, text=True)
-            return done.returncode, done.stdout + done.stderr
-        words, into = (words[:-2], words[-1]) if words[-2] == ">" else (words, "")
-        name, arguments = module_of(words)
-        module = importlib.import_module(name)
-        fields = getattr(module, "Config").__dataclass_fields__
-        arguments += [a for a in TINY if a[2:].partition("=")[0] in fields]
-        child = Run(name, arguments, said, lambda: (os.chdir(folder), os.close(0),
-                                                    os.open(os.devnull, os.O_RDONLY)))
-        code = child.wait(60)
-        if into:
-            shutil.copy(said, folder / into)
-        return code, child.text
-
-    out = SimpleNamespace(folder=folder, run=run)
-    micro = "--out_dir=out/demo"
-    for line in (f"python -m demo.world {WORLD} {micro}/world",
+    for line in (f"python -m demo.world --out_dir=out/demo/world {WORLD}",
                  "python tokenizer.py --input=out/demo/world/pt.jsonl --vocab_size=300 "
                  "--out=out/demo/tokenizer.txt",
                  "python data.py --input=out/demo/world/pt.jsonl --tokenizer=out/demo/tokenizer.txt "
-                 f"{micro}/data --val_fraction=0.1",
+                 "--out_dir=out/demo/data --val_fraction=0.1",
                  *(f"python train_{stage}.py config/{stage}_micro.py"
                    for stage in ("pt", "sft", "rm", "dpo", "rl"))):
-        code, text = run(line.split())
+        code, text = run(line.split(), folder)
         assert code == 0, line + "\n" + text[-2000:]
     world = folder / "out/demo/world"
     for name, mine in (("chat", "chats"), ("pairs", "pairs")):
@@ -125,7 +115,13 @@ def home(tmp_path_factory) -> SimpleNamespace:
     (folder / "notes").mkdir()
     for name, text in NOTES.items():
         (folder / "notes" / name).write_text(text, encoding="utf-8")
-    return out
+    return folder
+
+
+@pytest.fixture
+def home(demo, tmp_path) -> Path:
+    """The same for one page only: what its commands write is gone for the next."""
+    return Path(shutil.copytree(demo, tmp_path / "home", symlinks=True))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs commands in forked children")
@@ -143,7 +139,7 @@ def test_every_command_works_as_typed(page, home):
         elif words[:3] == ["python", "-m", "pytest"]:
             assert all((ROOT / w.partition("::")[0]).exists() for w in words[3:4]), words
         elif words[0] != "python" or resolve(words)[0] not in LONG:
-            code, text = home.run(words)
+            code, text = run(words, home)
             assert code == 0, f"{shlex.join(words)}: exit code {code}\n{text[-1500:]}"
 
 
