@@ -1,5 +1,7 @@
-# make demo: a small bilingual model, from nothing to its first words.    make test: the tests.
-# make reliability: what the scripts survive, into docs/reliability.md.
+# make demo         train a small bilingual model, from nothing to answers about your notes
+# make test         run the tests; make test-all: the slow ones, too
+# make lint         run ruff and mypy
+# make reliability  break the scripts on purpose and write docs/reliability.md
 PY = .venv/bin/python
 
 .PHONY: demo test reliability test-all lint

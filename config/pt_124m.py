@@ -2,9 +2,10 @@
 124M parameters, the size of GPT-2 small, on 10B tokens of your own text.
 
     torchrun --nproc_per_node=8 train_pt.py config/pt_124m.py --data_dir=DIR
+    python train_pt.py config/pt_124m.py --data_dir=DIR
 
-Hardware: one node of 8 GPUs (not tried). A single GPU runs it too, with the same updates, an H100
-at 240,000 tokens/s: python train_pt.py config/pt_124m.py
+Both commands make the same updates. One H100 learns from 240,000 tokens a second (docs/results.md),
+so 10B tokens take it twelve hours. Eight GPUs were not tried.
 """
 data_dir = "out/124m/data"
 out_dir = "out/124m/pt"

@@ -3,8 +3,8 @@
 
     torchrun --nproc_per_node=8 train_pt.py config/pt_7b.py --data_dir=DIR
 
-Needs 8 GPUs of 80 GB: 34.5 GB of each, by formula (python -m bench.estimate config/pt_7b.py). Not run
-at this size; tests/test_large.py runs this file with small ones.
+It needs 8 GPUs of 80 GB and fills 34.5 GB of each (python -m bench.estimate config/pt_7b.py).
+Nobody has run it at this size; tests/test_large.py runs this file with small ones.
 """
 data_dir = "out/7b/data"
 out_dir = "out/7b/pt"

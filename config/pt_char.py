@@ -1,11 +1,14 @@
 """
-Characters of a small text of your own (an input.txt of a megabyte), the size and a third of the
-budget of nanoGPT's laptop run: 4 layers, width 128, windows of 64, 12 windows a step.
+Characters of a small text of your own, an input.txt of a megabyte. 2 CPU cores.
 
     python tokenizer.py --input=input.txt --kind=char --out=out/char/tokenizer.txt
     python data.py --input=input.txt --tokenizer=out/char/tokenizer.txt \\
                    --out_dir=out/char/data --val_fraction=0.1
     python train_pt.py config/pt_char.py
+
+The model has the size of nanoGPT's laptop run (4 layers, width 128, windows of 64, 12 windows a
+step) and takes a third of its steps. On tiny Shakespeare the validation loss ends at 1.55
+(docs/results.md).
 """
 data_dir = "out/char/data"
 out_dir = "out/char/pt"

@@ -3,7 +3,7 @@
 
     python train_pt.py config/pt_small.py --data_dir=DIR
 
-Not measured to its end; `config/pt_hour.py` is the size that wins in an hour on 2 CPU cores.
+Nobody has run it to its end. On 2 CPU cores config/pt_hour.py learns more in an hour.
 """
 data_dir = "out/real/data"
 out_dir = "out/real/pt_small"

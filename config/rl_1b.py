@@ -3,8 +3,8 @@ Reinforcement learning of the 1B SFT model on the 1B reward model.
 
     torchrun --nproc_per_node=8 train_rl.py config/rl_1b.py --data=prompts.jsonl
 
-Hardware: one node of 8 GPUs with 80 GB (not measured); policy, reference and reward model are held
-together, 24 GB before activations.
+For a node of 8 GPUs with 80 GB; not tried. Each GPU holds policy, reference and reward model at
+once, 24 GB before activations.
 """
 init_from = "out/1b/sft"
 reward_from = "out/1b/rm"

@@ -4,8 +4,9 @@ Reinforcement learning of the model of config/sft_hour.py on the reward model of
 
     python train_rl.py config/rl_hour.py --data=pairs.jsonl
 
-A file of pairs serves as a file of prompts. The reward model is small and easily fooled: the price
-of leaving the reference is high.
+A file of pairs serves as a file of prompts. The reward model is small and easily fooled, so the
+pull towards the reference is strong. The model learns to end its answers, not to please
+(docs/results.md).
 """
 init_from = "out/real/sft"
 reward_from = "out/real/rm"

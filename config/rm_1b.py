@@ -3,7 +3,7 @@ The reward model on top of the 1B SFT model.
 
     torchrun --nproc_per_node=8 train_rm.py config/rm_1b.py --data=pairs.jsonl
 
-Hardware: one node of 8 GPUs with 80 GB (not measured). One epoch: a second usually overfits.
+For a node of 8 GPUs with 80 GB; not tried. Every pair is seen once: a second time usually overfits.
 """
 init_from = "out/1b/sft"
 out_dir = "out/1b/rm"

@@ -1,8 +1,9 @@
 """
-Fine-tuning on real chats after config/pt_hour.py, on a laptop. 5M parameters, 2 CPU cores, half an
-hour.
+Fine-tuning of the model of config/pt_hour.py on real chats. 2 CPU cores, half an hour.
 
     python train_sft.py config/sft_hour.py --data=chats.jsonl
+
+After it 75 % of the English and 40 % of the Chinese answers end by themselves (docs/results.md).
 """
 init_from = "out/real/pt"
 pt_data = "out/real/data"

@@ -1,5 +1,5 @@
-"""What README and docs say is true: commands run as typed, from the state that a demo leaves; names,
-files and links exist; and the two READMEs show the same commands."""
+"""What README and docs say is true: commands run as typed, from the state that a demo leaves;
+names, files and links exist; and the two READMEs show the same commands."""
 import importlib
 import json
 import os
@@ -24,13 +24,14 @@ YOURS = {"texts", "texts/", "notes/", "chats.jsonl", "pairs.jsonl", "few.jsonl",
          "rag_corpus.jsonl", "rag_queries.jsonl", "segments.jsonl", "log.jsonl"}  # a reader's files
 
 # Settings that make a command short; they come last, so they win.
-TINY = ("--max_steps=2 --warmup_steps=1 --batch_size=2 --log_every=1 --eval_every=9 --compile=False "
-        "--batch_tokens=512 --max_seq_len=256 --n_layer=1 --n_head=2 --n_kv_head=1 --n_embd=16 "
-        "--n_hidden=32 --eval_tokens=300 --sample_every=0 --eval_rows=2 --eval_answers=1 "
-        "--eval_pairs=2 --eval_samples=1 --eval_prompts=2 --prompts_per_step=2 --batch_pairs=2 "
-        "--group=2 --answer_tokens=4 --max_tokens=4 --workers=1 --limit=4 --device=cpu").split()
+TINY = ("--max_steps=2 --warmup_steps=1 --batch_size=2 --log_every=1 --eval_every=9 "
+        "--compile=False --batch_tokens=512 --max_seq_len=256 --n_layer=1 --n_head=2 "
+        "--n_kv_head=1 --n_embd=16 --n_hidden=32 --eval_tokens=300 --sample_every=0 "
+        "--eval_rows=2 --eval_answers=1 --eval_pairs=2 --eval_samples=1 --eval_prompts=2 "
+        "--prompts_per_step=2 --batch_pairs=2 --group=2 --answer_tokens=4 --max_tokens=4 "
+        "--workers=1 --limit=4 --device=cpu").split()
 ELSEWHERE = ("help", "key", "rdzv_conf", "max-restarts", "only")  # settings of no Config
-LONG = ("demo", "bench", "bench.gpu", "bench.rag", "demo.curves", "faults")  # settings looked at only
+LONG = ("demo", "bench", "bench.gpu", "bench.rag", "demo.curves", "faults")  # not run here
 WORLD = ("--n_train=200 --n_chat=60 --n_pairs=40 --n_rankings=40 --n_prompts=40 --n_val=40 "
          "--max_chat_facts=2 --max_facts=2")
 
@@ -91,7 +92,7 @@ def run(words: list[str], folder: Path) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
-    """A checkout in which a very small demo has run, and the files that a reader may bring along."""
+    """A checkout in which a very small demo has run, and files that a reader may bring along."""
     folder = tmp_path_factory.mktemp("demo")
     for path in ROOT.iterdir():
         if path.name != "out" and not path.name.startswith("."):
@@ -99,8 +100,8 @@ def demo(tmp_path_factory) -> Path:
     for line in (f"python -m demo.world --out_dir=out/demo/world {WORLD}",
                  "python tokenizer.py --input=out/demo/world/pt.jsonl --vocab_size=300 "
                  "--out=out/demo/tokenizer.txt",
-                 "python data.py --input=out/demo/world/pt.jsonl --tokenizer=out/demo/tokenizer.txt "
-                 "--out_dir=out/demo/data --val_fraction=0.1",
+                 "python data.py --input=out/demo/world/pt.jsonl --out_dir=out/demo/data "
+                 "--tokenizer=out/demo/tokenizer.txt --val_fraction=0.1",
                  *(f"python train_{stage}.py config/{stage}_micro.py"
                    for stage in ("pt", "sft", "rm", "dpo", "rl"))):
         code, text = run(line.split(), folder)
