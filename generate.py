@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from plumbing import checkpoint
 from configurator import configure, fail
-from model import KVCache, ModelConfig, Transformer
+from model import KVCache, Transformer
+from plumbing.loading import load_model
 from tokenizer import StreamDecoder, Tokenizer, render
 
 
@@ -149,30 +149,6 @@ def complete(model: Transformer, tok: Tokenizer, prompts: list[list[int]], max_t
     stop = settings.get("stop", ())
     return [tok.decode([token for token in reply if token not in stop])
             for reply in replies(model, prompts, max_tokens, **settings)]
-
-
-def load_model(where: str, device: torch.device,
-               dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a checkpoint, ready to write. Raises ValueError naming the file."""
-    state, path = checkpoint.load(where, device)
-    if state.get("kind") == "rm":
-        raise ValueError(f"{path}: a reward model gives scores, it cannot write; give a checkpoint "
-                         "of another stage")
-    try:
-        with torch.device("meta"):
-            model = Transformer(ModelConfig(**state["model_config"]))
-        model.load_state_dict(state["model"], assign=True)
-        tok = Tokenizer(state["tokenizer"], str(path))
-        if tok.n_vocab != model.config.vocab_size:
-            raise ValueError(f"{path}: its tokenizer has {tok.n_vocab:,} tokens, its model "
-                             f"{model.config.vocab_size:,}")
-        model.kind, model.path = state["kind"], str(path)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: holds no language model of this program: "
-                         f"{str(error)[:200]}") from None
-    if model.config.tied:  # assigning has made two parameters of the one matrix
-        model.lm_head.weight = model.embed_tokens.weight
-    return model.to(dtype).eval(), tok
 
 
 def read_prompts(cfg: Config) -> list[str]:

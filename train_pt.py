@@ -5,104 +5,78 @@ Pre-training: learn to predict the next token of text.
 
     python train_pt.py config/pt_micro.py                                  a laptop
     torchrun --nproc_per_node=8 train_pt.py config/pt_1b.py                8 GPUs
-    python train_pt.py config/pt_micro.py --resume                         go on after a stop
-    python train_pt.py --eval_only --init_from=out/pt --data_dir=DIR       judge a model on a text
+    python train_pt.py config/pt_micro.py --resume                         continue after a stop
+    python train_pt.py --eval_only --init_from=out/pt --data_dir=DIR       score a model on a text
 
-An optimizer step sees `batch_tokens` tokens, whatever the number of processes: each takes its rows
-of the batch in portions of `batch_size` and adds up their gradients. Radford et al. 2019;
-hyper-parameters after Touvron et al. 2023 (AdamW) and Jordan et al. 2024 (Muon).
+An optimizer step reads `batch_tokens` tokens: each process takes its share of the windows,
+`batch_size` at a time, and adds up their gradients (Radford et al. 2019, Touvron et al. 2023).
 """
-# same in every train_*.py: early signals
 from plumbing import interrupts
-
-if __name__ == "__main__":  # a stop during the imports below must end them without a traceback
-    interrupts.end_quietly()
-# end same
+interrupts.end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch import Tensor
 
-from plumbing import checkpoint
-from plumbing import runtime
-from plumbing import sharding
-from configurator import configure
-from plumbing.costs import count_parameters, flops_per_token, training_memory
-from data import IGNORE, TokenFile, Windows, prefetch, hash64, open_data, passages
-from generate import complete, load_model
-from model import ModelConfig, Transformer
+from configurator import Count, FilePath, Natural, NotNegative, Positive, configure
+from data import IGNORE, TokenFile, Windows, hash64, open_data, passages, prefetch
+from generate import complete
+from model import ModelConfig, Transformer, token_logps
+from plumbing import checkpoint, runtime, sharding
+from plumbing.costs import count_parameters, flops_per_token, memory_line, peak_line
+from plumbing.loading import load_model
+from plumbing.log import Log, describe_run
+from plumbing.optim import make_optimizers, set_learning_rate
 from plumbing.runtime import Dist, all_sum, print0
+from plumbing.terminal import run
 from tokenizer import Tokenizer
 
-KIND = "pt"  # of checkpoint
+KIND = "pt"  # stage that the checkpoints name
 
 
 @dataclass(frozen=True)
-class Config:
-    data_dir: str = "out/toyworld/data"  # folder written by data.py
-    out_dir: str = "out/pt"  # checkpoints and log.jsonl go here
-    resume: bool = False  # go on from the newest checkpoint in out_dir
-    init_from: str = ""  # checkpoint (file or folder) to take the weights from
-    eval_only: bool = False  # only print loss and bits per byte of the data, by --init_from
+class Config(runtime.Settings):
+    data_dir: FilePath = "out/toyworld/data"  # folder written by data.py
+    out_dir: FilePath = "out/pt"  # checkpoints and log.jsonl go here
+    eval_only: bool = False  # do not train: score the data with --init_from
     split: Literal["val", "train", "all"] = "val"  # part of the data that --eval_only scores
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # query heads
-    n_kv_head: int = 2  # key and value heads, each shared by n_head / n_kv_head query heads
-    n_embd: int = 64  # width
-    head_dim: int | None = None  # width of a head; None: n_embd / n_head
-    n_hidden: int | None = None  # width of the SwiGLU; None: 8/3 n_embd, up to a multiple of 32
-    max_seq_len: int = 128  # tokens in a window
-    rope_theta: float = 10_000.0  # longest wavelength of the positions, over 2 pi
+    n_layer: Count = 4  # blocks
+    n_head: Count = 4  # query heads
+    n_kv_head: Count = 2  # key and value heads, each shared by n_head / n_kv_head query heads
+    n_embd: Count = 64  # width; a head has n_embd / n_head of it
+    n_hidden: Count | None = None  # width of the SwiGLU; None: 8/3 n_embd, up to a multiple of 32
+    max_seq_len: Count = 128  # tokens in a window
+    rope_theta: Positive = 10_000.0  # longest wavelength of the positions, over 2 pi
     tied: bool = True  # the embedding is the output head too
-    batch_tokens: int = 4096  # tokens an optimizer step learns from
-    batch_size: int = 32  # windows a process puts through the model at once
-    max_steps: int = 1000  # optimizer steps
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, else AdamW
-    learning_rate: float = 1e-2  # of AdamW
-    muon_lr: float = 0.02  # of Muon: length of a step, relative to an orthogonal matrix
-    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
-    warmup_steps: int = 50  # steps of linear warm-up
-    final_lr: float = 0.1  # learning rate at the end, as a share
-    decay_fraction: float = 0.2  # wsd: share of the steps that decays
-    weight_decay: float = 0.1  # of matrices
-    adam_beta1: float = 0.9  # AdamW: memory of the mean gradient
-    adam_beta2: float = 0.95  # AdamW: memory of its square
-    grad_clip: float = 1.0  # largest norm of the gradient
-    eval_every: int = 250  # steps between validations
-    eval_tokens: int = 100_000  # tokens per language in a validation; the last reads everything
-    save_every: int = 250  # steps between checkpoints
-    log_every: int = 10  # steps between log lines
-    sample_every: int = 500  # steps between samples; 0: none
-    sample_tokens: int = 60  # length of a sample
-    seed: int = 0  # of the weights and the order of the data
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # activations; auto: bfloat16 on cuda
-    shard: bool = False  # each process keeps a part of every matrix (FSDP2), else all of them (DDP)
-    recompute: bool = False  # keep a block's input only and run it again: less memory, more work
+    batch_tokens: Count = 4096  # tokens an optimizer step learns from
+    batch_size: Count = 32  # windows that a process puts through the model at once
+    max_steps: Count = 1000  # optimizer steps
+    learning_rate: Positive = 1e-2  # of AdamW
+    warmup_steps: Natural = 50  # steps of linear warm-up
+    weight_decay: NotNegative = 0.1  # of matrices
+    eval_every: Count = 250  # steps between validations
+    eval_tokens: Count = 100_000  # tokens per language in a validation; the last one reads all
+    save_every: Count = 250  # steps between checkpoints
+    sample_every: Natural = 500  # steps between samples; 0: none
+    sample_tokens: Count = 60  # length of a sample
     compile: bool = False  # torch.compile: faster steps after a slow start
-    verify: Literal["auto", "full", "fast"] = "auto"  # hash the data: up to 1 GB, always, never
-    dist_timeout: float = 120.0  # seconds without word from another process that end the run
 
 
 def pt_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """-sum log P(target) over all targets but IGNORE, a scalar. hidden (B, T, C), head (V, C),
-    targets (B, T). The (B T, V) logits exist only a chunk at a time: they would be the largest
-    tensor of the run."""
-    return F.linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten(), reduction="sum",
-                                  options=runtime.logits_at_once(head))
+    """-sum log P(target), a scalar; divided by the number of targets it is L_PT. hidden (B, T, C)
+    are the model's last states, head (V, C) its output matrix, targets (B, T) the next tokens."""
+    return -token_logps(hidden, head, targets, reduction="sum")
 
 
 @torch.no_grad()
 def evaluate(model: Transformer, files: list[TokenFile], tok_bytes: Tensor, batch_size: int,
              dist: Dist, max_tokens: int | None) -> dict[str, tuple[float, float]]:
-    """(nats per token, bits per byte of UTF-8 text) of each language; each rank takes its share of
-    the windows. The cost of ending a document is in, with no bytes of its own."""
+    """(nats per token, bits per byte of UTF-8 text) of each language. A nat is a factor of e in
+    probability, a bit one of 2. Bits per byte compare models with different tokenizers. Each
+    process takes its share of the windows."""
     model.eval()
     length = model.config.max_seq_len
     sums = {lang: torch.zeros(3, dtype=torch.float64) for lang in sorted({f.lang for f in files})}
@@ -128,80 +102,36 @@ def score_line(scores: dict[str, tuple[float, float]]) -> str:
                       for lang, (nats, bpb) in scores.items())
 
 
-# same in every train_*.py: optimizers
-def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer]:
-    """AdamW for all that is learnt, or Muon for the matrices inside the blocks and AdamW for the
-    rest. Matrices decay, but for an embedding that is no head too: its rows would fade between the
-    few tokens that teach them. Each group remembers its full learning rate as `base`."""
-    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    muon = [p for name, p in learnt.items() if cfg.optimizer == "muon" and "layers." in name
-            and p.dim() == 2]
-    rest = {name: p for name, p in learnt.items() if all(p is not m for m in muon)}
-    # a tied head is the embedding by another name, which named_parameters leaves out
-    untied = any("lm_head" in name for name, _ in model.named_parameters())
-
-    def decays(name: str) -> bool:
-        return rest[name].dim() == 2 and not (untied and "embed_tokens" in name)
-    groups = [{"params": [p for name, p in rest.items() if decays(name) == yes],
-               "weight_decay": cfg.weight_decay * yes} for yes in (True, False)]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
-        groups, lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-8,
-        fused=True)]
-    if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
-    for group in all_groups(optimizers):
-        group["base"] = group["lr"]
-    return optimizers
-
-
-def all_groups(optimizers: list[torch.optim.Optimizer]) -> Iterator[dict]:
-    for optimizer in optimizers:
-        yield from optimizer.param_groups
-# end same
-
-
 def shape(cfg: Config, vocab_size: int) -> ModelConfig:
-    """The model that the flat settings describe. Raises ValueError if they do not fit together."""
-    if cfg.head_dim is None and cfg.n_embd % cfg.n_head:
-        raise ValueError(f"n_embd {cfg.n_embd} must be a multiple of n_head {cfg.n_head}, "
-                         "or set head_dim")
+    """The model that the settings describe. Raises ValueError if they do not fit together."""
+    if cfg.n_embd % cfg.n_head:
+        raise ValueError(f"n_embd {cfg.n_embd} must be a multiple of n_head {cfg.n_head}")
     return ModelConfig(
         vocab_size, cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.n_embd,
-        head_dim=cfg.head_dim or cfg.n_embd // cfg.n_head,
-        n_hidden=cfg.n_hidden or -(-8 * cfg.n_embd // 96) * 32,
+        head_dim=cfg.n_embd // cfg.n_head, n_hidden=cfg.n_hidden or -(-8 * cfg.n_embd // 96) * 32,
         max_seq_len=cfg.max_seq_len, rope_theta=cfg.rope_theta, tied=cfg.tied)
 
 
 def check(cfg: Config, world: int) -> int:
-    """Micro-steps per optimizer step. Raises ValueError for settings that cannot be met."""
+    """Micro-steps in an optimizer step. Raises ValueError for settings that do not fit together."""
     unit = cfg.batch_size * world * cfg.max_seq_len
-    if cfg.batch_tokens % unit or cfg.batch_tokens < unit:
+    if cfg.batch_tokens % unit:
         raise ValueError(f"batch_tokens {cfg.batch_tokens} must be a multiple of batch_size x "
                          f"processes x max_seq_len = {cfg.batch_size} x {world} x "
                          f"{cfg.max_seq_len} = {unit}; try "
                          f"{max(1, round(cfg.batch_tokens / unit)) * unit}")
-    for name in ("max_steps", "eval_every", "eval_tokens", "save_every", "log_every",
-                 "sample_tokens"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
-    if not 0 <= cfg.warmup_steps < cfg.max_steps:
+    if cfg.warmup_steps >= cfg.max_steps:
         raise ValueError(f"warmup_steps {cfg.warmup_steps} must be less than max_steps "
                          f"{cfg.max_steps}")
-    if min(cfg.learning_rate, cfg.muon_lr, cfg.grad_clip) <= 0:
-        raise ValueError("learning_rate, muon_lr and grad_clip must be positive")
     return cfg.batch_tokens // unit
 
 
-def weights(model: Transformer, tensors: dict[str, Tensor]) -> dict:
-    return {"model": tensors}
-
-
 def judge(cfg: Config, dist: Dist) -> None:
-    """--eval_only: the whole split scored by a finished model, whose shape the checkpoint knows."""
+    """--eval_only: score a whole split with a finished model, whose shape the checkpoint knows."""
     if not cfg.init_from:
         raise ValueError("--eval_only needs --init_from=CHECKPOINT, the model to judge")
     model, model_tok = load_model(cfg.init_from, dist.device, torch.float32)
-    tok, splits = open_data(cfg.data_dir, cfg.verify)
+    tok, splits = open_data(cfg.data_dir)
     if tok.sha256 != model_tok.sha256:
         raise ValueError(f"{cfg.data_dir}: prepared with another tokenizer than {model_tok.name}'s")
     files = splits["val"] + splits["train"] if cfg.split == "all" else splits[cfg.split]
@@ -214,13 +144,13 @@ def start_from(where: str, model: Transformer, tok: Tokenizer) -> None:
     state, path = checkpoint.load(where)
     if state["kind"] == "rm":
         raise ValueError(f"{path}: is a checkpoint of stage rm, not of {KIND}")
-    checkpoint.fits(path, state, tok.text, asdict(model.config))
+    checkpoint.fits(path, state, tok.text, sharding.shape_of(model))
     sharding.load_model(model, state["model"])
     print0(f"loaded {path}")
 
 
 def write_samples(model: Transformer, tok: Tokenizer, files: list[TokenFile], cfg: Config) -> None:
-    """Show how the model goes on from the first tokens of a validation text of each language."""
+    """Show how the model continues the first tokens of a validation text of each language."""
     for file in files:
         start = [int(i) for i in file.ids[:8]]
         start = start[:start.index(tok.endoftext)] if tok.endoftext in start else start
@@ -231,32 +161,26 @@ def write_samples(model: Transformer, tok: Tokenizer, files: list[TokenFile], cf
 
 
 def train(cfg: Config, dist: Dist) -> None:
-    tok, splits = open_data(cfg.data_dir, cfg.verify)
+    tok, splits = open_data(cfg.data_dir)
     accumulate = check(cfg, dist.world)
     config, max_steps = shape(cfg, tok.n_vocab), cfg.max_steps
-    print0(runtime.describe_run(dist))
-    print0(runtime.memory_line(training_memory(
-        config, cfg.batch_size, cfg.max_seq_len, accumulate, dist.dtype.itemsize,
-        shards=dist.world if cfg.shard else 1, recompute=cfg.recompute,
-        muon=cfg.optimizer == "muon"), dist))
+    print0(describe_run(dist))
+    print0(memory_line(cfg, dist, config, cfg.batch_size, cfg.max_seq_len, accumulate))
     torch.manual_seed(cfg.seed)
     model = Transformer(config)
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute, cfg.compile)
     optimizers = make_optimizers(model, cfg)
     data_id = hash64(*(file.sha256 for file in splits["train"]))
-    first, state = checkpoint.restore(cfg, KIND, optimizers, tok.text, asdict(config), data_id)
-    if state:
-        sharding.load(model, optimizers, state)
-    elif cfg.init_from:
+    first = sharding.resume(cfg, KIND, model, optimizers, tok, data_id)
+    if not first and cfg.init_from:
         start_from(cfg.init_from, model, tok)
     windows = Windows(splits["train"], cfg.max_seq_len, cfg.seed)
     rows = cfg.batch_tokens // cfg.max_seq_len  # windows in an optimizer step, of all processes
-    flops = flops_per_token(config, cfg.max_seq_len)
+    flops, tok_bytes = flops_per_token(config, cfg.max_seq_len), torch.tensor(tok.token_bytes())
     print0(f"{count_parameters(config):,} parameters, {flops:,} FLOPs per token; {windows.n:,} "
-           f"windows of {cfg.max_seq_len} tokens, {rows * cfg.max_steps / windows.n:.2f} epochs")
-    tok_bytes = torch.tensor(tok.token_bytes())
-    log = runtime.Log(cfg.out_dir, dist, first, cfg.max_steps, cfg.batch_tokens, flops)
-    # the windows of a step, of all processes, stand side by side: its start is step x rows
+           f"windows of {cfg.max_seq_len} tokens, {rows * max_steps / windows.n:.2f} epochs")
+    log = Log(cfg, dist, first, max_steps, cfg.batch_tokens, flops)
+    # the windows of a step, of all processes, stand side by side: its first one is step x rows
     batches = prefetch(windows.batch, (
         (step * rows + (micro_step * dist.world + dist.rank) * cfg.batch_size, cfg.batch_size)
         for step in range(first, max_steps) for micro_step in range(accumulate)))
@@ -264,42 +188,35 @@ def train(cfg: Config, dist: Dist) -> None:
 
     for step in range(first, max_steps + 1):
         last = step == max_steps
+        # Evaluate at the start, every few steps, and at the end.
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
             with sharding.unsharded(model, dist):
                 scores = evaluate(model, splits["val"], tok_bytes, cfg.batch_size, dist,
                                   None if last else cfg.eval_tokens)
             print0(f"val at step {step:,} | {score_line(scores)}")
-            log.write(step=step, val={k: {"loss": a, "bits_per_byte": b}
-                                      for k, (a, b) in scores.items()})
+            log.write(step=step, val={lang: {"loss": nats, "bits_per_byte": bits}
+                                      for lang, (nats, bits) in scores.items()})
         if cfg.sample_every and (last or (step % cfg.sample_every == 0 and step > first)):
             with sharding.unsharded(model, dist):
                 if dist.rank == 0:
                     write_samples(model, tok, splits["val"], cfg)
 
         # same in every train_*.py: save
+        # Save, also when a signal asks the run to stop; then leave.
         if last or stopping or (step % cfg.save_every == 0 and step > first):
-            tensors, moments = sharding.gather(model, optimizers)  # by all processes
-            if dist.rank == 0:
-                path = checkpoint.save(cfg.out_dir, step, {
-                    "format": 1, "kind": KIND, "step": step, **weights(model, tensors),
-                    "optimizer": moments, "model_config": asdict(config),
-                    "config": asdict(cfg), "tokenizer": tok.text, "data": data_id})
-                print0(f"saved {path}")
+            sharding.save(cfg, KIND, step, model, optimizers, tok, data_id, dist)
             log.start_clock()
         if last or stopping:
             break
         # end same
 
-        # same in every train_*.py: learning rate
-        lr = runtime.lr_factor(step, max_steps, cfg.warmup_steps, cfg.schedule, cfg.final_lr,
-                               cfg.decay_fraction)
-        for group in all_groups(optimizers):
-            group["lr"] = group["base"] * lr
-        # end same
+        # Set the learning rate.
+        lr = set_learning_rate(optimizers, cfg, step, max_steps)
+        # Add up the gradients of the step's windows, a portion at a time.
         loss = torch.zeros((), device=dist.device)
         for micro_step in range(accumulate):
             x, y = (t.to(dist.device) for t in next(batches))
-            sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once
+            sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once a step is enough
             with dist.autocast():
                 part = pt_loss(net(x, hidden=True), model.lm_head.weight, y) / cfg.batch_tokens
             (part * dist.world).backward()  # DDP takes the mean over processes, the loss is a sum
@@ -307,6 +224,7 @@ def train(cfg: Config, dist: Dist) -> None:
         samples = f"windows {step * rows:,} to {(step + 1) * rows - 1:,}"
 
         # same in every train_*.py: step
+        # Step, unless the gradient is not finite.
         norm = sharding.clip_gradients(net, cfg.grad_clip)
         total, stops = all_sum(dist, loss, float(bool(signals.name)))
         stopping = stops > 0
@@ -316,24 +234,17 @@ def train(cfg: Config, dist: Dist) -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
         # end same
-        log.write(step=step, loss=total, lr=lr * cfg.learning_rate, norm=norm)
-        if (step + 1) % cfg.log_every == 0:
-            log.line(step + 1, total, lr * cfg.learning_rate, norm)
+        log.step(step, total, lr, norm)
 
     if stopping:
-        print0(f"stopped by {signals.name or 'a signal to another process'} at step {step:,}; "
-               f"go on with: {runtime.resume_command()}")
-    print0(runtime.peak_line(dist))
+        signals.report(step)
+    print0(peak_line(dist))
 
 
-@record
 def main() -> None:
     cfg = configure(Config)
-    with runtime.errors_in_one_line(cfg.out_dir):
-        dist = runtime.setup(cfg.device, cfg.dtype, cfg.dist_timeout)
-        (judge if cfg.eval_only else train)(cfg, dist)
-        runtime.finish(dist)
+    runtime.launch(judge if cfg.eval_only else train, cfg)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,11 +1,13 @@
 """
-What a model costs: parameters, floating-point operations, memory. Nothing is allocated.
+What a run costs in parameters, operations and memory. The rest may be skipped.
 """
+import math
 from functools import cache
 
 import torch
 
 from model import ModelConfig, Transformer
+from plumbing.runtime import LESS_MEMORY, Dist, RankState, Settings, of_process
 
 
 @cache  # deep models take a while, and estimate.py asks fifty times
@@ -94,18 +96,18 @@ def writing_memory(config: ModelConfig, rows: int, prompt: int, reply: int, widt
 
 
 def gathered(config: ModelConfig, width: int, shards: int) -> int:
-    """Bytes of all weights of a model in parts, together in one place (sharding.unsharded); of a copy
-    they are there already."""
+    """Bytes that `sharding.unsharded` adds when it puts the parts of a model together; 0 for a copy,
+    whose weights are there already."""
     root = (1 if config.tied else 2) * config.vocab_size * config.n_embd + config.n_embd
     return 0 if shards == 1 else 4 * root + width * (count_parameters(config) - root)
 
 
-def fullest(training: dict[str, int], **others: int) -> dict[str, int]:
-    """The parts of `training_memory`, unless one of the `others`, which come when gradients and
-    activations are gone, takes more than these and what was gathered for them: then it stands in
-    their place, by its name."""
+def fullest_moment(training: dict[str, int], **others: int) -> dict[str, int]:
+    """The parts of `training_memory`, or of a moment that takes more. The `others` come when
+    gradients and activations are gone; if the largest of them takes more than these and what was
+    gathered for them, it stands in their place: fullest_moment(training, writing=10**9)."""
     passing = ("gathered", "gradients", "activations")
-    name = max(others, key=others.get)
+    name = max(others, key=others.__getitem__)
     if others[name] <= sum(training.get(part, 0) for part in passing):
         return training
     return {k: v for k, v in training.items() if k not in passing} | {name: others[name]}
@@ -118,3 +120,56 @@ def lora_parameters(config: ModelConfig, rank: int) -> int:
     sides = 2 * (c.n_embd + q) + 2 * (c.n_embd + kv) + 3 * (c.n_embd + c.n_hidden)
     norms = c.n_layer * 2 * (c.n_embd + c.head_dim) + c.n_embd
     return rank * c.n_layer * sides + norms + (1 if c.tied else 2) * c.vocab_size * c.n_embd
+
+
+def stage_memory(cfg: Settings, dist: Dist, config: ModelConfig, rows: int, seq_len: int,
+                 accumulate: int, *, frozen: dict[str, ModelConfig] | None = None,
+                 judged: tuple[int, int] = (0, 0), written: tuple[int, int, int] = (0, 0, 0),
+                 another_writes: bool = False, merges: bool = False, **how) -> dict[str, int]:
+    """Bytes that a stage needs at its fullest moment, by what takes them. Training puts `rows` rows
+    of `seq_len` tokens through the model at once (`how`: see `training_memory`), beside the
+    `frozen` models that it holds. A validation judges (rows, tokens) and has (rows, prompt, reply)
+    written, by another model of the same shape with `another_writes`. `merges`: to save LoRA, all
+    matrices are copied."""
+    shards, width = dist.world if cfg.shard else 1, dist.dtype.itemsize
+    parts = training_memory(config, rows, seq_len, accumulate, width, shards=shards,
+                            recompute=cfg.recompute, muon=cfg.optimizer == "muon", **how)
+    held = {name: 4 * count_parameters(shape) // shards for name, shape in (frozen or {}).items()}
+    weights = parts["parameters"]
+    writing = writing_memory(config, *written, width, shards) + weights * another_writes
+    return fullest_moment(held | parts, evaluation=judging_memory(config, *judged, width, shards),
+                          writing=writing if written[0] else 0, merging=weights * merges)
+
+
+def memory_line(cfg: Settings, dist: Dist, *shape, **moments) -> str:
+    """`stage_memory` beside what is free; a warning past 90 %."""
+    parts, free = stage_memory(cfg, dist, *shape, **moments), free_memory(dist.device)
+    need = sum(parts.values())
+    text = " + ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items())
+    text = f"memory: {need / 1e9:.2f} GB = {text}; {free / 1e9:.1f} GB are free"
+    return text + (f"\nWARNING: that may not fit: {LESS_MEMORY}" if need > 0.9 * free else "")
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated; infinite where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as f:
+            return next(1024.0 * int(line.split()[1]) for line in f if line.startswith("MemAvail"))
+    except (OSError, StopIteration):
+        return math.inf
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most bytes in use so far on the GPU, or in this process since before it made a model."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return of_process("VmHWM") - RankState.program
+
+
+def peak_line(dist: Dist) -> str:
+    """What a run needed, to be compared with `memory_line`."""
+    program = RankState.program / 1e9
+    beside = f", beside {program:.2f} GB of Python and torch" if program else ""
+    return f"peak memory {peak_memory(dist.device) / 1e9:.2f} GB{beside}"

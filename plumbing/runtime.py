@@ -1,42 +1,70 @@
 """
-What a training script needs around its loop: device, processes, signals, learning rate, log.
+What surrounds a training loop: settings, processes, signals, errors. The rest may be skipped.
 
-    dist = setup()                                  # under torchrun or not
-    total, = all_sum(dist, loss)
+    dist = setup()                                  # with torchrun or without
+    total, = all_sum(dist, loss)                    # over all processes
 
-On CUDA the processes speak NCCL, on a CPU gloo. Everything here may be skipped on a first reading.
+Processes on GPUs exchange tensors by NCCL, those on CPUs by gloo.
 """
+import errno
 import faulthandler
-import json
 import math
 import os
-import resource
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
+from typing import Any, Literal
 
 import torch
 import torch.distributed
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from configurator import fail
+from configurator import Count, FilePath, Natural, NotNegative, Positive, Share
+from plumbing.terminal import fail, printable
 
-# dense bf16 FLOP/s from the makers' data sheets
-GPU_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
-            "3090": 71e12}
+
+@dataclass(frozen=True)
+class Settings:
+    """What every training script can be told. A script's own Config adds to it, and may give a
+    setting another default."""
+    init_from: FilePath = ""  # checkpoint to start from: a file, or a folder's newest
+    out_dir: FilePath = "out/run"  # checkpoints and log.jsonl go here
+    resume: bool = False  # continue from the newest valid checkpoint in out_dir
+    batch_size: Count = 8  # rows that a process puts through the model at once
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW elsewhere
+    learning_rate: Positive = 1e-5  # of AdamW
+    muon_lr: Positive = 0.02  # of Muon: length of a step, relative to an orthogonal matrix
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
+    warmup_steps: Natural = 5  # steps of linear warm-up
+    final_lr: Share = 0.1  # learning rate at the end, as a share of the full one
+    decay_fraction: Share = 0.2  # wsd: share of the steps in which the rate decays
+    weight_decay: NotNegative = 0.0  # of matrices
+    adam_beta1: Share = 0.9  # AdamW: memory of the mean gradient
+    adam_beta2: Share = 0.95  # AdamW: memory of its square
+    grad_clip: Positive = 1.0  # largest norm of the gradient
+    eval_every: Count = 100  # steps between validations
+    save_every: Count = 100  # steps between checkpoints
+    log_every: Count = 10  # steps between log lines
+    seed: int = 0  # of everything random: first weights, order of the data, sampling
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto: bfloat16 on cuda
+    shard: bool = False  # each process keeps a part of every matrix (FSDP2) instead of a copy (DDP)
+    recompute: bool = False  # keep only a block's input and run the block again: saves memory
+    dist_timeout: Positive = 120.0  # seconds of silence from another process that end the run
 
 
 @dataclass(frozen=True)
 class Dist:
+    """Which process this is, and where and in what precision it computes."""
     rank: int
-    world: int
+    world: int  # how many processes there are
     device: torch.device
     dtype: torch.dtype  # of activations; parameters stay fp32
 
@@ -46,9 +74,18 @@ class Dist:
         return torch.autocast(self.device.type, self.dtype)
 
 
+@record  # lets torchrun name the process that failed first
+def launch(job: Callable[[Any, Dist], None], cfg: Settings) -> None:
+    """Run a stage, `job(cfg, dist)`, in this process and those that torchrun started with it."""
+    with errors_in_one_line(cfg.out_dir):
+        dist = setup(cfg.device, cfg.dtype, cfg.dist_timeout)
+        job(cfg, dist)
+        finish(dist)
+
+
 def setup(device: str = "auto", dtype: str = "auto", timeout: float = 120) -> Dist:
-    """Join the other processes if torchrun started us. Seconds without word from one of them end
-    the run. Raises ValueError for a device or type that is not there."""
+    """Join the other processes if torchrun started us. A process that is silent for `timeout`
+    seconds ends the run. Raises ValueError for a device or type that is not there."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
@@ -84,23 +121,37 @@ def setup(device: str = "auto", dtype: str = "auto", timeout: float = 120) -> Di
 
 
 class RankState:
-    """Where this process is: `step`; `heard`, when it last exchanged something with the others
-    (time.monotonic; None: not yet, or no longer); `gap`, the longest time between two exchanges."""
+    """Where this process is, for messages and for the watchdog."""
     step: int | str = "start"
-    heard: float | None = None
-    gap: float = 0.0
-    program: float = 0.0  # bytes of this process before it had a model: Python, torch and the scripts
+    heard: float | None = None  # time.monotonic() of the last exchange with the other processes
+    gap: float = 0.0  # longest time between two exchanges, in seconds
+    program: float = 0.0  # bytes that Python, torch and the scripts took before there was a model
+
+
+def of_process(key: str) -> float:
+    """Bytes of this process in memory now (VmRSS) or at most (VmHWM). Without /proc it is always
+    the most so far, and 0 on Windows. (On Linux getrusage would include whoever started us.)"""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024.0 * int(status.split(f"{key}:")[1].split()[0])
+    except OSError:
+        try:
+            import resource
+        except ImportError:
+            return 0.0
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def who() -> str:
-    """What a message of one process of several begins with: "rank 1 of 2, step 37: "; else ""."""
+    """How a message of one process of several begins, "rank 1 of 2, step 37: "; else ""."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     return f"rank {os.environ['RANK']} of {world}, step {RankState.step}: " if world > 1 else ""
 
 
 def end_if_hanging(timeout: float) -> None:
-    """A rank that does not come to the next exchange ends itself and says where it is, when the
-    others have come to theirs and given up: torchrun would wait for it another 30 s."""
+    """A rank that never comes to the next exchange says where it is and ends itself, once the
+    others have waited long enough and given up. (torchrun would wait for it another 30 s.)"""
     while True:
         time.sleep(0.1)
         since = time.monotonic() - (RankState.heard or math.inf)
@@ -110,18 +161,9 @@ def end_if_hanging(timeout: float) -> None:
             os._exit(1)
 
 
-def logits_at_once(head: torch.Tensor) -> torch.nn.LinearCrossEntropyOptions:
-    """How many rows of logits exist at a time: torch's choice, made for little memory, but on a GPU
-    0.5 GB of them, which took 30 instead of 63 ms for the loss of 8,192 tokens and its gradients
-    (head of 65,536 x 2,048, H100). The memory line does not count them."""
-    if head.device.type != "cuda":
-        return torch.nn.LinearCrossEntropyOptions()
-    return torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(128, (1 << 27) // len(head)))
-
-
 def finish(dist: Dist) -> None:
-    """Leave together: a rank that goes early makes the others fail. All is saved by now, so a
-    signal has nothing left to stop, and must not turn the exit code 0 into another."""
+    """Leave together: a rank that leaves early makes the others fail. Everything is saved by now,
+    so a signal has nothing left to stop and must not change the exit code."""
     if dist.world > 1:
         torch.distributed.barrier()
         RankState.heard = None
@@ -132,7 +174,7 @@ def finish(dist: Dist) -> None:
 
 @contextmanager
 def first_rank_first(dist: Dist) -> Iterator[None]:
-    """The others wait until rank 0 has done the work, and find it done."""
+    """The others wait until rank 0 has done the work, and then find it done."""
     if dist.rank and dist.world > 1:
         torch.distributed.barrier()
     yield
@@ -141,8 +183,12 @@ def first_rank_first(dist: Dist) -> Iterator[None]:
 
 
 def print0(*args) -> None:
+    """Print, on rank 0 only. If nobody reads the output any more, the run continues in silence."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(*args, flush=True)
+        try:
+            print(*args, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def all_sum(dist: Dist, *values: float | torch.Tensor) -> list[float]:
@@ -157,27 +203,45 @@ def all_sum(dist: Dist, *values: float | torch.Tensor) -> list[float]:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT ask the loop to stop at the next step; a second one ends it at once. What
-    it says goes past print, in the middle of which the signal may come."""
+    """SIGTERM and SIGINT ask the loop to stop after the current step; a second one ends it at once.
+    Messages are written past `print`, because the signal may come in the middle of one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.name = ""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame) -> None:
         if self.name:
-            os.write(2, f"{who()}ended by a second signal; --resume goes on from the newest "
-                        "checkpoint\n".encode())
+            self._say("ended by a second signal; --resume continues from the newest checkpoint")
             os._exit(128 + number)
         self.name = signal.Signals(number).name
-        os.write(2, (f"{who()}{self.name}: stops behind this step; once more ends it at once\n"
-                     ).encode())
+        self._say(f"{self.name}: stops after this step; once more ends it at once")
+
+    @staticmethod
+    def _say(text: str) -> None:
+        with suppress(OSError):  # whoever reads stderr may be gone; the checkpoint must be saved
+            os.write(2, f"{who()}{text}\n".encode())
+
+    def report(self, step: int) -> None:
+        """Say at which step the run stopped, and the command that continues it."""
+        print0(f"stopped by {self.name or 'a signal to another process'} at step {step:,}; "
+               f"continue with: {resume_command()}")
+
+
+def resume_command() -> str:
+    """The command that started us, with --resume."""
+    words = [shlex.quote(a) for a in sys.argv if not a.startswith("--resume")]
+    world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    start = f"torchrun --nproc_per_node={here}" if world > 1 else "python"
+    if world > here:
+        start = "on each machine, with the same --nnodes and address as before: " + start
+    return f"{start} {' '.join(words)} --resume"
 
 
 class GradientGuard:
-    """Counts steps whose gradient is not finite; they are skipped, three in a row end the run.
-    The norm is that of the averaged gradient, so every rank decides alike."""
+    """Skips steps whose gradient is not finite; three in a row end the run. All ranks decide alike,
+    because the norm is that of the averaged gradient."""
 
     def __init__(self, limit: int = 3):
         self.limit, self.streak = limit, 0
@@ -195,164 +259,19 @@ class GradientGuard:
         return False
 
 
-def lr_factor(step: int, max_steps: int, warmup: int, schedule: str, final: float,
-              decay: float) -> float:
-    """Factor on the learning rate: linear warm-up, then a cosine to `final`; or (wsd) level, and
-    over the last share `decay` of the steps linear to `final` (Hu et al. 2024)."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule == "cosine":
-        t = (step - warmup) / max(1, max_steps - warmup)
-        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
-    t = (step - (1 - decay) * max_steps) / max(1.0, decay * max_steps)
-    return 1 - (1 - final) * min(1.0, max(0.0, t))
-
-
-class Log:
-    """Writes the log line, and out_dir/log.jsonl: one JSON object a line, on rank 0. Records of
-    steps that a resumed run does again are dropped first."""
-
-    def __init__(self, out_dir: str, dist: Dist, step: int, max_steps: int, tokens: int,
-                 flops: int):
-        """`tokens` go into an optimizer step of the whole run, `flops` into a token. Raises
-        ValueError for a run that is past its end."""
-        if step > max_steps:
-            raise ValueError(f"{out_dir}: its run is at step {step:,}, past the {max_steps:,} steps "
-                             "asked for")
-        self.max_steps, self.tokens, self.file = max_steps, tokens, None
-        RankState.step = step
-        peak = peak_flops(dist)
-        self.mfu = flops / peak / dist.world if peak else None  # per token/s
-        self.start_clock()
-        if dist.rank == 0:
-            os.makedirs(out_dir, exist_ok=True)
-            path = Path(out_dir) / "log.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
-            kept = [line for line in whole if json.loads(line)["step"] < step + ('"val"' in line)]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
-            self.file = open(path, "a", buffering=1)
-
-    def start_clock(self) -> None:
-        """The time since then is spread over the steps of the next line."""
-        self.since, self.steps, self.seen = time.perf_counter(), 0, 0
-
-    def write(self, **record) -> None:
-        """A record with a loss is that of a step; its `tokens`, if not always the same, too."""
-        self.steps += "loss" in record
-        RankState.step = record["step"] + ("loss" in record)
-        self.seen += record.get("tokens", self.tokens) * ("loss" in record)
-        if self.file:
-            self.file.write(json.dumps(record) + "\n")
-
-    def line(self, step: int, loss: float, lr: float, norm: float, **more: float) -> None:
-        """`more` are figures of the stage, printed behind the loss."""
-        seconds = (time.perf_counter() - self.since) / self.steps
-        speed = self.seen / self.steps / seconds
-        mfu = f"{speed * self.mfu:.0%}" if self.mfu else "n/a"
-        stage = "".join(f"{name} {value:.3f} | " for name, value in more.items())
-        print0(f"step {step:>6,}/{self.max_steps:,} | loss {loss:.4f} | {stage}lr {lr:.1e} | "
-               f"norm {norm:.2f} | {1000 * seconds:,.0f} ms | {speed:,.0f} tok/s | mfu {mfu} | "
-               f"eta {eta(seconds * (self.max_steps - step))}")
-        self.start_clock()
-
-
-def eta(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f}s"
-    return f"{seconds / 60:.0f}m" if seconds < 6000 else f"{seconds / 3600:.1f}h"
-
-
-def peak_flops(dist: Dist) -> float | None:
-    """FLOP/s the device can do at best: from the data sheet for a known GPU, measured with a square
-    fp32 or bf16 product on a CPU, None for a device we do not know."""
-    if dist.device.type == "cuda":
-        name = torch.cuda.get_device_name(dist.device)
-        return next((peak for key, peak in GPU_PEAK.items() if key in name), None)
-    if dist.device.type != "cpu":
-        return None
-    a, best = torch.randn(1024, 1024).to(dist.dtype), math.inf
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that can still be allocated."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as f:
-            return next(1024.0 * int(line.split()[1]) for line in f if line.startswith("MemAvail"))
-    except (OSError, StopIteration):
-        return math.inf  # not Linux: unknown
-
-
-def of_process(key: str) -> float:
-    """Bytes of this process in memory now (VmRSS) or at most (VmHWM); where there is no /proc, at
-    most. getrusage is no substitute on Linux: it starts with the peak of whoever started us."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024.0 * int(status.split(f"{key}:")[1].split()[0])
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most bytes in use so far: of the GPU, or of this process, beside what it had before it made a
-    model."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return of_process("VmHWM") - RankState.program
-
-
-def peak_line(dist: Dist) -> str:
-    """What a run needed, to be held against `memory_line`."""
-    beside = f", beside {RankState.program / 1e9:.2f} GB of Python and torch" if RankState.program else ""
-    return f"peak memory {peak_memory(dist.device) / 1e9:.2f} GB{beside}"
-
-
-def resume_command() -> str:
-    """The command that started us, with --resume."""
-    words = [shlex.quote(a) for a in sys.argv if not a.startswith("--resume")]
-    world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    start = f"torchrun --nproc_per_node={here}" if world > 1 else "python"
-    if world > here:
-        start = "on each machine, with the same --nnodes and address as before: " + start
-    return f"{start} {' '.join(words)} --resume"
-
-
-def name_rank() -> None:
-    """Before a traceback, whose it is."""
-    if who():
-        print(f"{who()}failed, see the traceback", file=sys.stderr, flush=True)
-
-
 # how gloo and NCCL say that another process is gone or silent
 LOST_CONTACT = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Broken pipe",
                 "Socket Timeout", "NCCL communicator was aborted", "Connection refused")
 LESS_MEMORY = ("halve --batch_size (the update stays the same), then how long texts may be, then "
                "the model")
-
-
-def memory_line(parts: dict[str, int], dist: Dist) -> str:
-    """What a run will need, by what needs it, beside what is free; a warning past 90 %."""
-    need, free = sum(parts.values()), free_memory(dist.device)
-    text = " + ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
-    text = f"memory: {need / 1e9:.2f} GB = {text}; {free / 1e9:.1f} GB are free"
-    return text + (f"\nWARNING: that may not fit: {LESS_MEMORY}" if need > 0.9 * free else "")
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # a disk is full or ill
 
 
 @contextmanager
 def errors_in_one_line(out_dir: str) -> Iterator[None]:
-    """What a user can mend ends a run with one line: exit code 2 for a mistake, 3 for a full disk,
-    4 for numbers that are not finite, 5 for too little memory, 6 for another process that is gone.
-    Else it is a bug: a traceback. One process of several says which it is, and at which step."""
+    """Turn what a user can mend into one line and an exit code: 2 for a mistake, 3 for a disk that
+    is full, 4 for numbers that are not finite, 5 for too little memory, 6 for another process that
+    is gone. Anything else is a bug and keeps its traceback. A process of several says its rank."""
     try:
         if os.path.isfile(out_dir):
             raise ValueError(f"--out_dir={out_dir} is a file, and must be a folder")
@@ -361,8 +280,12 @@ def errors_in_one_line(out_dir: str) -> Iterator[None]:
     except ValueError as error:
         fail(f"{who()}{error}")
     except OSError as error:
-        text = f"{error}"
-        code, text = 3, text if out_dir in text else f"{out_dir}: {text}"
+        code, text = 3, str(error)
+        if out_dir not in text and error.errno in DISK:
+            text = f"{out_dir}: {text}"
+        elif out_dir not in text:
+            code = 2
+            text = f"{error.filename}: {error.strerror}" if error.filename else text
     except FloatingPointError as error:
         code = 4
         # newest first by name: the steps have leading zeros, and only finite weights are saved
@@ -384,16 +307,11 @@ def errors_in_one_line(out_dir: str) -> Iterator[None]:
     except Exception:
         name_rank()
         raise
-    print(f"{who()}{text}", file=sys.stderr, flush=True)
+    print(printable(f"{who()}{text}"), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
-def describe_run(dist: Dist) -> str:
-    """Command, commit, versions and device: what one needs to run it again."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
-    name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else (
-        f"{dist.device} with {torch.get_num_threads()} threads")
-    return (f"{' '.join(sys.argv)}\ncommit {git.stdout.strip() or 'unknown'}, python "
-            f"{sys.version.split()[0]}, torch {torch.__version__}, {dist.world} x {name}, "
-            f"{str(dist.dtype).removeprefix('torch.')}")
+def name_rank() -> None:
+    """Say before a traceback whose it is."""
+    if who():
+        print(f"{who()}failed, see the traceback", file=sys.stderr, flush=True)

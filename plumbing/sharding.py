@@ -1,19 +1,19 @@
 """
-One model over several processes: a copy in each, or a part of it in each.
+One model over several processes: a copy in each, or a part in each. The rest may be skipped.
 
-    model_in_parts = wrap(model, dist, shard=True)
-    with unsharded(model, dist): ...                # all of its weights here: to evaluate, to write
-    state = gather(model, optimizers)           # what a checkpoint holds, on rank 0
+    net = wrap(model, dist, shard=True)         # call `net` for a loss, it exchanges gradients
+    with unsharded(model, dist): ...            # all weights are here: to evaluate, to write
+    save(cfg, "pt", step, model, ...)           # a checkpoint, by all processes together
 
 Copies (DDP) cost 16 bytes a parameter in each of N processes: weight, gradient and two moments.
 Parts (--shard: FSDP2; ZeRO, Rajbhandari et al. 2020) cost 16 / N: each process keeps the N-th part
 of the rows of every matrix, the weights of a block are gathered just before it is used and
-forgotten behind it, and its gradient is summed and split at once. Both make the same update.
+forgotten after it, and its gradient is summed and split at once. Both make the same update.
 Checkpoints do not know how many processes there were, nor which of the two.
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -28,7 +28,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from model import Block
-from plumbing.runtime import Dist
+from plumbing import checkpoint as checkpoints
+from plumbing.runtime import Dist, Settings, print0
+from tokenizer import Tokenizer
 
 
 def wrap(model: nn.Module, dist: Dist, shard: bool = False, recompute: bool = False,
@@ -111,6 +113,35 @@ def clip_gradients(net: nn.Module, largest: float) -> float:
     alike."""
     norm = nn.utils.clip_grad_norm_(net.parameters(), largest)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def save(cfg: Settings, kind: str, step: int, model: nn.Module,
+         optimizers: list[torch.optim.Optimizer], tok: Tokenizer, data_id: int, dist: Dist,
+         weights: Callable[[dict], dict] = lambda tensors: {"model": tensors}) -> None:
+    """Write a checkpoint of stage `kind` into cfg.out_dir, called by all processes. `weights` turns
+    the model's tensors into what the file holds: LoRA merges its matrices."""
+    tensors, moments = gather(model, optimizers)
+    if dist.rank == 0:
+        print0("saved", checkpoints.save(cfg.out_dir, step, {
+            "format": 1, "kind": kind, "step": step, **weights(tensors), "optimizer": moments,
+            "model_config": shape_of(model), "config": asdict(cfg), "tokenizer": tok.text,
+            "data": data_id}))
+
+
+def resume(cfg: Settings, kind: str, model: nn.Module, optimizers: list[torch.optim.Optimizer],
+           tok: Tokenizer, data_id: int) -> int:
+    """The step at which a run starts: 0, or where its newest checkpoint stands, which --resume
+    loads. Raises ValueError if out_dir holds another run."""
+    step, state = checkpoints.restore(cfg, kind, optimizers, tok.text, shape_of(model), data_id)
+    if state:
+        load(model, optimizers, state)
+    return step
+
+
+def shape_of(model: nn.Module) -> dict:
+    """The ModelConfig of a Transformer, or of the one inside a reward model, as a checkpoint has
+    it."""
+    return asdict(getattr(model, "backbone", model).config)
 
 
 def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[dict, list[dict]]:

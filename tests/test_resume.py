@@ -131,7 +131,7 @@ def test_one_signal_stops_behind_the_step_and_a_second_at_once(lab, done, tmp_pa
     code, said = resume(lab, done[0], tmp_path / "out", before, max_steps=9)
     assert code == 128 + signal.SIGINT
     assert said.splitlines()[-2:] == [
-        "SIGINT: stops behind this step; once more ends it at once",
+        "SIGINT: stops after this step; once more ends it at once",
         "ended by a second signal; --resume goes on from the newest checkpoint"]
     rows = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 4 and newest(tmp_path / "out")["step"] == 4

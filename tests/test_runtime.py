@@ -7,21 +7,24 @@ import signal
 import pytest
 import torch
 
-from plumbing import runtime
+
+import model
 import train_pt
+from plumbing import costs, optim, runtime
+from plumbing.log import Log, eta, peak_flops
 
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)
 
 
 def test_cosine_warms_up_peaks_and_ends_at_its_final_share():
-    lr = [runtime.lr_factor(s, 100, 10, "cosine", 0.1, 0.2) for s in range(101)]
+    lr = [optim.lr_factor(s, 100, 10, "cosine", 0.1, 0.2) for s in range(101)]
     assert lr[0] == pytest.approx(0.1) and lr[9] == 1.0 and max(lr) == 1.0
     assert lr[55] == pytest.approx(0.55)  # half way between warm-up and end: mean of 1 and 0.1
     assert lr[100] == pytest.approx(0.1) and all(a > b for a, b in zip(lr[10:], lr[11:]))
 
 
 def test_wsd_is_level_and_decays_over_the_last_share_only():
-    lr = [runtime.lr_factor(s, 100, 10, "wsd", 0.0, 0.2) for s in range(101)]
+    lr = [optim.lr_factor(s, 100, 10, "wsd", 0.0, 0.2) for s in range(101)]
     assert lr[10:81] == [1.0] * 71 and lr[90] == pytest.approx(0.5) and lr[100] == 0.0
 
 
@@ -37,14 +40,15 @@ def test_guard_skips_and_stops_at_the_third_in_a_row(capsys):
 
 
 def test_log_drops_what_a_resumed_run_does_again(tmp_path):
-    log = runtime.Log(tmp_path, ALONE, 0, 9, 64, 10)
+    cfg = runtime.Settings(out_dir=str(tmp_path))
+    log = Log(cfg, ALONE, 0, 9, 64, 10)
     for step in range(4):
         if step == 2:
             log.write(step=2, val={"en": 1})
         log.write(step=step, loss=0.1 * step)
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 4, "lo')  # killed while writing
-    runtime.Log(tmp_path, ALONE, 2, 9, 64, 10).write(step=2, loss=9.0)
+    Log(cfg, ALONE, 2, 9, 64, 10).write(step=2, loss=9.0)
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert rows == [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.1},
                     {"step": 2, "val": {"en": 1}}, {"step": 2, "loss": 9.0}]
@@ -112,7 +116,7 @@ def test_a_gpu_holds_half_a_gigabyte_of_logits_at_once(device, vocabulary, rows)
 
         def __len__(self):
             return vocabulary
-    assert runtime.logits_at_once(Head()).batch_chunk_size == rows
+    assert model.logits_at_once(Head()).batch_chunk_size == rows
 
 
 def test_the_loss_is_the_same_however_many_rows_exist_at_once(monkeypatch):
@@ -124,7 +128,7 @@ def test_the_loss_is_the_same_however_many_rows_exist_at_once(monkeypatch):
     gradients = torch.autograd.grad(want, (hidden, head))
     for rows in (1, 4, 100):
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
-        monkeypatch.setattr(runtime, "logits_at_once", lambda head: options)
+        monkeypatch.setattr(model, "logits_at_once", lambda head: options)
         loss = train_pt.pt_loss(hidden, head, targets)
         assert torch.allclose(loss, want, rtol=1e-5)
         for got, expected in zip(torch.autograd.grad(loss, (hidden, head)), gradients):
@@ -132,8 +136,8 @@ def test_the_loss_is_the_same_however_many_rows_exist_at_once(monkeypatch):
 
 
 def test_measured_peak_and_memory_are_plausible():
-    assert 1e9 < runtime.peak_flops(ALONE) < 1e14
-    assert 0 <= runtime.peak_memory(ALONE.device) < 1e12
-    assert runtime.free_memory(ALONE.device) > 1e8
+    assert 1e9 < peak_flops(ALONE) < 1e14
+    assert 0 <= costs.peak_memory(ALONE.device) < 1e12
+    assert costs.free_memory(ALONE.device) > 1e8
     assert runtime.all_sum(ALONE, 1.5, torch.tensor(2.0)) == [1.5, 2.0]
-    assert [runtime.eta(s) for s in (42, 600, 36_000)] == ["42s", "10m", "10.0h"]
+    assert [eta(s) for s in (42, 600, 36_000)] == ["42s", "10m", "10.0h"]

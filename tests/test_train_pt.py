@@ -50,7 +50,7 @@ def data_dir(tmp_path_factory) -> str:
 @pytest.fixture
 def cfg(data_dir, tmp_path) -> train_pt.Config:
     return train_pt.Config(
-        data_dir, str(tmp_path / "run"), n_layer=2, n_embd=32, n_head=2, n_kv_head=1,
+        data_dir=data_dir, out_dir=str(tmp_path / "run"), n_layer=2, n_embd=32, n_head=2, n_kv_head=1,
         max_seq_len=32, batch_tokens=256, batch_size=8, max_steps=30, warmup_steps=5,
         eval_every=10, eval_tokens=500, save_every=10, sample_every=0, log_every=10)
 
@@ -226,7 +226,7 @@ def test_eval_only_scores_a_checkpoint_on_any_split(cfg, capsys):
     train_pt.train(cfg, ALONE)
     said = capsys.readouterr().out.splitlines()
     last = [line for line in said if line.startswith("val at step 30")][-1]
-    judge = train_pt.Config(cfg.data_dir, eval_only=True, init_from=cfg.out_dir)  # no sizes given
+    judge = train_pt.Config(data_dir=cfg.data_dir, eval_only=True, init_from=cfg.out_dir)  # no sizes given
     train_pt.judge(judge, ALONE)
     assert last.partition("|")[2] in capsys.readouterr().out
     scores = {}
@@ -261,8 +261,6 @@ def test_a_copied_config_with_another_width_trains_resumes_and_generates(cfg, tm
     (dict(n_head=3), "n_embd 32 must be a multiple of n_head 3"),
     (dict(n_kv_head=3), "n_head 2 must be a multiple of n_kv_head 3"),
     (dict(warmup_steps=30), "warmup_steps 30 must be less than max_steps 30"),
-    (dict(log_every=0), "log_every must be at least 1"),
-    (dict(learning_rate=-1.0), "must be positive"),
     (dict(data_dir="nowhere"), "nowhere: no prepared data here; make it with python data.py"),
 ])
 def test_a_mistake_is_one_line_before_any_work(cfg, change, message):

@@ -1,0 +1,74 @@
+"""
+Opens a checkpoint as a model that can write, or as a reward model. The rest may be skipped.
+"""
+import math
+
+import torch
+from torch import Tensor, nn
+
+from model import ModelConfig, RewardModel, Transformer
+from plumbing import checkpoint, sharding
+from plumbing.runtime import Dist
+from tokenizer import Tokenizer
+
+
+def load_model(where: str, device: torch.device,
+               dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a checkpoint, ready to write. Raises ValueError naming the file."""
+    state, path = checkpoint.load(where, device)
+    if state.get("kind") == "rm":
+        raise ValueError(f"{path}: a reward model gives scores, it cannot write; give a checkpoint "
+                         "of another stage")
+    try:
+        with torch.device("meta"):
+            model = Transformer(ModelConfig(**state["model_config"]))
+        model.load_state_dict(state["model"], assign=True)
+        tok = Tokenizer(state["tokenizer"], str(path))
+        if tok.n_vocab != model.config.vocab_size:
+            raise ValueError(f"{path}: its tokenizer has {tok.n_vocab:,} tokens, its model "
+                             f"{model.config.vocab_size:,}")
+        model.kind, model.path = state["kind"], str(path)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: holds no language model of this program: "
+                         f"{str(error)[:200]}") from None
+    if model.config.tied:  # assigning has made two parameters of the one matrix
+        model.lm_head.weight = model.embed_tokens.weight
+    read_weights_with_all_threads(model)
+    return model.to(dtype).eval(), tok
+
+
+def load_reward_model(where: str, dist: Dist, shard: bool = False) -> tuple[RewardModel, Tokenizer]:
+    """A frozen reward model and its tokenizer. Raises ValueError naming the file."""
+    state, path = checkpoint.load(where)
+    if state.get("kind") != "rm":
+        raise ValueError(f"{path}: not a reward model, but of stage {state.get('kind')}; "
+                         "train_rm.py makes one")
+    model = RewardModel(Transformer(ModelConfig(**state["model_config"])))
+    model.load_state_dict(state["model"])
+    tok = Tokenizer(state["tokenizer"], str(path))
+    model.eval().requires_grad_(False)
+    return sharding.wrap(model, dist, shard), tok
+
+
+def read_weights_with_all_threads(model: nn.Module) -> None:
+    """Let every matrix of a model that writes on a CPU multiply few rows as `FewRows` does."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FewRows
+
+
+class FewRows(nn.Linear):
+    """x W^T for few rows x, in fp32 on a CPU. To write one token, all of W is read for a single
+    row, and BLAS then reads it with one thread. Splitting W lets every thread read: at one row 3
+    times as fast, at 8 still faster (2 cores; `python -m bench --only=decode`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n_out, n_in = self.weight.shape
+        rows = x.numel() // n_in
+        if rows > 32 or torch.is_grad_enabled() or x.device.type != "cpu" or (
+                self.weight.dtype != torch.float32 or self.bias is not None):
+            return super().forward(x)
+        slices = self.weight.view(math.gcd(n_out, torch.get_num_threads()), -1, n_in)
+        columns = x.reshape(rows, n_in).t().expand(len(slices), -1, -1)
+        y = torch.bmm(slices, columns)  # (threads, n_out / threads, rows)
+        return y.view(n_out, rows).t().reshape(*x.shape[:-1], n_out)

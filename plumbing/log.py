@@ -1,0 +1,120 @@
+"""
+The log line of a run, and log.jsonl with the same numbers. The rest may be skipped.
+
+    step 250/5,000 | loss 3.1234 | lr 6.0e-04 | norm 0.51 | 123 ms | 81,234 tok/s | mfu 41% | eta 9m
+"""
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from plumbing.runtime import Dist, RankState, Settings, print0
+
+# dense bf16 FLOP/s from the makers' data sheets
+GPU_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
+            "3090": 71e12}
+
+
+class Log:
+    """Writes out_dir/log.jsonl, one JSON object a line, and every `cfg.log_every` steps a line on
+    the terminal; both on rank 0 only. A resumed run first drops the records of steps that it does
+    again."""
+
+    def __init__(self, cfg: Settings, dist: Dist, step: int, max_steps: int, tokens: int,
+                 flops: int, columns: tuple[str, ...] = ()):
+        """The run starts at `step`. An optimizer step of all processes reads `tokens` tokens, each
+        of which costs `flops` operations. `columns` are the figures of the stage that the line
+        shows after the loss. Raises ValueError for a run that is past its end."""
+        if step > max_steps:
+            raise ValueError(f"{cfg.out_dir}: its run is at step {step:,}, past the {max_steps:,} "
+                             "steps asked for")
+        self.max_steps, self.tokens, self.every = max_steps, tokens, cfg.log_every
+        self.columns, self.file = columns, None
+        RankState.step = step
+        peak = peak_flops(dist)
+        self.mfu = flops / peak / dist.world if peak else None  # per token/s
+        self.start_clock()
+        if dist.rank == 0:
+            self.file = open(drop_later_records(Path(cfg.out_dir, "log.jsonl"), step), "a",
+                             buffering=1, encoding="utf-8")
+
+    def start_clock(self) -> None:
+        """The time from here on is divided among the steps of the next line."""
+        self.since, self.steps, self.seen = time.perf_counter(), 0, 0
+
+    def write(self, **record) -> None:
+        """Add a record to log.jsonl."""
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+
+    def step(self, step: int, loss: float, lr: float, norm: float, tokens: int | None = None,
+             **figures: float) -> None:
+        """Record one optimizer step, which read `tokens` tokens (None: as many as always)."""
+        varying = {} if tokens is None else {"tokens": tokens}
+        self.write(step=step, loss=loss, lr=lr, norm=norm, **varying, **figures)
+        RankState.step = done = step + 1
+        self.steps += 1
+        self.seen += self.tokens if tokens is None else tokens
+        if done % self.every:
+            return
+        seconds = (time.perf_counter() - self.since) / self.steps
+        speed = self.seen / self.steps / seconds
+        mfu = f"{speed * self.mfu:.0%}" if self.mfu else "n/a"
+        stage = "".join(f"{name} {figures[name]:.3f} | " for name in self.columns)
+        print0(f"step {done:>6,}/{self.max_steps:,} | loss {loss:.4f} | {stage}lr {lr:.1e} | "
+               f"norm {norm:.2f} | {1000 * seconds:,.0f} ms | {speed:,.0f} tok/s | mfu {mfu} | "
+               f"eta {eta(seconds * (self.max_steps - done))}")
+        self.start_clock()
+
+
+def drop_later_records(path: Path, step: int) -> Path:
+    """Leave in log.jsonl only whole lines of steps before `step`, and its last validation."""
+    os.makedirs(path.parent, exist_ok=True)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
+    kept = [line for line in whole if json.loads(line)["step"] < step + ('"val"' in line)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def eta(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f}s"
+    return f"{seconds / 60:.0f}m" if seconds < 6000 else f"{seconds / 3600:.1f}h"
+
+
+def peak_flops(dist: Dist) -> float | None:
+    """FLOP/s that the device can reach: from the data sheet for a known GPU, measured with a square
+    product on a CPU, None for a device we do not know."""
+    if dist.device.type == "cuda":
+        name = torch.cuda.get_device_name(dist.device)
+        return next((peak for key, peak in GPU_PEAK.items() if key in name), None)
+    if dist.device.type != "cpu":
+        return None
+    a, best = torch.randn(1024, 1024).to(dist.dtype), math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def describe_run(dist: Dist) -> str:
+    """Command, commit, versions and device: what one needs to run it again."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                             text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # git is not installed
+        git = ""
+    name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else (
+        f"{dist.device} with {torch.get_num_threads()} threads")
+    return (f"{' '.join(sys.argv)}\ncommit {git or 'unknown'}, python {sys.version.split()[0]}, "
+            f"torch {torch.__version__}, {dist.world} x {name}, "
+            f"{str(dist.dtype).removeprefix('torch.')}")

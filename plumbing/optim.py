@@ -1,0 +1,64 @@
+"""
+Optimizers and their learning rate: AdamW, or Muon for the matrices. The rest may be skipped.
+"""
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from plumbing.runtime import Settings
+
+
+def make_optimizers(model: nn.Module, cfg: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW for all trained parameters, or Muon (Jordan et al. 2024) for the matrices inside the
+    blocks and AdamW for the rest. Matrices decay, except an untied embedding: rows of rare tokens
+    would shrink to nothing. Each group keeps its full learning rate as `base`."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon = [p for name, p in trained.items() if cfg.optimizer == "muon" and "layers." in name
+            and p.dim() == 2]
+    rest = {name: p for name, p in trained.items() if all(p is not m for m in muon)}
+    # a tied head is the embedding by another name, which named_parameters leaves out
+    untied = any("lm_head" in name for name, _ in model.named_parameters())
+
+    def decays(name: str) -> bool:
+        return rest[name].dim() == 2 and not (untied and "embed_tokens" in name)
+    groups = [{"params": [p for name, p in rest.items() if decays(name) == yes],
+               "weight_decay": cfg.weight_decay * yes} for yes in (True, False)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
+        groups, lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-8,
+        fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+    for group in all_groups(optimizers):
+        group["base"] = group["lr"]
+    return optimizers
+
+
+def all_groups(optimizers: list[torch.optim.Optimizer]) -> Iterator[dict]:
+    for optimizer in optimizers:
+        yield from optimizer.param_groups
+
+
+def lr_factor(step: int, max_steps: int, warmup: int, schedule: str, final: float,
+              decay: float) -> float:
+    """What the full learning rate is multiplied by at a step. After a linear warm-up it follows a
+    cosine down to `final`; or, with "wsd" (warm-up, stable, decay; Hu et al. 2024), it stays level
+    and falls in a line to `final` over the last share `decay` of the steps."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "cosine":
+        t = (step - warmup) / max(1, max_steps - warmup)
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
+    t = (step - (1 - decay) * max_steps) / max(1.0, decay * max_steps)
+    return 1 - (1 - final) * min(1.0, max(0.0, t))
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], cfg: Settings, step: int,
+                      max_steps: int) -> float:
+    """Give every optimizer the rate of this step. Returns that of AdamW, for the log."""
+    factor = lr_factor(step, max_steps, cfg.warmup_steps, cfg.schedule, cfg.final_lr,
+                       cfg.decay_fraction)
+    for group in all_groups(optimizers):
+        group["lr"] = group["base"] * factor
+    return factor * cfg.learning_rate
