@@ -1,13 +1,13 @@
 """
-The language model: a Qwen3-compatible decoder, and the cache that makes it fast to write with.
+The language model: a Qwen3-compatible decoder, and the cache that lets it write fast.
 
     x = E[idx];  x += Attention(RMSNorm(x));  x += SwiGLU(RMSNorm(x));  logits = RMSNorm(x) E^T
 
 RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), grouped-query attention
 (Ainslie et al. 2023) with normalised queries and keys (Henry et al. 2020), SwiGLU (Shazeer 2020),
-no biases, no dropout. Names of parameters are those of Qwen3 in `transformers`, so that weights
-move between the two by name; logits agree to 1e-5 (tests/test_model.py). Losses live in the
-training scripts; `python train_pt.py --help` lists the sizes.
+no biases, no dropout. Parameters have the names of Qwen3 in `transformers`, so weights move between
+the two by name, and logits agree to 1e-5 (tests/test_model.py). The losses stand in the training
+scripts; all are made of `token_logps`.
 """
 import math
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a model. Raises ValueError for shapes that cannot be built."""
+    """Shape of a model. Raises ValueError for a shape that cannot be built."""
     vocab_size: int
     n_layer: int
-    n_head: int
-    n_kv_head: int
-    n_embd: int
+    n_head: int  # query heads
+    n_kv_head: int  # key and value heads, each shared by n_head / n_kv_head query heads
+    n_embd: int  # width C of the residual stream
     head_dim: int
     n_hidden: int  # width of the SwiGLU
-    max_seq_len: int
+    max_seq_len: int  # most tokens that it reads at once
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     tied: bool = True  # one matrix is both the embedding and the output head
@@ -42,24 +42,12 @@ class ModelConfig:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head "
                              f"{self.n_kv_head}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} must be even: RoPE turns pairs")
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of position times frequency, (*positions.shape, head_dim) each, in fp32.
-    Frequencies are theta^(-2i/head_dim); the two halves of a head share them (rotate-half)."""
+    """cos and signed sin of position times frequency, each (*positions.shape, head_dim) in fp32. The
+    frequencies are theta^(-2i/head_dim); both halves of a head use the same ones."""
     i = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angle = positions.float()[..., None] * theta ** (-i / head_dim)
     cos, sin = angle.cos(), angle.sin()
@@ -67,17 +55,18 @@ def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (a, b) = (x_i, x_{i + D/2}) by its angle: (a cos - b sin, b cos + a sin).
-    x: (B, H, T, D); cos, sin: (..., T, D) of `rope_table`, which puts the minus into sin."""
+    """Rotate each pair (a, b) = (x_i, x_{i + D/2}) by its angle: (a cos - b sin, b cos + a sin).
+    x is (B, H, T, D). cos and sin, (..., T, D), come from `rope_table`, which has put the minus into
+    sin."""
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for `batch_size` rows that advance together.
+    """Keys and values of the tokens read so far, for `batch_size` rows that advance together.
 
-    The caller owns it and passes it to `Transformer.forward`, which writes the new tokens at
-    `length` and moves `length` on once. Rows of different lengths are padded on the LEFT: `pad`
-    counts each row's padding, which no token attends to and which shifts its positions.
+    The caller owns the cache and passes it to `Transformer.forward`, which writes new tokens at
+    `length` and then moves `length` on, once. Rows of different lengths are padded on the LEFT:
+    `pad` counts each row's padding. No token attends to padding, and positions do not count it.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_len: int | None = None,
@@ -99,7 +88,8 @@ class KVCache:
                              f"{T} more do not fit")
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, H, T, D) keys and values behind `length`; all so far, (B, H, length + T, D)."""
+        """Write (B, H, T, D) keys and values after the first `length`. Returns all of the layer's
+        so far, (B, H, length + T, D) each."""
         end = self.length + k.size(2)
         keys, values = self.kv[layer, 0], self.kv[layer, 1]
         keys[:, :, self.length:end] = k
@@ -116,8 +106,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.v_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.o_proj = nn.Linear(config.n_head * D, C, bias=False)
-        self.q_norm = RMSNorm(D, config.norm_eps)
-        self.k_norm = RMSNorm(D, config.norm_eps)
+        self.q_norm = nn.RMSNorm(D, config.norm_eps)
+        self.k_norm = nn.RMSNorm(D, config.norm_eps)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
                 cache: KVCache | None) -> Tensor:
@@ -149,9 +139,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
@@ -162,31 +152,31 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """Decoder-only language model. Parameters are made in fp32 on the default device."""
-    kind = path = ""  # of the checkpoint it was loaded from: stage and file
+    kind = path = ""  # stage and file of the checkpoint that it was loaded from
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # both branches of a block add to x: 2 n_layer terms keep the variance of one
+                # 2 n_layer branches add to x; scaled so, their sum has the variance of one
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02
                 nn.init.normal_(p, std=std)
-        if not config.tied:  # as a head it would have to be small, for even guesses at the start
+        if not config.tied:  # a tied one must be small, to guess evenly at the start
             nn.init.normal_(self.embed_tokens.weight, std=1 / math.sqrt(config.n_embd))
 
     def forward(self, idx: Tensor, cache: KVCache | None = None, hidden: bool = False,
                 segments: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) for token ids (B, T), or with `hidden` the normed last states (B, T, C),
-        for a head of another kind. With a cache, `idx` continues what is in it, in chunks of any
-        size. `segments` (B, T) numbers the texts packed into a row: none sees another, and each
+        """Logits (B, T, V) for token ids (B, T); or, with `hidden`, the normed last states (B, T, C)
+        for a loss or another head. With a cache, `idx` continues what is in it, in chunks of any
+        size. `segments` (B, T) numbers the texts that share a row: no text sees another, and each
         has positions from 0. Raises ValueError past `max_seq_len` or the end of the cache."""
         B, T = idx.shape
         start = cache.length if cache is not None else 0
@@ -212,8 +202,8 @@ class Transformer(nn.Module):
 
     @staticmethod
     def cache_mask(positions: Tensor, cache: KVCache) -> tuple[Tensor, Tensor | None]:
-        """Positions (T,) or (B, T) of new tokens, and which keys (…, T, length + T) each may see;
-        None stands for "plain causal from the start", which SDPA does without a mask."""
+        """Positions, (T,) or (B, T), of the new tokens, and which keys each may see, (…, T, length +
+        T). None stands for "all keys so far", which needs no mask for one token or from the start."""
         T, padded = len(positions), cache.padded
         if not padded and (T == 1 or cache.length == 0):
             return positions, None
@@ -227,17 +217,18 @@ class Transformer(nn.Module):
 
     @staticmethod
     def segment_mask(index: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions (B, T) within each segment, and which keys (B, 1, T, T) a token may see, for
-        indices (T,) and segments (B, T) whose equal numbers stand together."""
+        """Positions in each segment, (B, T), and which keys each token may see, (B, 1, T, T). `index`
+        (T,) counts the tokens of a row. segments [[1, 1, 2]] -> positions [[0, 1, 0]]."""
         begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-        first = torch.where(begins, index, 0).cummax(dim=1).values  # of the segment, (B, T)
+        first = torch.where(begins, index, 0).cummax(dim=1).values  # index of its first token, (B, T)
         same = segments[:, None, :, None] == segments[:, None, None, :]
         return index - first, same & (index <= index[:, None])
 
 
 class RewardModel(nn.Module):
-    """A Transformer whose last state of a text becomes one number, computed in fp32. `mean` and
-    `std` are those of the scores of a policy's replies: (score - mean) / std compares models."""
+    """A Transformer that gives a text one number, read from its last state in fp32. `mean` and `std`
+    describe the scores of the SFT model's own replies, so (score - mean) / std means the same for
+    every reward model."""
 
     def __init__(self, backbone: Transformer):
         super().__init__()
@@ -248,7 +239,7 @@ class RewardModel(nn.Module):
         self.register_buffer("mean", torch.zeros((), device=device))
         self.register_buffer("std", torch.ones((), device=device))
         if not backbone.config.tied:
-            backbone.lm_head.requires_grad_(False)  # it has no part in the score
+            backbone.lm_head.requires_grad_(False)  # it plays no part in the score
 
     def forward(self, idx: Tensor, lengths: Tensor) -> Tensor:
         """(B,) scores of token ids (B, T), read at the last of the `lengths` (B,) real tokens."""

@@ -43,7 +43,7 @@ def stage_memory(stage: str, config: ModelConfig, batch_size: int, cfg: Config, 
     the same size all the time."""
     rows = 2 * batch_size if stage in ("rm", "dpo") else batch_size
     learnt = lora_parameters(config, cfg.lora_rank) if stage == "lora" else None
-    parts = training_memory(config, rows, config.max_seq_len, accumulate=2, width=2, learnt=learnt,
+    parts = training_memory(config, rows, config.max_seq_len, accumulate=2, width=2, trained=learnt,
                             head=stage != "rm", shards=shards, recompute=recompute,
                             masked=stage in ("sft", "lora"))
     held = parts["parameters"] + parts["optimizer"]

@@ -57,8 +57,8 @@ def test_writing_takes_a_cache_and_judging_a_block_and_of_parts_the_whole_model(
 
 def test_what_takes_most_is_named():
     training = {"parameters": 9, "optimizer": 5, "gradients": 2, "activations": 3}
-    assert costs.fullest(training, evaluation=5, writing=4) == training
-    assert costs.fullest(training, evaluation=6, writing=7) == {
+    assert costs.fullest_moment(training, evaluation=5, writing=4) == training
+    assert costs.fullest_moment(training, evaluation=6, writing=7) == {
         "parameters": 9, "optimizer": 5, "writing": 7}
 
 
