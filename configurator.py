@@ -32,9 +32,9 @@ FilePath = Annotated[str, "naming a path", lambda path: True]  # a leading ~ is 
 
 
 def configure(cls: type[C], argv: list[str] | None = None, show: bool = True) -> C:
-    """The dataclass `cls` filled from `argv` (default: the command line). With `show`, rank 0 prints
-    what differs from the defaults, and who set it. Raises SystemExit(2) after one line for anything
-    wrong, SystemExit(0) after `--help`, which shows the comment beside each setting."""
+    """The dataclass `cls` filled from `argv` (default: the command line). With `show`, rank 0
+    prints what differs from the defaults, and who set it. Raises SystemExit(2) after one line for
+    anything wrong, SystemExit(0) after `--help`, which shows the comment beside each setting."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         source = "\n".join(inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c))

@@ -46,8 +46,8 @@ class ModelConfig:
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of position times frequency, each (*positions.shape, head_dim) in fp32. The
-    frequencies are theta^(-2i/head_dim); both halves of a head use the same ones."""
+    """cos and signed sin of position times frequency, each (*positions.shape, head_dim) in fp32.
+    The frequencies are theta^(-2i/head_dim); both halves of a head use the same ones."""
     i = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angle = positions.float()[..., None] * theta ** (-i / head_dim)
     cos, sin = angle.cos(), angle.sin()
@@ -56,8 +56,7 @@ def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (a, b) = (x_i, x_{i + D/2}) by its angle: (a cos - b sin, b cos + a sin).
-    x is (B, H, T, D). cos and sin, (..., T, D), come from `rope_table`, which has put the minus into
-    sin."""
+    x is (B, H, T, D). cos and sin, (..., T, D), come from `rope_table`: the minus is in sin."""
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
@@ -174,8 +173,8 @@ class Transformer(nn.Module):
 
     def forward(self, idx: Tensor, cache: KVCache | None = None, hidden: bool = False,
                 segments: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) for token ids (B, T); or, with `hidden`, the normed last states (B, T, C)
-        for a loss or another head. With a cache, `idx` continues what is in it, in chunks of any
+        """Logits (B, T, V) for token ids (B, T); with `hidden`, the normed last states (B, T, C)
+        instead, for a loss or another head. With a cache, `idx` continues what is in it, in chunks of any
         size. `segments` (B, T) numbers the texts that share a row: no text sees another, and each
         has positions from 0. Raises ValueError past `max_seq_len` or the end of the cache."""
         B, T = idx.shape
@@ -202,8 +201,8 @@ class Transformer(nn.Module):
 
     @staticmethod
     def cache_mask(positions: Tensor, cache: KVCache) -> tuple[Tensor, Tensor | None]:
-        """Positions, (T,) or (B, T), of the new tokens, and which keys each may see, (…, T, length +
-        T). None stands for "all keys so far", which needs no mask for one token or from the start."""
+        """Positions of the new tokens, (T,) or (B, T), and which keys each may see, (…, T, length +
+        T). None stands for "itself and all before", which SDPA does without a mask."""
         T, padded = len(positions), cache.padded
         if not padded and (T == 1 or cache.length == 0):
             return positions, None
@@ -217,18 +216,18 @@ class Transformer(nn.Module):
 
     @staticmethod
     def segment_mask(index: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions in each segment, (B, T), and which keys each token may see, (B, 1, T, T). `index`
+        """Positions in each segment, (B, T), and which keys a token may see, (B, 1, T, T). `index`
         (T,) counts the tokens of a row. segments [[1, 1, 2]] -> positions [[0, 1, 0]]."""
         begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-        first = torch.where(begins, index, 0).cummax(dim=1).values  # index of its first token, (B, T)
+        first = torch.where(begins, index, 0).cummax(dim=1).values  # index of its first token
         same = segments[:, None, :, None] == segments[:, None, None, :]
         return index - first, same & (index <= index[:, None])
 
 
 class RewardModel(nn.Module):
-    """A Transformer that gives a text one number, read from its last state in fp32. `mean` and `std`
-    describe the scores of the SFT model's own replies, so (score - mean) / std means the same for
-    every reward model."""
+    """A Transformer that gives a text one number, read from its last state in fp32. `mean` and
+    `std` are those of the SFT model's own replies, so that (score - mean) / std means the same
+    for every reward model."""
 
     def __init__(self, backbone: Transformer):
         super().__init__()
