@@ -174,9 +174,9 @@ class Transformer(nn.Module):
     def forward(self, idx: Tensor, cache: KVCache | None = None, hidden: bool = False,
                 segments: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for token ids (B, T); with `hidden`, the normed last states (B, T, C)
-        instead, for a loss or another head. With a cache, `idx` continues what is in it, in chunks of any
-        size. `segments` (B, T) numbers the texts that share a row: no text sees another, and each
-        has positions from 0. Raises ValueError past `max_seq_len` or the end of the cache."""
+        instead. With a cache, `idx` continues what is in it, in chunks of any size. `segments`
+        (B, T) numbers the texts that share a row: no text sees another, and each has positions
+        from 0. Raises ValueError past `max_seq_len` or the end of the cache."""
         B, T = idx.shape
         start = cache.length if cache is not None else 0
         if start + T > self.config.max_seq_len:

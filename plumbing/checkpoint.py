@@ -1,31 +1,33 @@
 """
-Checkpoints that are whole or not there: written aside, flushed, renamed, and checked when read.
+Writes checkpoints that are whole or not there, and checks them. The rest may be skipped.
 
     path = save("out/pt", step, state)          # out/pt/step00001234-<first 16 of its sha256>.pt
     state, path = load("out/pt")                # the newest valid one, or load(FILE)
 
-The name carries the hash, so one rename commits data and checksum together: a crash at any moment
-leaves the old files or the new one. A file that does not match its name is passed over by name.
-Files are read with `weights_only=True`: data, never code. Before that, `foreign` looks at what
-the file says it is: a file of a stranger is refused before anything in it is unpacked.
+A checkpoint is written beside its place, flushed and renamed. Its name carries the hash of its
+contents, so the one rename commits both: a crash at any moment leaves the old files or the new one.
+A file that does not match its name is skipped with a message. Files are data, never code
+(plumbing/strangers.py).
 """
 import hashlib
 import os
 import re
 import stat
+import sys
 import zipfile
 from pathlib import Path
 
 import torch
 
 from plumbing.strangers import foreign, tensors_of, untrue
+from plumbing.terminal import printable
 
 NAME = re.compile(r"step(\d{8,})-([0-9a-f]{16})\.pt")
 _known_good: dict[Path, tuple[int, int]] = {}  # (size, mtime) of files written or checked here
 
 
 class _HashingFile:
-    """A file that hashes what is written, and remembers the first OSError: torch.save hides it."""
+    """A file that hashes what is written, and keeps the first OSError, which torch.save hides."""
 
     def __init__(self, path: Path):
         self.file = open(path, "wb")
@@ -45,10 +47,9 @@ class _HashingFile:
 
 
 def save(out_dir: str, step: int, state: dict, keep: int = 2) -> Path:
-    """Write `state` (tensors, numbers, strings and containers of them; "model" and "optimizer" hold
-    the tensors) and delete all but the newest `keep` valid files. Raises FloatingPointError for
-    weights that are not finite, OSError with the reason when the disk fails; older files stay
-    as they are."""
+    """Write `state` (tensors, numbers, strings and containers of them), then delete all but the
+    newest `keep` valid files. Raises FloatingPointError for weights that are not finite, OSError
+    with the reason when the disk fails; older files then stay as they are."""
     for name, tensor in tensors_of(state):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise FloatingPointError(f"checkpoint for step {step:,} was NOT written: {name} is "
@@ -74,7 +75,7 @@ def save(out_dir: str, step: int, state: dict, keep: int = 2) -> Path:
             try:
                 f.file.close()
             except OSError:
-                pass  # the buffer that could not be written, again
+                pass  # the buffer that could not be written before cannot be written now
         temporary.unlink(missing_ok=True)
         if not isinstance(cause, OSError):
             raise
@@ -103,7 +104,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def list_checkpoints(out_dir: str) -> list[Path]:
-    """Newest first."""
+    """The checkpoint files of a folder, newest first."""
     found = [(int(m[1]), p.stat().st_mtime_ns, p) for p in Path(out_dir).glob("step*.pt")
              if (m := NAME.fullmatch(p.name))]
     return [p for *_, p in sorted(found, reverse=True)]
@@ -113,7 +114,7 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint file, or None. The contents are compared with the hash in the
     name, or with the checksums inside the file if it was renamed."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe could wait forever
             return "not a file"
         if _known_good.get(path) == _stamp(path):
             return None
@@ -134,8 +135,8 @@ def damage(path: Path) -> str | None:
 
 
 def load(where: str, device: str | torch.device = "cpu") -> tuple[dict, Path]:
-    """The state in a file, or in the newest valid file of a folder, and which file it is. On the
-    CPU tensors stay on disk until used. Raises ValueError when there is none."""
+    """The state in a file, or in the newest valid file of a folder, and the path of that file. For
+    the CPU, tensors stay on disk until they are used. Raises ValueError when there is none."""
     if os.path.isdir(where):
         paths = list_checkpoints(where)
         if not paths:
@@ -156,22 +157,22 @@ def load(where: str, device: str | torch.device = "cpu") -> tuple[dict, Path]:
             except Exception as error:  # whatever a hostile file makes torch raise
                 wrong = f"cannot be read: {str(error).splitlines()[0]}"
         if len(paths) > 1:
-            print(f"{path}: {wrong}; passed over")
+            print(printable(f"{path}: {wrong}; passed over"), file=sys.stderr)
     raise ValueError(f"{where}: damaged or not a checkpoint: {wrong}" if len(paths) == 1
                      else f"{where}: none of its {len(paths)} checkpoints is valid")
 
 
 def restore(cfg, kind: str, optimizers: list, tokenizer: str, shape: dict,
             data_id: str) -> tuple[int, dict]:
-    """Where a run goes on: the step and the state that `cfg.resume` asks for, to be loaded; (0, {})
-    for a fresh start. Says which settings have changed, and whether the training data has. Raises
-    ValueError if the newest checkpoint in `cfg.out_dir` does not fit, or if a fresh run would be
-    mixed with an older one."""
+    """The step at which a run starts, and the state to load: those of the newest checkpoint with
+    --resume, else (0, {}). Prints which settings have changed, and whether the training data has.
+    Raises ValueError if that checkpoint does not fit, or if a fresh run would be mixed with an
+    older one."""
     say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
     found = list_checkpoints(cfg.out_dir)
     if found and not cfg.resume:
-        raise ValueError(f"{cfg.out_dir} holds a run already: go on with --resume, or give another "
-                         "--out_dir")
+        raise ValueError(f"{cfg.out_dir} holds a run already: continue it with --resume, or give "
+                         "another --out_dir")
     if not found:
         if cfg.resume:
             say(f"nothing to resume in {cfg.out_dir}: starting at step 0")
@@ -186,13 +187,13 @@ def restore(cfg, kind: str, optimizers: list, tokenizer: str, shape: dict,
         if getattr(cfg, key, value) != value and key not in ("resume", "device"):
             say(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
     if state.get("data", data_id) != data_id:
-        say("WARNING: the training data is not what this run began with: examples may come twice")
+        say("WARNING: the training data is not what this run began with: examples may repeat")
     say(f"loaded {path}")
     return state["step"], state
 
 
 def fits(path: Path, state: dict, tokenizer: str, shape: dict) -> None:
-    """Raises ValueError unless the model of a checkpoint has this shape and speaks these ids."""
+    """Raises ValueError unless a checkpoint's model has this shape and uses this tokenizer."""
     differ = [f"{key} is {value}, asked for {shape[key]}"
               for key, value in state["model_config"].items() if value != shape[key]]
     if differ:

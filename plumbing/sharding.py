@@ -5,11 +5,11 @@ One model over several processes: a copy in each, or a part in each. The rest ma
     with unsharded(model, dist): ...            # all weights are here: to evaluate, to write
     save(cfg, "pt", step, model, ...)           # a checkpoint, by all processes together
 
-Copies (DDP) cost 16 bytes a parameter in each of N processes: weight, gradient and two moments.
-Parts (--shard: FSDP2; ZeRO, Rajbhandari et al. 2020) cost 16 / N: each process keeps the N-th part
-of the rows of every matrix, the weights of a block are gathered just before it is used and
-forgotten after it, and its gradient is summed and split at once. Both make the same update.
-Checkpoints do not know how many processes there were, nor which of the two.
+A copy (DDP) costs each of N processes 16 bytes a parameter: weight, gradient and two moments. A
+part (--shard: FSDP2; ZeRO, Rajbhandari et al. 2020) costs 16 / N: each process keeps 1/N of the
+rows of every matrix. A block's weights are gathered just before it is used and freed right after;
+its gradient is summed and split at once. Both make the same update, and a checkpoint does not
+depend on the number of processes or on which of the two wrote it.
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,11 +35,11 @@ from tokenizer import Tokenizer
 
 def wrap(model: nn.Module, dist: Dist, shard: bool = False, recompute: bool = False,
          compiled: bool = False) -> nn.Module:
-    """The model on its device, ready to learn with the other processes: call what is returned for
-    a loss. A frozen model (a reference, a judge) is sharded or left as it is. Make optimizers
-    behind it: with `shard` it puts DTensors in the place of the parameters. `recompute` keeps only
-    the input of a block for the backward pass, which runs the block again: a third more
-    operations, and as many activations as one block has."""
+    """Put the model on its device and return the module to call for a loss: it exchanges gradients
+    with the other processes. A frozen model (a reference, a reward model) is only sharded. Make the
+    optimizers afterwards, because `shard` replaces parameters by DTensors. With `recompute` a block
+    keeps only its input and is run again in the backward pass: a third more operations, but the
+    activations of one block at a time."""
     blocks = [m for m in model.modules() if isinstance(m, Block)]
     shard = shard and dist.world > 1
     for block in blocks:
@@ -70,8 +70,8 @@ def wrap(model: nn.Module, dist: Dist, shard: bool = False, recompute: bool = Fa
 
 
 def to_learn(learn: Callable, plain: Callable) -> Callable:
-    """`learn` where gradients are wanted, else `plain`: nothing is run again then, and what writes
-    would be compiled anew for every length."""
+    """`learn` where gradients are wanted, else `plain`: without gradients nothing needs to run
+    again, and a compiled model would be compiled anew for every length that it writes."""
     return lambda *args: (learn if torch.is_grad_enabled() else plain)(*args)
 
 
@@ -82,9 +82,9 @@ def parts_of(model: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def unsharded(model: nn.Module, dist: Dist) -> Iterator[None]:
-    """Inside, every process holds all weights, so that they may call the model as often as each
-    likes: with parts alone, a call is an exchange that all must make. All enter and leave
-    together. Nothing happens to a model that is not sharded."""
+    """Inside, every process holds all weights and may call the model on its own; with parts alone a
+    call is an exchange that all processes must make. All enter and leave together. A model that is
+    not sharded stays as it is."""
     parts = parts_of(model)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -102,15 +102,15 @@ def unsharded(model: nn.Module, dist: Dist) -> Iterator[None]:
 
 
 def exchange_gradients(net: nn.Module, now: bool) -> None:
-    """Copies add up their gradients in the next backward pass if `now`, else later: once a step is
-    enough. Parts exchange in each, for there is no room for a whole gradient."""
+    """Whether copies exchange their gradients in the next backward pass; once a step is enough.
+    Parts exchange in every pass, because no process has room for a whole gradient."""
     if isinstance(net, DistributedDataParallel):
         net.require_backward_grad_sync = now
 
 
 def clip_gradients(net: nn.Module, largest: float) -> float:
-    """Scale the gradients so that their norm is at most `largest`; the norm before, on all ranks
-    alike."""
+    """Scale the gradients so that their norm is at most `largest`. Returns the norm before, which is
+    the same on all ranks."""
     norm = nn.utils.clip_grad_norm_(net.parameters(), largest)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -139,14 +139,13 @@ def resume(cfg: Settings, kind: str, model: nn.Module, optimizers: list[torch.op
 
 
 def shape_of(model: nn.Module) -> dict:
-    """The ModelConfig of a Transformer, or of the one inside a reward model, as a checkpoint has
-    it."""
+    """The ModelConfig of a Transformer, or of the one in a reward model, as a checkpoint has it."""
     return asdict(getattr(model, "backbone", model).config)
 
 
 def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[dict, list[dict]]:
-    """State of the model and of its optimizers as one process alone would have it, on the CPU of
-    rank 0; the others, which must call it too, get what they must not use."""
+    """The state of the model and of its optimizers as one process alone would have it, on the CPU of
+    rank 0. The other processes must call this too, and must not use what they get."""
     moments = [o.state_dict() for o in optimizers]
     if not parts_of(model):
         return model.state_dict(), moments
@@ -167,15 +166,15 @@ def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[d
 
 def load(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict,
          part: str = "model") -> None:
-    """Give a model and its optimizers, sharded or not, what a checkpoint holds, which every rank
-    has opened: its "model", or another `part` of the weights."""
+    """Give a model and its optimizers, sharded or not, what the checkpoint holds that every rank has
+    opened: its "model", or another `part` of the weights ("lora")."""
     load_model(model, state[part], strict=part == "model")
     for optimizer, saved in zip(optimizers, state["optimizer"]):
         load_optimizer(optimizer, saved)
 
 
 def load_model(model: nn.Module, state: dict[str, Tensor], strict: bool = True) -> None:
-    """The weights alone."""
+    """Give a model, sharded or not, the weights of a checkpoint."""
     if not parts_of(model):
         model.load_state_dict(state, strict=strict)
         return
@@ -186,7 +185,7 @@ def load_model(model: nn.Module, state: dict[str, Tensor], strict: bool = True) 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """The state of one optimizer alone, bit for bit what was saved by however many processes."""
+    """Give one optimizer the state that was saved, bit for bit, by whatever number of processes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
 
     def split(value, p: Tensor):

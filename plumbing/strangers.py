@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 SAFE_TORCH = (2, 10)  # below, weights_only=True can be made to run code: CVE-2026-24747
-# what a checkpoint of ours names, and all that it may: tensors and containers of them
+# all that our checkpoints name in their pickle: tensors and containers of them
 WIDTH = {f"torch {kind}Storage": width for kind, width in {
     "Float": 4, "Double": 8, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1,
     "Byte": 1, "Bool": 1}.items()}  # bytes of a number
@@ -23,8 +23,8 @@ MAX_OPS = 500_000  # of a pickle: 30 for each tensor
 
 
 def foreign(path: Path) -> str | None:
-    """What no checkpoint of this program has, or None: read from the list of the archive's parts
-    and the names in its pickle, with nothing unpacked, built or allocated."""
+    """What is in a file and in no checkpoint of ours, or None. Only the list of the archive's parts
+    and the names in its pickle are read: nothing is unpacked, built or allocated."""
     version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
     if version < SAFE_TORCH:
         return (f"not opened: with torch {torch.__version__} a file can run code of its own "
@@ -51,8 +51,8 @@ def foreign(path: Path) -> str | None:
 
 
 def _foreign_pickle(pickle: bytes, sizes: dict[str, int]) -> str | None:
-    """The first thing in a pickle that torch.save would not write: a name that is none of NAMES, an
-    operation of other kinds of objects, a storage of another size than its part in `sizes`."""
+    """The first thing in a pickle that torch.save would not write, or None: a name outside NAMES,
+    an operation for other kinds of objects, a storage of another size than its part in `sizes`."""
     pushed: list = []  # what went on the pickle machine's stack so far: plain values, None for more
     memo: dict = {}
     try:
@@ -80,8 +80,8 @@ def _foreign_pickle(pickle: bytes, sizes: dict[str, int]) -> str | None:
 
 
 def untrue(state, size: int) -> str | None:
-    """What a state from a file of `size` bytes claims and does not hold, or None. Whoever builds
-    the model it describes must not be made to allocate a terabyte by a kilobyte."""
+    """What a state from a file of `size` bytes claims and does not hold, or None: the model that it
+    describes will be allocated next."""
     if not isinstance(state, dict) or state.get("format") != 1:
         return "not a checkpoint of this program"
     weights = state.get("model", {})
