@@ -109,8 +109,8 @@ def exchange_gradients(net: nn.Module, now: bool) -> None:
 
 
 def clip_gradients(net: nn.Module, largest: float) -> float:
-    """Scale the gradients so that their norm is at most `largest`. Returns the norm before, which is
-    the same on all ranks."""
+    """Scale the gradients so that their norm is at most `largest`. Returns the norm before that,
+    which all ranks share."""
     norm = nn.utils.clip_grad_norm_(net.parameters(), largest)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -144,7 +144,7 @@ def shape_of(model: nn.Module) -> dict:
 
 
 def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[dict, list[dict]]:
-    """The state of the model and of its optimizers as one process alone would have it, on the CPU of
+    """The state of the model and its optimizers as one process alone would have it, on the CPU of
     rank 0. The other processes must call this too, and must not use what they get."""
     moments = [o.state_dict() for o in optimizers]
     if not parts_of(model):
@@ -166,8 +166,8 @@ def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[d
 
 def load(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict,
          part: str = "model") -> None:
-    """Give a model and its optimizers, sharded or not, what the checkpoint holds that every rank has
-    opened: its "model", or another `part` of the weights ("lora")."""
+    """Give a model and its optimizers, sharded or not, the `part` of a checkpoint's weights ("model"
+    or "lora") and their moments. Every rank has opened the file."""
     load_model(model, state[part], strict=part == "model")
     for optimizer, saved in zip(optimizers, state["optimizer"]):
         load_optimizer(optimizer, saved)

@@ -57,7 +57,7 @@ def test_every_mutation_is_detected_and_named(tmp_path, capsys):
         bad.write_bytes(damaged)
         found, where = checkpoint.load(tmp_path)
         assert where == good and found["step"] == 1
-        assert bad.name in capsys.readouterr().out
+        assert bad.name in capsys.readouterr().err  # stdout is for results
 
 
 def test_a_renamed_file_is_checked_by_its_inner_checksums(tmp_path):
