@@ -11,6 +11,7 @@ fraction of a second and a thousand of them are affordable. The child does what 
 of the CPU again. Linux only.
 """
 import builtins
+import contextlib
 import ctypes
 import importlib
 import io
@@ -30,9 +31,8 @@ from pathlib import Path
 
 import torch
 
-from plumbing import checkpoint
-from plumbing import runtime
 from demo import world
+from plumbing import checkpoint, runtime
 from tokenizer import PATTERN, dump
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +57,7 @@ class Child:
         """What the child prints goes to the file `said`; without one, where ours goes."""
         if said:
             said.write_bytes(b"")  # a reader may come before the child writes
-        self.said, self.code = said, None
+        self.said, self.code, self.peak = said, None, 0  # peak: most bytes in memory, at its end
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid:
@@ -85,7 +85,8 @@ class Child:
     def ends(self, seconds: float) -> bool:
         """Wait up to so many seconds; whether the child has ended."""
         if self.code is None and select.select([self.exit], [], [], max(seconds, 0))[0]:
-            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            _, status, used = os.wait4(self.pid, 0)
+            self.code, self.peak = os.waitstatus_to_exitcode(status), 1024 * used.ru_maxrss
             os.close(self.exit)
         return self.code is not None
 
@@ -192,6 +193,16 @@ def places(world: int) -> list[dict[str, str]]:
     return [{"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
             for rank in range(world)]
+
+
+def workers(torchrun: int) -> list[int]:
+    """Process ids of the ranks that a torchrun has started, in their order."""
+    found = []
+    for pid in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+        with contextlib.suppress(OSError):  # it has just ended
+            if b"train_pt.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(int(pid))
+    return found
 
 
 def die_after_save(step: int) -> Callable[[], None]:
