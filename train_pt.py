@@ -86,7 +86,6 @@ class Config:
     shard: bool = False  # each process keeps a part of every matrix (FSDP2), else all of them (DDP)
     recompute: bool = False  # keep a block's input only and run it again: less memory, more work
     compile: bool = False  # torch.compile: faster steps after a slow start
-    verify: Literal["auto", "full", "fast"] = "auto"  # hash the data: up to 1 GB, always, never
     dist_timeout: float = 120.0  # seconds without word from another process that end the run
 
 
@@ -201,7 +200,7 @@ def judge(cfg: Config, dist: Dist) -> None:
     if not cfg.init_from:
         raise ValueError("--eval_only needs --init_from=CHECKPOINT, the model to judge")
     model, model_tok = load_model(cfg.init_from, dist.device, torch.float32)
-    tok, splits = open_data(cfg.data_dir, cfg.verify)
+    tok, splits = open_data(cfg.data_dir)
     if tok.sha256 != model_tok.sha256:
         raise ValueError(f"{cfg.data_dir}: prepared with another tokenizer than {model_tok.name}'s")
     files = splits["val"] + splits["train"] if cfg.split == "all" else splits[cfg.split]
@@ -231,7 +230,7 @@ def write_samples(model: Transformer, tok: Tokenizer, files: list[TokenFile], cf
 
 
 def train(cfg: Config, dist: Dist) -> None:
-    tok, splits = open_data(cfg.data_dir, cfg.verify)
+    tok, splits = open_data(cfg.data_dir)
     accumulate = check(cfg, dist.world)
     config, max_steps = shape(cfg, tok.n_vocab), cfg.max_steps
     print0(runtime.describe_run(dist))
