@@ -12,29 +12,31 @@ tokens becomes a new token, until the vocabulary is full. The file it writes is 
 import base64
 import codecs
 import hashlib
-import heapq
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import numpy as np
 import regex  # comes with tiktoken, which needs it too
 import tiktoken
 
-from configurator import configure, fail
-from plumbing.corpus import (BadLine, BadLines, Batch, Document, Progress, find_files, parallel, parse,
-                    read_batches, write_text)
+from configurator import Count, FilePath, Natural, configure
+from plumbing.bpe import train_bpe
+from plumbing.chats import ROLES
+from plumbing.corpus import find_files, parse, read_batches, sampled
+from plumbing.files import write_text
+from plumbing.jobs import Progress, parallel
+from plumbing.jsonl import BadLine, BadLines, Batch
+from plumbing.terminal import fail, run
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
-ROLES = ("system", "user", "assistant")
 
 # Words of any script but Han, with one leading space | runs of Han | contractions | punctuation,
-# symbols and invisibles, with a leading space and the line ends behind | single digits | line
+# symbols and invisibles, with a leading space and the line ends after them | single digits | line
 # ends | other white space. Each character has its branch, since tiktoken drops what none matches;
 # there is no lookahead, with which tiktoken's regex overflows its stack on a million spaces.
 PATTERN = (r" ?[^\s\p{N}\p{Han}\p{P}\p{S}\p{C}]+|\p{Han}+|'(?i:[sdmt]|ll|ve|re)"
@@ -45,14 +47,12 @@ CHAR_PATTERN = r"(?s:.)"
 @dataclass(frozen=True)
 class Config:
     input: str = "out/toyworld/pt.jsonl,out/toyworld/chat.jsonl"  # files or folders to train on
-    out: str = "out/toyworld/tokenizer.txt"  # the file to write
+    out: FilePath = "out/toyworld/tokenizer.txt"  # the file to write
     kind: Literal["bpe", "char"] = "bpe"  # char: one token per character, whatever --vocab_size
     vocab_size: int = 1024  # tokens, the 256 bytes and 4 special ones included
-    max_mb: int = 100  # read about this much text, evenly spread over a larger input
-    text_field: str = "text"  # field of a JSONL line that holds the text
+    max_mb: Count = 100  # of a larger input, lines drawn at random: about this much text
     on_bad_line: Literal["stop", "skip"] = "stop"  # at a line that is not as it should be
-    max_bad_fraction: float = 0.01  # with skip: more bad lines than this are an error
-    workers: int = 0  # processes that count pieces; 0: one per core
+    workers: Natural = 0  # processes that count pieces; 0: one per core
 
 
 # ---------------------------------------------------------------------------- training
@@ -67,84 +67,25 @@ def count_pieces(texts: Iterable[str], pattern: str = PATTERN) -> Counter[bytes]
     return Counter({piece.encode(): n for piece, n in counts.items()})
 
 
-def train_bpe(counts: Counter[bytes], n_tokens: int,
-              report: Callable[[int], None] = lambda n: None) -> list[bytes]:
-    """The `n_tokens` byte strings, 256 single bytes first, that BPE finds in the counted pieces;
-    fewer if no pair occurs twice any more. Of equally frequent pairs the oldest tokens win.
-
-    All pieces lie behind one another in one array of token ids, a doubly linked list in which a
-    merge unlinks its right half; `places` knows where each pair starts. So a merge touches only
-    its own occurrences, all of them at once with numpy. A pair gets all its places at once, when
-    the younger of its tokens is made; from then on its count only falls, so an entry of the heap
-    is right or too high, and is put back when it turns out too high. No pair ever spells a token
-    that exists: where that token's bytes stand apart, its own merges have joined them before.
-    """
-    pieces = list(counts)
-    ids = np.frombuffer(b"\0" + b"\0".join(pieces) + b"\0", np.uint8).astype(np.int64)
-    ends = np.cumsum([0] + [len(p) + 1 for p in pieces])  # where the separators are
-    weight = np.repeat(np.array([0] + [counts[p] for p in pieces]), np.diff(ends, prepend=-1))
-    ids[ends] = SEPARATOR = -1
-    GONE = -2
-    right = np.arange(1, len(ids) + 1, dtype=np.int32)
-    left = np.arange(-1, len(ids) - 1, dtype=np.int32)
-    right[-1] = len(ids) - 1  # the last separator is its own neighbour
-
+def slow_bpe(counts: Counter[bytes], n_tokens: int) -> list[bytes]:
+    """BPE by the book: join the most frequent pair of neighbouring tokens into a new token, again
+    and again. Of equally frequent pairs take the one of the oldest tokens. `train_bpe` finds the
+    same tokens without counting everything anew for each of them."""
     tokens = [bytes([i]) for i in range(256)]
-    pair_count: dict[int, int] = {}
-    places: dict[int, np.ndarray] = {}
-    heap: list[tuple[int, int]] = []
-    V = n_tokens  # the pair (a, b) is written a * V + b
-
-    def add(at: np.ndarray) -> None:
-        """Take the new pairs that start at the sorted places `at` into count, places and heap."""
-        keys = ids[at] * V + ids[right[at]]
-        order = np.argsort(keys, kind="stable")
-        keys, at = keys[order], at[order]
-        starts = np.flatnonzero(np.diff(keys, prepend=-1))
-        sums = np.add.reduceat(weight[at], starts) if len(at) else starts
-        often = sums >= 2  # the others never will be
-        lengths = np.diff(np.append(starts, len(at)))
-        for key, n, start, length in zip(*(a[often].tolist()
-                                           for a in (keys[starts], sums, starts, lengths))):
-            pair_count[key], places[key] = n, at[start:start + length].copy()
-            heapq.heappush(heap, (-n, key))
-
-    def merge(key: int, new: int) -> None:
-        """Replace the pair `key` by the token `new` wherever it stands, leftmost first."""
-        a, b = divmod(key, V)
-        at = places.pop(key)
-        del pair_count[key]
-        at = at[(ids[at] == a) & (ids[right[at]] == b)]
-        if a == b:  # in a run, a a a: each second pair overlaps the one before
-            run = np.flatnonzero(np.append(True, right[at[:-1]] != at[1:]))
-            start = np.repeat(run, np.diff(np.append(run, len(at))))
-            at = at[(np.arange(len(at)) - start) % 2 == 0]
-        gone = right[at]
-        before, after = left[at], right[gone]
-        lost = np.concatenate((ids[before] * V + a, b * V + ids[after]))
-        ids[at], ids[gone] = new, GONE
-        # where two merged pairs touch, the pair between them is lost once, not twice
-        real = np.concatenate((ids[before] >= 0, ids[after] != SEPARATOR))
-        keys, index = np.unique(lost[real], return_inverse=True)
-        falls = np.bincount(index, np.concatenate((weight[at], weight[at]))[real])
-        for lost_key, n in zip(keys.tolist(), falls.tolist()):
-            if lost_key in pair_count:
-                pair_count[lost_key] -= int(n)
-        right[at], left[after] = after, at
-        fresh = np.unique(np.concatenate((left[at], at)))
-        add(fresh[(ids[fresh] >= 0) & (ids[right[fresh]] >= 0)])
-
-    add(np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0)))
-    while heap and len(tokens) < n_tokens:
-        n, key = heapq.heappop(heap)
-        if -n == pair_count[key]:
-            tokens.append(tokens[key // V] + tokens[key % V])
-            merge(key, len(tokens) - 1)
-            report(len(tokens))
-        elif pair_count[key] >= 2:
-            heapq.heappush(heap, (-pair_count[key], key))
-        else:
-            del pair_count[key], places[key]
+    pieces = [(list(piece), n) for piece, n in counts.items()]  # as token ids: bytes, at first
+    while len(tokens) < n_tokens:
+        pairs: Counter[tuple[int, int]] = Counter()
+        for ids, n in pieces:
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] += n
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if best is None or pairs[best] < 2:
+            break
+        for ids, _ in pieces:
+            for i in range(len(ids) - 1):
+                if tuple(ids[i:i + 2]) == best:  # also False past the end, which joins bring nearer
+                    ids[i:i + 2] = [len(tokens)]
+        tokens.append(tokens[best[0]] + tokens[best[1]])
     return tokens
 
 
@@ -158,7 +99,7 @@ def train_char(counts: Counter[bytes]) -> list[bytes]:
 # ---------------------------------------------------------------------------- the file
 
 def dump(tokens: list[bytes], pattern: str) -> str:
-    """A tokenizer as text; special tokens get the ids behind the ranks."""
+    """A tokenizer as text; special tokens get the ids after the ranks."""
     ranks = "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
     head = {"khaosz_tokenizer": 1, "pattern": pattern,
             "special_tokens": {name: len(tokens) + i for i, name in enumerate(SPECIALS)}}
@@ -266,55 +207,68 @@ class StreamDecoder:
 
 # ---------------------------------------------------------------------------- command line
 
-Share = tuple[Counter[bytes], dict[str, str], list[BadLine], int]
+def count_batch(batch: Batch, pattern: str) -> tuple[dict[str, Counter], list[BadLine], int]:
+    """A worker's share: pieces by language, bad lines, documents."""
+    texts: dict[str, list[str]] = {}
+    bad = []
+    for item in parse(batch, chats=True):
+        if isinstance(item, BadLine):
+            bad.append(item)
+        else:
+            texts.setdefault(item.lang, []).append(item.text)
+    return ({lang: count_pieces(some, pattern) for lang, some in texts.items()}, bad,
+            sum(map(len, texts.values())))
 
 
-def count_batch(batch: Batch, pattern: str, text_field: str) -> Share:
-    """A worker's share: pieces, a sample of up to 64 kB per language, bad lines, documents."""
-    items = list(parse(batch, text_field, chats=True))
-    documents = [d for d in items if isinstance(d, Document)]
-    sample: dict[str, str] = {}
-    for d in documents:
-        sample[d.lang] = (sample.get(d.lang, "") + d.text)[:1 << 16]
-    bad = [b for b in items if isinstance(b, BadLine)]
-    return count_pieces((d.text for d in documents), pattern), sample, bad, len(documents)
-
-
-def train(cfg: Config, progress: Progress) -> tuple[list[bytes], dict[str, str]]:
-    """The tokens, and a sample of the text per language. Raises ValueError without usable text."""
-    files = find_files(cfg.input)
+def count_files(cfg: Config, pattern: str, progress: Progress) -> dict[str, Counter[bytes]]:
+    """The pieces of the input by language. Raises ValueError without usable text."""
+    files, start, n_texts, n_bytes = find_files(cfg.input), time.time(), 0, 0
     size = sum(os.path.getsize(f) * (3 if f.endswith((".gz", ".parquet")) else 1) for f in files)
-    every = -(-size // (cfg.max_mb << 20)) or 1  # of the batches, one is read
-    batches = (b for i, b in enumerate(read_batches(files, cfg.text_field)) if i % every == 0)
-    pattern = CHAR_PATTERN if cfg.kind == "char" else PATTERN
-    work = partial(count_batch, pattern=pattern, text_field=cfg.text_field)
+    every = -(-size // (cfg.max_mb << 20)) or 1
     bad_lines = BadLines(cfg.on_bad_line, progress)
-    start, counts, sample, n_texts, n_bytes = time.time(), Counter(), {}, 0, 0
-    for found, part, bad, n in parallel(work, batches, cfg.workers):
-        counts.update(found)
+    counts: dict[str, Counter[bytes]] = {}
+    batches = sampled(read_batches(files), every)
+    for found, bad, n in parallel(partial(count_batch, pattern=pattern), batches, cfg.workers):
+        for lang, pieces in found.items():
+            counts.setdefault(lang, Counter()).update(pieces)
+            n_bytes += bytes_in(pieces)
         bad_lines.add(bad)
         n_texts += n
-        n_bytes += sum(len(piece) * times for piece, times in found.items())
-        for lang, text in part.items():
-            sample[lang] = (sample.get(lang, "") + text)[:1 << 20]
-        progress.show(f"read {n_bytes / 1e6:,.0f} MB, {len(counts):,} different pieces")
+        progress.show(f"read {n_bytes / 1e6:,.0f} MB")
     progress.end()
-    bad_lines.finish(n_texts, cfg.max_bad_fraction)
+    bad_lines.finish(n_texts)
     if not counts:
         raise ValueError(f"{cfg.input}: no text in it")
-    some = f" (of {every:,} batches one: --max_mb)" if every > 1 else ""
-    print(f"read {n_bytes / 1e6:,.1f} MB{some}, {len(counts):,} different pieces, "
-          f"{time.time() - start:.1f} s")
-    if cfg.kind == "char":
-        return train_char(counts), sample
+    some = f" (one line in {every:,}, drawn at random: --max_mb)" if every > 1 else ""
+    print(f"read {n_bytes / 1e6:,.1f} MB{some}, {sum(map(len, counts.values())):,} different "
+          f"pieces, {time.time() - start:.1f} s")
+    return counts
+
+
+def bytes_in(counts: Counter[bytes]) -> int:
+    return sum(len(piece) * n for piece, n in counts.items())
+
+
+def make(cfg: Config, progress: Progress) -> None:
+    """Train the tokenizer and write its file. Raises ValueError or OSError for what a user can
+    mend."""
+    pattern = CHAR_PATTERN if cfg.kind == "char" else PATTERN
+    by_lang = count_files(cfg, pattern, progress)
+    counts = sum(by_lang.values(), Counter())
     start, wanted = time.time(), cfg.vocab_size - len(SPECIALS)
-    tokens = train_bpe(counts, wanted, lambda n: progress.show(
-        f"{n:,} of {wanted:,} tokens, {time.time() - start:.1f} s"))
+    tokens = train_char(counts) if cfg.kind == "char" else train_bpe(
+        counts, wanted, lambda n: progress.show(f"{n:,} of {wanted:,} tokens"))
     progress.end()
-    print(f"{len(tokens):,} of {wanted:,} tokens, {time.time() - start:.1f} s")
-    if len(tokens) < wanted:
+    if cfg.kind == "bpe" and len(tokens) < wanted:
         print("no pair is left that occurs twice: the vocabulary ends here")
-    return tokens, sample
+    os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
+    write_text(cfg.out, dump(tokens, pattern))
+    tok = load_tokenizer(cfg.out)
+    for lang, pieces in sorted(by_lang.items()):
+        n_ids = sum(len(tok.encode_ordinary(piece.decode())) * n for piece, n in pieces.items())
+        print(f"{lang}: {bytes_in(pieces) / n_ids:.2f} bytes/token on what it was trained on")
+    print(f"saved {cfg.out}: {tok.n_vocab:,} tokens, sha256 {tok.sha256[:16]}…, "
+          f"{time.time() - start:.1f} s")
 
 
 def main() -> None:
@@ -323,23 +277,13 @@ def main() -> None:
     if cfg.kind == "bpe" and cfg.vocab_size <= least:
         fail(f"--vocab_size={cfg.vocab_size} must be more than {least}: every tokenizer has the "
              f"256 bytes and {len(SPECIALS)} special tokens")
-    if cfg.max_mb < 1 or cfg.workers < 0:
-        fail("--max_mb must be at least 1 and --workers at least 0")
     progress = Progress()
     try:
-        tokens, sample = train(cfg, progress)
-        text = dump(tokens, CHAR_PATTERN if cfg.kind == "char" else PATTERN)
-        os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
-        write_text(cfg.out, text)
+        make(cfg, progress)
     except (ValueError, OSError, KeyboardInterrupt) as error:
         progress.end()
         fail(str(error) or "stopped, nothing was written")
-    tok = Tokenizer(text, cfg.out)
-    for lang, passage in sorted(sample.items()):
-        n_bytes, n_ids = len(passage.encode()), len(tok.encode_ordinary(passage))
-        print(f"{lang}: {n_bytes / n_ids:.2f} bytes/token on {n_bytes:,} bytes it was trained on")
-    print(f"saved {cfg.out}: {tok.n_vocab:,} tokens, sha256 {tok.sha256[:16]}…")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

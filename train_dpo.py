@@ -43,7 +43,7 @@ from plumbing import checkpoint
 from plumbing import runtime
 from plumbing import sharding
 from configurator import configure
-from plumbing.corpus import Progress
+from plumbing.jobs import Progress
 from plumbing.costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
                    writing_memory)
 from data import IGNORE, Order, hash64

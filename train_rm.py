@@ -37,7 +37,8 @@ from plumbing import checkpoint
 from plumbing import runtime
 from plumbing import sharding
 from configurator import configure
-from plumbing.corpus import BadLine, find_files, parse_records, read_batches
+from plumbing.corpus import find_files, read_batches
+from plumbing.jsonl import BadLine, parse_records
 from plumbing.costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
                    writing_memory)
 from data import Order, hash64

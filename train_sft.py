@@ -40,8 +40,8 @@ from plumbing import sharding
 from configurator import configure
 from plumbing.costs import (count_parameters, flops_per_token, fullest, judging_memory, training_memory,
                    writing_memory)
-from data import IGNORE, open_data, passages
-from plumbing.examples import Packed, Rows, in_batches, load_splits, pad_right, prompt_of, evenly_spaced
+from data import IGNORE, Packed, open_data, passages
+from plumbing.examples import Rows, in_batches, load_splits, pad_right, prompt_of, evenly_spaced
 from generate import load_model, replies
 from model import Linear, Transformer
 from plumbing.runtime import Dist, all_sum, print0

@@ -44,7 +44,7 @@ import train_rl
 import train_rm
 import train_sft
 from configurator import configure, fail
-from plumbing.corpus import Progress
+from plumbing.jobs import Progress
 from plumbing.examples import Row
 from generate import generate
 from model import ModelConfig, RewardModel, Transformer, rope_table, rotate
@@ -226,7 +226,7 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     rows = [Row([r.randrange(V) for _ in range(n)], [0] * (n // 2) + [1] * (n - n // 2))
             for n in sizes]
     packed = examples.window_batch([[rows[i] for i in one]
-                                    for one in examples.pack(sizes, T)[:B]], T)
+                                    for one in data.pack(sizes, T)[:B]], T)
     padded = examples.pad_right(r.sample(rows, B), 0)
     alike = examples.pad_right(rows[3 * B:4 * B], 0)  # as micro_batches puts pairs together
     full = torch.randint(V, (2, B, T))

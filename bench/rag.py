@@ -33,7 +33,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from plumbing.corpus import FieldError, Progress, find_files, parse_records, read_batches
+from plumbing.corpus import find_files, read_batches
+from plumbing.jobs import Progress
+from plumbing.jsonl import FieldError, parse_records
 from search.documents import PIECE, count_pieces
 from search.embed import Embed
 from plumbing.examples import evenly_spaced

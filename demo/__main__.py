@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from configurator import configure, fail
-from plumbing.corpus import write_text
+from plumbing.files import write_text
 from demo.curves import draw
 from generate import load_model
 from demo.judge import (judge_answers, judge_chats, judge_pt, judge_rag, judge_rl, judge_rm, samples)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import rag
 from configurator import fail
-from plumbing.corpus import write_text
+from plumbing.files import write_text
 from search.documents import update
 from generate import replies
 from search.index import Index

@@ -32,7 +32,7 @@ import tiktoken
 import torch
 
 from plumbing import checkpoint
-from plumbing import corpus
+from plumbing import files
 import data
 from plumbing import interrupts
 from faults.damage import crash_at_every_call, damaged_files, disk_full, kill_storm
@@ -400,7 +400,7 @@ def write_report(path: str, board: dict[int, str]) -> None:
             f"tiktoken {tiktoken.__version__}.\nWhat each row does, and with which deliberate "
             "break it was seen to fail, stands in its function\nin `faults/`. "
             "Times depend on what else the machine does.\n")
-    corpus.write_text(path, "\n".join([head, HEAD, *(board[i] for i in sorted(board)), ""]))
+    files.write_text(path, "\n".join([head, HEAD, *(board[i] for i in sorted(board)), ""]))
 
 
 if __name__ == "__main__":

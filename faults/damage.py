@@ -21,7 +21,7 @@ from plumbing import checkpoint
 from plumbing import corpus
 import data
 from search import embed
-from plumbing import examples
+from plumbing import examples, jobs as work, tokenfiles
 from demo import world
 from search.documents import count_pieces, update
 from faults.lab import (STAGES, Lab, Result, Run, crash_everywhere, damaged, die_after_save, newest,
@@ -94,9 +94,10 @@ def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
     cfg = data.Config(str(text), f"{lab.folder}/tok.txt", str(lab.new("shards")), 0.2, workers=1)
 
     def prepare() -> None:
-        corpus.BATCH_BYTES, data.JOURNAL_SECONDS = 5_000, 0  # a journal behind each small batch
+        # a journal after each small batch
+        corpus.BATCH_BYTES, tokenfiles.JOURNAL_SECONDS = 5_000, 0
         with contextlib.redirect_stdout(io.StringIO()):
-            data.prepare(cfg, corpus.Progress())
+            data.prepare(cfg, work.Progress())
 
     def contents(folder: str) -> dict[str, bytes]:
         return {p.name: p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
@@ -109,11 +110,11 @@ def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
         make()
         return contents(folder) == expected
 
-    sizes = corpus.BATCH_BYTES, data.JOURNAL_SECONDS
+    sizes = corpus.BATCH_BYTES, tokenfiles.JOURNAL_SECONDS
     prepare()
     jobs["shards"] = (prepare, partial(again, prepare, cfg.out_dir, contents(cfg.out_dir)),
                       lambda: shutil.rmtree(cfg.out_dir, ignore_errors=True))
-    corpus.BATCH_BYTES, data.JOURNAL_SECONDS = sizes
+    corpus.BATCH_BYTES, tokenfiles.JOURNAL_SECONDS = sizes
 
     rows = lab.new("rows")
     tok = load_tokenizer(cfg.tokenizer)

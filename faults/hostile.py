@@ -27,7 +27,7 @@ import torch
 
 from plumbing import checkpoint
 from plumbing import corpus
-from plumbing import examples
+from plumbing import examples, jsonl
 from configurator import configure
 from faults.lab import ROOT, Lab, Result, Run, newest
 from tokenizer import (CHAR_PATTERN, PATTERN, SPECIALS, Tokenizer, _digest, dump, load_tokenizer,
@@ -202,9 +202,10 @@ def bad_lines(lab: Lab, n: int = 10_000) -> Result:
         else:
             lines.append(json.dumps(r.choice(GOOD)).encode())
     path.write_bytes(b"\n".join(lines))
-    items = [item for batch in corpus.read_batches([str(path)], "text", 1)
+    limit, jsonl.MAX_LINE = jsonl.MAX_LINE, 1 << 20
+    items = [item for batch in corpus.read_batches([str(path)])
              for item in corpus.parse(batch)]
-    found = [(b.where, b.what) for b in items if isinstance(b, corpus.BadLine)]
+    found = [(b.where, b.what) for b in items if isinstance(b, jsonl.BadLine)]
     right = sum(a == b for a, b in zip(found, wanted))
     kept = len(items) - len(found)
     stops = 0
@@ -212,9 +213,10 @@ def bad_lines(lab: Lab, n: int = 10_000) -> Result:
                                             {json.dumps(g).encode() for g in GOOD}]):
         path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
         run = Run("data", [f"--input={path}", f"--tokenizer={lab.folder}/tok.txt", "--workers=1",
-                           f"--out_dir={lab.new()}", "--max_line_mb=1"], lab.folder / "said")
+                           f"--out_dir={lab.new()}"], lab.folder / "said")
         column = where.rpartition(":")[2]
         stops += run.wait() == 2 and f"{path}:2:{column}: {what}" in run.text
+    jsonl.MAX_LINE = limit
     return (f"{right} of {len(wanted)} kinds located by line and column, {stops} by data.py; "
             f"{n - len(wanted) - kept} good lines lost",
             right == stops == len(wanted) == len(found) and len(wanted) >= 12

@@ -1,17 +1,12 @@
 """
-Chats, preference pairs and prompts: JSON lines -> token rows, mapped from disk -> batches.
+Chats, preference pairs and prompts as rows of token ids: JSON lines -> rows on disk, mapped from
+there, so that a corpus of any size works. plumbing/chats.py says what a line may hold; how rows are
+made and kept may be skipped.
 
-    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
-    {"prompt": [… up to a user's message], "chosen": "good", "rejected": "bad", "margin": 1.0}
-    {"prompt": […], "ranking": ["best", …, "worst"]}                    stands for all its pairs
-    {"prompt": […]}
-
-Roles are system, user and assistant; "margin" and "lang" may be missing, other fields are ignored.
 A row is what `render` makes of a chat: token ids, and for each whether it is to be learnt. A pair
 is two rows, chosen and rejected, that end at the reply's <|im_end|>. A ranking is one row for each
 reply, best first, so that k replies are read once for their k (k - 1) / 2 pairs; a pair is a
-ranking of two. Rows are made once, in a
-folder whose meta.json says from what, and are read as they are used: a corpus of any size works.
+ranking of two. Rows are made once, in a folder whose meta.json says from what.
 """
 import glob
 import hashlib
@@ -20,7 +15,8 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
+from contextlib import ExitStack
+from functools import cache, partial
 from itertools import combinations
 from typing import Literal, NamedTuple
 
@@ -28,10 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plumbing.corpus import (BadLine, BadLines, Batch, FieldError, Progress, find_files, language, parallel,
-                    parse_records, read_batches, write_text)
-from data import IGNORE, Order, cached_tokenizer, draw_split, hash64, read_json
-from tokenizer import ROLES, Tokenizer, render
+from plumbing.chats import read_chat, read_comparison, read_prompt
+from plumbing.corpus import find_files, language, read_batches
+from plumbing.files import write_text
+from plumbing.jobs import Progress, parallel
+from plumbing.jsonl import BadLine, BadLines, Batch, FieldError, check_text, parse_records
+from plumbing.order import draw_split, hash64
+from plumbing.tokenfiles import IGNORE, read_json
+from tokenizer import Tokenizer, load_tokenizer, render
 
 Kind = Literal["chat", "pair", "ranking", "prompt"]
 ROW = np.dtype([("end", "<i8"), ("lang", "S8"), ("margin", "<f4"), ("first", "?")])
@@ -39,84 +39,34 @@ ROW = np.dtype([("end", "<i8"), ("lang", "S8"), ("margin", "<f4"), ("first", "?"
 LEARN = np.uint32(1 << 31)  # flag on a token id in .words: to be learnt
 
 
+SPLITS = ("train", "val")
+cached_tokenizer = cache(load_tokenizer)  # once per worker
+
+
 class Row(NamedTuple):
     ids: list[int]
     mask: list[int]  # 1: to be learnt
 
 
-# ---------------------------------------------------------------------------- reading
-
-def read_messages(record: dict, field: str, last: str) -> list[dict]:
-    """The messages in a field, which must end with a message of role `last`. Raises FieldError."""
-    messages = record.get(field)
-    if not isinstance(messages, list) or not messages:
-        raise FieldError(field, "field missing" if field not in record else "field of a wrong type",
-                         f"'{field}' must be a list of messages")
-    for i, m in enumerate(messages):
-        if not isinstance(m, dict) or m.get("role") not in ROLES:
-            raise FieldError(field, "bad message", f"{field}[{i}] must be an object with a role of "
-                             f"{', '.join(ROLES)}")
-        if not isinstance(m.get("content"), str):
-            raise FieldError(field, "bad message", f"{field}[{i}]['content'] must be a string")
-        check_text(m["content"], field)
-    if messages[-1]["role"] != last:
-        raise FieldError(field, "bad message", f"{field} must end with a message of role '{last}', "
-                         f"ends with '{messages[-1]['role']}'")
-    return messages
-
-
-def read_reply(record: dict, field: str) -> str:
-    if not isinstance(record.get(field), str):
-        raise FieldError(field, "field missing" if field not in record else "field of a wrong type",
-                         f"'{field}' must be a string")
-    check_text(record[field], field)
-    return record[field]
-
-
-def check_text(text: str, field: str) -> None:
-    """Raises FieldError for half a character (JSON can say \\ud800), which has no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise FieldError(field, "lone surrogate", ascii(text[error.start])) from None
-
+# ---------------------------------------------------------------------------- from records
 
 def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str, list, Counter]:
     """What one record gives: the text that decides its split, [(lang, margin, rows)] with one row
     for a chat or prompt, two for a pair, as many as replies for a ranking, and how often something
-    was dropped or cut."""
-    lang = record.get("lang")
-    if lang is not None and not isinstance(lang, str):
-        raise FieldError("lang", "field of a wrong type", "'lang' must be a string")
+    was dropped or shortened. Raises FieldError."""
     counts: Counter = Counter()
+    groups: list[tuple[float, list[Row]]] = []
     if kind == "chat":
-        messages = read_messages(record, "messages", "assistant")
+        messages = read_chat(record)
         row = fit_chat(tok, messages, max_len, counts)
-        key = next((m["content"] for m in messages if m["role"] == "user"), "")
         groups = [(0.0, [row])] if row else []
     elif kind == "prompt":
-        messages = read_messages(record, "prompt", "user")
+        messages = read_prompt(record)
         row = Row(*render(tok, messages, add_generation_prompt=True))
-        key, groups = messages[-1]["content"], [(0.0, [row])]
-        if len(row.ids) > max_len:
-            groups = []
-            counts["prompts dropped: too long"] += 1
+        groups = [(0.0, [row])] if len(row.ids) <= max_len else []
+        counts["prompts dropped: too long"] += not groups
     else:
-        messages = read_messages(record, "prompt", "user")
-        key, groups = messages[-1]["content"], []
-        margin = record.get("margin", 0.0)
-        if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-            raise FieldError("margin", "field of a wrong type", "'margin' must be a number")
-        if "ranking" in record:
-            replies = record["ranking"]
-            if not isinstance(replies, list) or len(replies) < 2 or not all(
-                    isinstance(r, str) for r in replies):
-                raise FieldError("ranking", "field of a wrong type",
-                                 "'ranking' must be a list of at least two strings, best first")
-            for reply in replies:
-                check_text(reply, "ranking")
-        else:
-            replies = [read_reply(record, "chosen"), read_reply(record, "rejected")]
+        messages, replies, margin = read_comparison(record)
         ranked = [reply_row(tok, messages, reply) for reply in replies]
         for rows in [ranked] if kind == "ranking" else combinations(ranked, 2):
             different = [row for i, row in enumerate(rows) if row not in rows[:i]]
@@ -127,8 +77,18 @@ def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str
                 counts["replies dropped from rankings"] += len(rows) - len(fitting)
             if len(fitting) > 1:
                 groups.append((float(margin), fitting))
-    lang = lang or language(" ".join(m["content"] for m in messages))
-    return key, [(lang, margin, rows) for margin, rows in groups], counts
+    lang = read_lang(record) or language(" ".join(m["content"] for m in messages))
+    return json.dumps(messages), [(lang, margin, rows) for margin, rows in groups], counts
+
+
+def read_lang(record: dict) -> str | None:
+    """The language of a record, if it says one. Raises FieldError."""
+    lang = record.get("lang")
+    if lang is None or isinstance(lang, str) and len(check_text(lang, "lang").encode()) <= (
+            ROW["lang"].itemsize):
+        return lang
+    raise FieldError("lang", "unknown language", "'lang' must be a string of at most "
+                     f"{ROW['lang'].itemsize} bytes like 'zh'")
 
 
 def reply_end(mask: list[int]) -> int:
@@ -177,12 +137,12 @@ def encode_batch(batch: Batch, kind: Kind, tokenizer: str, max_len: int, val_fra
             continue
         key, groups, found = item
         counts, n = counts + found, n + 1
-        words, rows = parts[draw_split(key.encode(errors="replace"), val_fraction)]
+        words, rows = parts[draw_split(key.encode(), val_fraction)]
         for lang, margin, group in groups:
             for i, (ids, mask) in enumerate(group):
                 learn = np.where(np.array(mask, bool), LEARN, np.uint32(0))
                 words.append(np.array(ids, np.uint32) | learn)
-                rows.append((len(ids), lang.encode()[:8], margin, i == 0))
+                rows.append((len(ids), lang.encode(), margin, i == 0))
     return {split: (b"".join(w.tobytes() for w in words), np.array(rows, ROW))
             for split, (words, rows) in parts.items()}, bad, counts, n, batch.share
 
@@ -235,31 +195,37 @@ class Rows:
 def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: str,
                   val_fraction: float = 0.0, on_bad_line: str = "stop") -> dict[str, Rows]:
     """{"train": Rows, "val": Rows} of JSONL files; made in `folder` unless it already holds just
-    these, checked against their sha256 if it does. An example belongs to val by a hash of its
-    user's first (chats) or last message. Raises ValueError for what a user can mend."""
+    these, checked against their sha256 if it does. A chat belongs to val by a hash of all of it, a
+    pair, ranking or prompt by one of its prompt: the pairs of a prompt stay together. Raises
+    ValueError for what a user can mend."""
     files = find_files(paths)
     job = {"files": [(f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files], "kind": kind,
-           "tokenizer": tok.sha256, "settings": [max_len, val_fraction, on_bad_line], "version": 2}
+           "tokenizer": tok.sha256, "settings": [max_len, val_fraction, on_bad_line], "version": 3}
     job = json.loads(json.dumps(job))  # as it will be read back
     meta = read_json(os.path.join(folder, "meta.json"))
     if not meta or meta["job"] != job:
         meta = prepare(files, kind, tok, job, folder)
+    for name, sha256 in meta["sha256"].items():
+        if digest(path := os.path.join(folder, name)) != sha256:
+            raise ValueError(f"{path}: damaged: its contents do not match their sha256; delete "
+                             f"{folder}")
     found = {}
-    for split in ("train", "val"):
-        arrays = []
-        for part, dtype in (("words", np.dtype("<u4")), ("rows", ROW)):
-            name = os.path.join(folder, f"{split}.{part}")
-            with open(name, "rb") as f:
-                digest = hashlib.file_digest(f, "sha256").hexdigest()
-                if digest != meta["sha256"][f"{split}.{part}"]:
-                    raise ValueError(f"{name}: damaged: its contents do not match their sha256; "
-                                     f"delete {folder}")
-            size = os.path.getsize(name) // dtype.itemsize
-            arrays.append(np.memmap(name, dtype, "r", shape=(size,)) if size
-                          else np.zeros(0, dtype))
+    for split in SPLITS:
+        words, table = (map_file(os.path.join(folder, f"{split}.{part}"), dtype)
+                        for part, dtype in (("words", np.dtype("<u4")), ("rows", ROW)))
         data_id = hash64(*(meta["sha256"][f"{split}.{part}"] for part in ("words", "rows")))
-        found[split] = Rows(*arrays, f"{paths} ({split})", data_id)
+        found[split] = Rows(words, table, f"{paths} ({split})", data_id)
     return found
+
+
+def digest(path: str) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def map_file(path: str, dtype: np.dtype) -> np.ndarray:
+    empty = not os.path.getsize(path)
+    return np.zeros(0, dtype) if empty else np.memmap(path, dtype, "r")
 
 
 def load_splits(cfg, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[Rows, Rows]:
@@ -281,94 +247,54 @@ def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str
     temporary = f"{folder}.{os.getpid()}.tmp"
     os.makedirs(temporary)
     tok_path = os.path.join(temporary, "tokenizer.txt")
-    write_text(tok_path, tok.text)
     progress = Progress()
     bad_lines = BadLines(on_bad_line, progress)
-    names = [f"{split}.{part}" for split in ("train", "val") for part in ("words", "rows")]
-    outs = {name: open(os.path.join(temporary, name), "wb") for name in names}
-    hashes = {name: hashlib.sha256() for name in names}
-    ends, examples, counts, n = Counter(), Counter(), Counter(), 0
+    tables = {split: [np.zeros(0, ROW)] for split in SPLITS}
+    counts, n = Counter(), 0
     work = partial(encode_batch, kind=kind, tokenizer=tok_path, max_len=max_len,
                    val_fraction=val_fraction)
     workers = 1 if sum(map(os.path.getsize, files)) < 16 << 20 else 0
     try:
-        for parts, bad, found, n_new, share in parallel(work, read_batches(files), workers):
-            bad_lines.add(bad)
-            counts, n = counts + found, n + n_new
-            for split, (words, rows) in parts.items():
-                rows["end"] = np.cumsum(rows["end"]) + ends[split]
-                ends[split] += len(words) // 4
-                examples[split] += int(rows["first"].sum())
-                for name, raw in ((f"{split}.words", words), (f"{split}.rows", rows.tobytes())):
-                    outs[name].write(raw)
-                    hashes[name].update(raw)
-            progress.show(f"{share:6.1%} | {n:,} records")
-        for f in outs.values():
-            f.flush()
-            os.fsync(f.fileno())
+        write_text(tok_path, tok.text)
+        with ExitStack() as opened:
+            outs = {name: opened.enter_context(open(os.path.join(temporary, name), "wb"))
+                    for split in SPLITS for name in (f"{split}.words", f"{split}.rows")}
+            for parts, bad, found, n_new, share in parallel(work, read_batches(files), workers):
+                bad_lines.add(bad)
+                counts, n = counts + found, n + n_new
+                for split, (words, rows) in parts.items():
+                    outs[f"{split}.words"].write(words)
+                    tables[split].append(rows)
+                progress.show(f"{share:6.1%} | {n:,} records")
+            for split in SPLITS:
+                table = np.concatenate(tables[split])
+                table["end"] = np.cumsum(table["end"])
+                outs[f"{split}.rows"].write(table.tobytes())
+            for f in outs.values():
+                f.flush()
+                os.fsync(f.fileno())
         progress.end()
-        bad_lines.finish(n, 0.01)
-        if not sum(ends.values()):
-            raise ValueError(f"{', '.join(files)}: no usable example in it; "
-                             + "; ".join(f"{k}: {v:,}" for k, v in counts.items()))
-        notes = "".join(f"; {what}: {many:,}" for what, many in sorted(counts.items()) if many)
-        print(f"{n:,} records -> {examples['train']:,} {kind}s to train on, "
-              f"{examples['val']:,} held out{notes}")
-        meta = {"job": job, "sha256": {name: h.hexdigest() for name, h in hashes.items()}}
+        bad_lines.finish(n)
+        many = {split: sum(int(rows["first"].sum()) for rows in tables[split]) for split in SPLITS}
+        notes = "".join(f"; {what}: {often:,}" for what, often in sorted(counts.items()) if often)
+        if not sum(many.values()):
+            raise ValueError(f"{', '.join(files)}: no usable example in it{notes}")
+        by = f" ({val_fraction:.3g} of the {kind}s, by a hash of the "
+        by += "whole chat)" if kind == "chat" else "prompt)"
+        print(f"{n:,} records -> {many['train']:,} {kind}s to train on, {many['val']:,} held out"
+              + by * bool(val_fraction) + notes)
+        meta = {"job": job, "sha256": {name: digest(os.path.join(temporary, name))
+                                       for name in outs}}
         write_text(os.path.join(temporary, "meta.json"), json.dumps(meta, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
         return meta
     finally:
         progress.end()
-        for f in outs.values():
-            f.close()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------- batches
-
-def pack(lengths: list[int], size: int) -> list[list[int]]:
-    """Numbers of rows in bins of `size` tokens, best fit decreasing: the longest first, each into
-    the fullest bin that still holds it. O(n log n): the bins wait in a stack per free length, and
-    a bit for each stack that is not empty finds the next one."""
-    bins: list[list[int]] = []
-    waiting: list[list[int]] = [[] for _ in range(size + 1)]
-    open_bits = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fitting = open_bits >> lengths[i] << lengths[i]
-        if fitting:
-            free = (fitting & -fitting).bit_length() - 1
-            at = waiting[free].pop()
-            if not waiting[free]:
-                open_bits &= ~(1 << free)
-            bins[at].append(i)
-            free -= lengths[i]
-        else:
-            at, free = len(bins), size - lengths[i]
-            bins.append([i])
-        if free:
-            waiting[free].append(at)
-            open_bits |= 1 << free
-    return bins
-
-
-class Packed:
-    """Rows of chats packed whole into windows of `length` tokens; or one row each, unpacked."""
-
-    def __init__(self, rows: Rows, length: int, seed: int, packed: bool = True):
-        self.rows, self.length = rows, length
-        n = len(rows)
-        self.bins = pack(rows.lengths().tolist(), length) if packed else [[i] for i in range(n)]
-        self.order = Order(len(self.bins), seed, rows.name)
-
-    def batch(self, start: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Windows start … start + size - 1 of the endless stream: see `window_batch`."""
-        return self.make([self.bins[i] for i in self.order.take(start, size)])
-
-    def make(self, bins: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        return window_batch([[self.rows.example(i)[0] for i in one] for one in bins], self.length)
-
 
 def window_batch(bins: list[list[Row]], length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, targets (IGNORE where nothing is to be learnt) and the number of the row each

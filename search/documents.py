@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from plumbing.corpus import Progress
+from plumbing.jobs import Progress
 from search.index import Index
 from search.segment import Chunk, clean
 

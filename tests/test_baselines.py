@@ -125,7 +125,7 @@ def test_dictionary_of_xz_holds_a_text_longer_than_64_mb(monkeypatch):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A folder as data.py makes it, and the texts of its documents by (split, lang)."""
-    from plumbing.corpus import Progress
+    from plumbing.jobs import Progress
     from tokenizer import PATTERN, count_pieces, dump, train_bpe
     folder = tmp_path_factory.mktemp("baselines")
     rng = np.random.default_rng(9)

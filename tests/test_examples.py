@@ -5,10 +5,9 @@ import random
 import pytest
 import torch
 
+from data import IGNORE, Order, Packed, pack
 from plumbing import examples
-from data import IGNORE
-from plumbing.examples import (Order, Packed, Row, load_examples, pack, pad_right, prompt_of, rows_of,
-                      window_batch)
+from plumbing.examples import Row, load_examples, pad_right, prompt_of, rows_of, window_batch
 from tokenizer import render
 
 USER = [{"role": "user", "content": "hi 你好"}]

@@ -32,12 +32,12 @@ ABOVE = {"demo", "bench", "faults"}  # import anything, and only each other impo
 # NOT YET TRUE, while the house is rebuilt: budgets, lengths, imports. To be empty at the end, and
 # then deleted.
 NOT_YET = {
-    "tokenizer.py", "data.py", "train_pt.py", "train_sft.py", "train_rm.py", "train_dpo.py",
+    "train_pt.py", "train_sft.py", "train_rm.py", "train_dpo.py",
     "train_rl.py", "generate.py", "rag.py", "plumbing", "search", "demo", "bench", "faults", "all",
-    "plumbing/corpus.py", "plumbing/examples.py", "search/index.py", "demo/world.py",
+    "search/index.py", "demo/world.py",
     "faults/__main__.py",
-    "rag -> bench.rag", "plumbing.examples -> data", "search.embed -> generate",
-    "circle: bench.rag -> rag -> bench.rag", "lint"}
+    "rag -> bench.rag", "search.embed -> generate",
+    "circle: bench.rag -> rag -> bench.rag", "circle: rag -> bench.rag -> rag", "lint"}
 
 
 def module(name: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 from plumbing import checkpoint
 import data
 import train_pt
-from plumbing.corpus import Progress
+from plumbing.jobs import Progress
 from faults.lab import places
 from demo.world import pt_document
 

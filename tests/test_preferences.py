@@ -17,8 +17,8 @@ from plumbing import checkpoint
 import train_dpo
 import train_rl
 import train_rm
-from data import IGNORE
-from plumbing.examples import Order, Row, load_examples, micro_batches, pad_right, pair_batch, ranking_batch
+from data import IGNORE, Order
+from plumbing.examples import Row, load_examples, micro_batches, pad_right, pair_batch, ranking_batch
 from generate import load_model
 from model import RewardModel
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from plumbing.corpus import Progress
+from plumbing.jobs import Progress
 from search.documents import count_pieces
 from search.index import Index
 from notes import NOTES, QUESTIONS

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import data
+from plumbing.tokenfiles import open_token_file
 from search import documents
 import rag
 from search.documents import count_pieces, decode, find_documents, update
@@ -231,5 +232,5 @@ def test_segments_are_training_text_as_they_are(notes, tmp_path, run):
         f"--tokenizer={tmp_path}/tok.txt", f"--out_dir={tmp_path}/data", "--val_fraction=0.5"])
     assert done == 0
     for lang in ("en", "zh"):
-        made = [data.open_token_file(str(f)) for f in tmp_path.glob(f"data/*_{lang}.bin")]
+        made = [open_token_file(str(f)) for f in tmp_path.glob(f"data/*_{lang}.bin")]
         assert sum(file.n_docs for file in made) == sum(row["lang"] == lang for row in rows)

@@ -21,7 +21,7 @@ import train_pt
 import train_rl
 import train_rm
 import train_sft
-from plumbing.corpus import Progress
+from plumbing.jobs import Progress
 from plumbing.costs import training_memory
 from generate import load_model
 from demo.world import pt_document

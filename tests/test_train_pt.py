@@ -20,7 +20,8 @@ from plumbing import checkpoint
 import data
 from plumbing import runtime
 import train_pt
-from plumbing.corpus import Progress, write_text
+from plumbing.files import write_text
+from plumbing.jobs import Progress
 from generate import complete, load_model
 from tokenizer import PATTERN, count_pieces, dump, train_bpe
 from demo.world import pt_document

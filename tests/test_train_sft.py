@@ -13,8 +13,8 @@ from plumbing import checkpoint
 from plumbing import runtime
 import train_sft
 from plumbing.costs import lora_parameters
-from data import IGNORE
-from plumbing.examples import Packed, Row, load_examples, pad_right, window_batch
+from data import IGNORE, Packed
+from plumbing.examples import Row, load_examples, pad_right, window_batch
 from generate import load_model
 from model import ModelConfig, Transformer
 from tokenizer import render
@@ -191,7 +191,8 @@ def test_lora_resumes_to_the_last_bit_and_what_is_saved_is_merged(tiny, tmp_path
 def test_forgetting_is_the_loss_of_ordinary_text(tiny, tmp_path, capsys):
     """By torch's cross entropy over all of the same held-out windows."""
     import data
-    from plumbing.corpus import Progress, write_text
+    from plumbing.files import write_text
+    from plumbing.jobs import Progress
     (tmp_path / "t.txt").write_text("some words\n" * 3000)
     write_text(tmp_path / "tok.txt", tiny.tok.text)
     data.prepare(data.Config(str(tmp_path / "t.txt"), str(tmp_path / "tok.txt"),

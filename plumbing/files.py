@@ -1,0 +1,126 @@
+"""
+Which files a list of paths stands for, and small files that are written whole; the rest may be
+skipped.
+
+    for path in split_paths("notes, 2024.txt,web/"):
+        find(path, refuse)     # -> [Found(path, root, why), …], in a fixed order
+
+Folders are searched with all their folders. Hidden things, what macOS leaves in archives, what is
+no file (a socket, a pipe), links out of the folder and what our own scripts wrote into it are
+passed over, and `Found.why` says so, for each of them. Links inside the folder are followed.
+"""
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from plumbing.terminal import printable
+
+CLUTTER = {"__MACOSX": "left by macOS in an archive", "__pycache__": "made by Python"}
+
+
+class Found(NamedTuple):
+    path: str  # as it was typed, and as it was found from there
+    root: str  # the folder in which it was found; "" if it was typed itself
+    why: str = ""  # why it is passed over; "" if it is not
+
+    def __str__(self) -> str:
+        return f"skipped {printable(self.path)}: {self.why}"
+
+
+def split_paths(paths: str) -> list[str]:
+    """The paths of a comma-separated list, ~ expanded. "a,b" is one path if it exists as such."""
+    parts, found = paths.split(","), []
+    while parts:
+        names = [os.path.expanduser(",".join(parts[:n]).strip()) for n in range(len(parts), 0, -1)]
+        path = next(filter(os.path.exists, names), names[-1])
+        del parts[:len(parts) - names.index(path)]
+        found.append(path)
+    return [path for path in found if path]
+
+
+def find(path: str, refuse: Callable[[str], str]) -> list[Found]:
+    """The file, or everything in the folder, in a fixed order. `refuse` says why a file is of no
+    use, or "". Raises ValueError for a path that is not there."""
+    if not os.path.exists(path):
+        raise ValueError(f"{printable(path)}: no such file or folder")
+    if os.path.isdir(path):
+        return sorted(search(path, refuse))
+    return [Found(path, "", refuse(path) if os.path.isfile(path) else "not a file")]
+
+
+def search(root: str, refuse: Callable[[str], str]) -> list[Found]:
+    """Everything in a folder, in no order."""
+    found: list[Found] = []
+    home, waiting, entered = os.path.realpath(root), [root], set()
+    while waiting:
+        folder = waiting.pop()
+        real = os.path.realpath(folder)
+        if real in entered:  # a link led there before
+            continue
+        entered.add(real)
+        try:
+            names = os.listdir(folder)
+        except OSError as error:
+            found.append(Found(folder, root, error.strerror or "cannot be read"))
+            continue
+        if folder != root and (maker := made_by(names)):
+            found.append(Found(folder, root, f"made by {maker}"))
+            continue
+        for name in names:
+            path = os.path.join(folder, name)
+            why = unwanted(path, name, home)
+            if not why and os.path.isdir(path):
+                waiting.append(path)
+            else:
+                found.append(Found(path, root, why or refuse(path) or own_file(path)))
+    return found
+
+
+def unwanted(path: str, name: str, home: str) -> str:
+    """Why something in the folder `home` is no text of its owner's, or ""."""
+    if name in CLUTTER or name.startswith("."):
+        return CLUTTER.get(name, "hidden")
+    if name != name.encode(errors="replace").decode():
+        return "its name is not UTF-8"
+    if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(home):
+        return "a link out of the folder"
+    return "" if os.path.isfile(path) or os.path.isdir(path) else "not a file"
+
+
+def made_by(names: list[str]) -> str:
+    """Which script of ours wrote a folder with these names in it, or ""."""
+    if "tokenizer.txt" in names and ("meta.json" in names or "progress.json" in names):
+        return "data.py or a training script"
+    if any(re.fullmatch(r"step\d+-[0-9a-f]+\.pt", name) for name in names):
+        return "a training script"
+    return "rag.py" if any(re.fullmatch(r"starts-.*\.u64", name) for name in names) else ""
+
+
+def own_file(path: str) -> str:
+    """Why a text file is one of ours and no text of its owner's, or ""."""
+    try:
+        with open(path, "rb") as f:
+            head = f.read(20)
+    except OSError as error:
+        return error.strerror or "cannot be read"
+    if head.startswith(b'{"khaosz_tokenizer"'):
+        return "made by tokenizer.py"
+    log = os.path.basename(path) == "log.jsonl" and head.startswith(b'{"step"')
+    return "the log of a training script" if log else ""
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a small file whole or not at all: after a crash it is the old one or the new one.
+    Raises OSError with path and reason."""
+    try:
+        with open(f"{path}.tmp", "w", encoding="utf-8", newline="\n") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        if os.path.exists(f"{path}.tmp"):
+            os.unlink(f"{path}.tmp")
+        raise OSError(f"{path} was not written: {error.strerror}") from None

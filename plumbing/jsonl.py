@@ -1,0 +1,186 @@
+"""
+Lines of JSON, read strictly: each gives a record, or a BadLine that says what is wrong with it as
+file:line:column; the rest may be skipped.
+
+Nothing is repaired or guessed. Line and column count from 1, columns in characters. A field that is
+null counts as missing.
+"""
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from plumbing.jobs import Progress
+from plumbing.terminal import printable
+
+BOM = b"\xef\xbb\xbf"
+MAX_LINE = 16 << 20  # bytes; a longer line is a bad one
+MAX_DEPTH = 100  # of brackets in a line; json itself gives up at a depth that varies
+MAX_BAD = 0.01  # of the lines; more bad ones are no accident
+
+
+@dataclass
+class Batch:
+    path: str
+    items: list[tuple[int, Any]]  # (line, its bytes); of a parquet file (row, (bytes, lang))
+    n_bytes: int  # of text, with the JSON around it
+    share: float = 0.0  # of all input that is read by the end of this batch
+
+
+@dataclass
+class BadLine:
+    where: str  # file:line:column
+    what: str  # what is wrong, the same words for the same kind of damage
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return printable(f"{self.where}: {self.what}" + f": {self.detail}" * bool(self.detail))
+
+
+class BadLines:
+    """Counts what is wrong with the input: stops at the first bad line, or skips and reports."""
+
+    def __init__(self, policy: str, progress: Progress, kinds: dict[str, int] | None = None):
+        self.policy, self.progress, self.kinds = policy, progress, Counter(kinds)
+
+    def add(self, bad: list[BadLine]) -> None:
+        """Raises ValueError at the first bad line unless they are to be skipped."""
+        for one in bad:
+            if self.policy == "stop":
+                raise ValueError(f"{one} (--on_bad_line=skip passes over such lines)")
+            if self.kinds.total() < 5:
+                self.progress.end()
+                print(f"skipped {one}")
+            self.kinds[one.what] += 1
+
+    def finish(self, n_good: int) -> None:
+        """Print the totals. Raises ValueError if too many were bad to be chance."""
+        n = self.kinds.total()
+        if n:
+            kinds = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.most_common())
+            print(f"bad lines skipped: {n:,} ({kinds})")
+        if n > MAX_BAD * (n + n_good):
+            raise ValueError(f"{n:,} of {n + n_good:,} lines are bad, more than {MAX_BAD:.0%}: "
+                             "mend them, or take them out of the file")
+
+
+class FieldError(Exception):
+    """FieldError(field, what, detail): a field of a record is not as it should be."""
+
+
+class Bad(Exception):
+    """Bad(column, what, detail, lines further on): a line is not as it should be."""
+
+
+def parse_records(batch: Batch, read: Callable[[dict], Any]) -> Iterator[Any | BadLine]:
+    """What `read` makes of each object of a batch of JSONL lines; a BadLine for everything else,
+    and for a record of which `read` raises FieldError. Empty lines are nothing."""
+    if not batch.path.lower().endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"{batch.path}: not a .jsonl or .jsonl.gz file")
+    for number, raw in batch.items:
+        try:
+            if raw is None:
+                raise Bad(1, "line too long", f"more than {MAX_LINE >> 20} MB")
+            if not raw.removeprefix(BOM).strip():
+                continue
+            record, line = parse_object(raw)
+            try:
+                yield read({name: value for name, value in record.items() if value is not None})
+            except FieldError as error:
+                field, what, detail = error.args
+                raise Bad(column_of(line, field), what, detail) from None
+        except Bad as bad:
+            column, what, detail, *_ = bad.args
+            yield BadLine(f"{batch.path}:{number}:{column}", what, detail)
+
+
+def parse_object(raw: bytes) -> tuple[dict, str]:
+    """The JSON object of a line, and the line. Raises Bad."""
+    line = decode(raw.removeprefix(BOM).rstrip(b"\r\n"))
+    try:
+        record = _decoder.decode(line)
+    except json.JSONDecodeError as error:
+        raise Bad(error.colno, "not JSON", error.msg) from None
+    except (ValueError, RecursionError) as error:
+        inspect(line)
+        raise Bad(1, "not JSON", str(error)) from None
+    if line.count("[") + line.count("{") > MAX_DEPTH:  # perhaps in strings only
+        inspect(line)
+    if not isinstance(record, dict):
+        raise Bad(column_of(line, ""), "not an object", f"but {type(record).__name__}")
+    return record, line
+
+
+def decode(raw: bytes) -> str:
+    """UTF-8 as text. Raises Bad."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        good = raw[:error.start].decode()
+        raise Bad(len(good) - good.rfind("\n"), "not UTF-8", f"byte 0x{raw[error.start]:02x}",
+                  good.count("\n")) from None
+
+
+def check_text(text: str, field: str) -> str:
+    """Raises FieldError for half a character (JSON can say \\ud800), which has no UTF-8."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError as error:
+        raise FieldError(field, "lone surrogate", ascii(text[error.start])) from None
+
+
+def _constant(name: str) -> None:
+    raise ValueError("NaN and Infinity are accepted by json, but not part of JSON")
+
+
+def _object(pairs: list) -> dict:
+    if len(record := dict(pairs)) < len(pairs):
+        raise ValueError("json would keep the last value of a key given twice and say nothing")
+    return record
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+
+
+def tokens_of(line: str) -> Iterator[tuple[int, str, int]]:
+    """(column, token, depth) of each string, number, word and mark in a line of JSON, which may be
+    damaged. json says where a line breaks, but not where a value stands: this is for the rest."""
+    depth = 0
+    for m in re.finditer(r'"(?:[^"\\]++|\\.)*+"|[^\s"{}\[\],:]++|[{}\[\],:]', line):
+        depth += m[0] in "{["
+        yield m.start() + 1, m[0], depth
+        depth -= m[0] in "}]"
+
+
+def inspect(line: str) -> None:
+    """Raises Bad at the first thing that json lets pass, or refuses without saying where."""
+    keys: dict[int, set] = {}  # of the object at each depth
+    before, column_before = "", 0
+    for column, token, depth in tokens_of(line):
+        if depth > MAX_DEPTH:
+            raise Bad(column, "nested too deeply", f"more than {MAX_DEPTH} brackets")
+        if token.startswith(("NaN", "Infinity", "-Infinity")):
+            raise Bad(column, "NaN or Infinity", "")
+        if re.fullmatch(r"-?\d{4301,}", token):  # int() refuses
+            raise Bad(column, "number too long", f"{len(token):,} characters")
+        if token == "{":
+            keys[depth] = set()
+        elif token == ":":
+            if (key := json.loads(before)) in keys[depth]:
+                raise Bad(column_before, "key given twice", f"{key!r:.40}")
+            keys[depth].add(key)
+        before, column_before = token, column
+
+
+def column_of(line: str, field: str) -> int:
+    """Where the value of an object's field stands; without such a field, where the object does."""
+    before, found = "", False
+    for column, token, depth in tokens_of(line):
+        if found:
+            return column
+        found = token == ":" and depth == 1 and json.loads(before) == field
+        before = token
+    return len(line) - len(line.lstrip()) + 1
