@@ -228,6 +228,8 @@ class RewardModel(nn.Module):
     """A Transformer that gives a text one number, read from its last state in fp32. `mean` and
     `std` are those of the SFT model's own replies, so that (score - mean) / std means the same
     for every reward model."""
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, backbone: Transformer):
         super().__init__()

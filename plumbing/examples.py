@@ -30,6 +30,7 @@ from plumbing.files import write_text
 from plumbing.jobs import Progress, parallel
 from plumbing.jsonl import BadLine, BadLines, Batch, FieldError, check_text, parse_records
 from plumbing.order import draw_split, hash64
+from plumbing.runtime import print0
 from plumbing.tokenfiles import IGNORE, read_json
 from tokenizer import Tokenizer, load_tokenizer, render
 
@@ -187,6 +188,10 @@ class Rows:
         longest = np.maximum.reduceat(self.lengths(), self.firsts[:-1])
         return np.argsort(longest, kind="stable")
 
+    def largest(self) -> tuple[int, int]:
+        """Most rows of an example, most tokens of a row."""
+        return int(np.diff(self.firsts).max()), int(self.lengths().max())
+
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
         return np.diff(self.table["end"], prepend=0)
@@ -333,6 +338,21 @@ def prompt_of(row: Row) -> list[int]:
 def evenly_spaced(examples: Sequence[int], most: int | None) -> list[int]:
     """Evenly spread ones, at most `most`; None: all."""
     return list(examples[::max(1, -(-len(examples) // most))] if most else examples)
+
+
+def prompts_with_room(rows: Rows, most: int, model_reads: int,
+                      answer_tokens: int) -> dict[int, list[int]]:
+    """The prompts of at most `most` examples, evenly spaced, by example. Those that leave no room
+    for an answer are left out, and counted in a line."""
+    some = evenly_spaced(range(len(rows)), most) if most else []
+    prompts = {i: prompt_of(rows.example(i)[0]) for i in some}
+    room = {i: model_reads - len(prompt) for i, prompt in prompts.items()}
+    found = {i: prompt for i, prompt in prompts.items() if room[i] >= answer_tokens}
+    if len(found) < len(prompts):
+        print0(f"{len(prompts) - len(found)} of {len(prompts)} held-out prompts are not answered: "
+               f"they leave fewer than {answer_tokens} of the model's {model_reads} tokens for the "
+               f"answer; --answer_tokens={max(1, min(room.values()))} would do for all")
+    return found
 
 
 def in_batches(examples: Sequence[int], size: int) -> Iterator[Sequence[int]]:

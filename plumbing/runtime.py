@@ -279,6 +279,8 @@ def errors_in_one_line(out_dir: str) -> Iterator[None]:
         return
     except ValueError as error:
         fail(f"{who()}{error}")
+    except BrokenPipeError:  # whoever reads the output has had enough: `run` ends quietly
+        raise
     except OSError as error:
         code, text = 3, str(error)
         if out_dir not in text and error.errno in DISK:

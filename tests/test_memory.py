@@ -15,8 +15,7 @@ from random import Random
 import pytest
 import torch
 
-from plumbing import checkpoint
-from plumbing import runtime
+from plumbing import checkpoint, costs, runtime
 import train_dpo
 import train_rl
 import train_rm
@@ -35,7 +34,7 @@ SIZES = {"state": ((2052, 4, 6, 3, 384, 64, 1024, 64), 2, 24, 8),  # 16 bytes a 
 KINDS = {
     "sft packed": ("sft", {}), "sft padded": ("sft", dict(pack=False)),
     "sft lora": ("sft", dict(lora_rank=4)), "sft muon": ("sft", dict(optimizer="muon")),
-    "rm": ("rm", {}), "dpo kept": ("dpo", {}), "dpo live": ("dpo", dict(precompute_ref=False)),
+    "rm": ("rm", {}), "dpo": ("dpo", {}), "dpo unsampled": ("dpo", dict(eval_samples=0)),
     "rl": ("rl", {})}
 CASES = [(kind, size) for kind in KINDS for size in ("state", "rows")]
 CASES += [("sft padded", "judged"), ("rl", "judged")]
@@ -89,10 +88,11 @@ def measure(folder: Path, cases: list[tuple[str, str]]) -> dict | str:
     torch.set_num_threads(1)
     foretold = []
 
-    def remembered(parts: dict, dist: runtime.Dist, line=runtime.memory_line) -> str:
+    def remembered(*shape, stage_memory=costs.stage_memory, **moments) -> dict[str, int]:
+        parts = stage_memory(*shape, **moments)
         foretold.append(sum(parts.values()))
-        return line(parts, dist)
-    runtime.memory_line, found = remembered, {}
+        return parts
+    costs.stage_memory, found = remembered, {}
     for kind, size in [(kind, "warm") for kind in KINDS] + cases:
         shape, B, prompt, reply = SIZES.get(size, WARM)
         place = folder / size
@@ -110,7 +110,7 @@ def measure(folder: Path, cases: list[tuple[str, str]]) -> dict | str:
                 SCRIPTS[KINDS[kind][0]].train(cfg, dist)
         finally:  # a run stops at its next step when asked to; the pool asks once and waits
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        found[kind, size] = foretold[-1], runtime.peak_memory(dist.device), out.getvalue()
+        found[kind, size] = foretold[-1], costs.peak_memory(dist.device), out.getvalue()
     return found
 
 
@@ -139,7 +139,7 @@ def test_a_stage_takes_what_it_says(measured, kind, size):
 
 
 def test_what_is_fullest_is_named(measured):
-    for case, part in {("sft padded", "rows"): "activations", ("dpo live", "rows"): "reference",
+    for case, part in {("sft padded", "rows"): "activations", ("dpo", "rows"): "reference",
                        ("sft padded", "judged"): "evaluation", ("rl", "judged"): "writing",
                        ("rl", "state"): "reward model", ("sft lora", "state"): "merging"}.items():
         assert f" {part} " in re.search(r"^memory: .*", measured[case][2], re.M)[0], case

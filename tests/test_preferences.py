@@ -1,6 +1,7 @@
 """RM, DPO and RL beyond their formulas: what is scored, what is kept, what is sampled."""
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_stages import ALONE, settings
 from torch.testing import assert_close
 
@@ -19,7 +21,7 @@ import train_rl
 import train_rm
 from data import IGNORE, Order
 from plumbing.examples import Row, load_examples, micro_batches, pad_right, pair_batch, ranking_batch
-from generate import load_model
+from plumbing.loading import load_model, load_reward_model
 from model import RewardModel
 
 ROOT = Path(train_rm.__file__).parent
@@ -37,6 +39,13 @@ def few(tiny) -> str:
     lines = open(tiny.pairs, encoding="utf-8").readlines()[:20]
     path.write_text("".join(lines), encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def reward(tiny, tmp_path_factory) -> str:
+    out = str(tmp_path_factory.mktemp("rm"))
+    train_rm.train(settings("rm", tiny, out, ""), ALONE)
+    return out
 
 
 # ---------------------------------------------------------------------------- reward model
@@ -64,7 +73,7 @@ def test_twenty_pairs_are_learnt_by_heart_and_scored_by_the_command(tiny, few, t
                    batch_pairs=20, batch_size=10, learning_rate=3e-3, eval_every=60, save_every=60)
     train_rm.train(cfg, ALONE)
     val = last_val(cfg.out_dir)["all"]
-    assert val["accuracy"] == 1.0 and val["loss"] < 0.1
+    assert val["accuracy"] == 1.0 and val["log_loss"] < 0.1
     done = subprocess.run([sys.executable, "train_rm.py", f"--init_from={cfg.out_dir}",
                            f"--score={few}"], cwd=ROOT, capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -82,39 +91,93 @@ def test_twenty_pairs_are_learnt_by_heart_and_scored_by_the_command(tiny, few, t
 def test_mean_and_deviation_are_those_of_sampled_replies(tiny, tmp_path):
     cfg = settings("rm", tiny, tmp_path / "run", "", norm_samples=12)
     train_rm.train(cfg, ALONE)
-    model, _ = train_rm.load_reward_model(cfg.out_dir, ALONE)
+    model, _ = load_reward_model(cfg.out_dir, ALONE)
     assert float(model.std) > 1e-4 and float(model.mean) != 0.0
     assert not any(p.requires_grad for p in model.parameters()) and not model.training
 
 
+def scored(folder: str, lines: list[dict], path: Path) -> subprocess.CompletedProcess:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return subprocess.run([sys.executable, "train_rm.py", f"--init_from={folder}",
+                           f"--score={path}"], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_chat_that_does_not_fit_has_no_score(tiny, reward, tmp_path):
+    """It was cut to the turns that fit, and their score was printed as that of the chat. Nor is a
+    ranking scored by the replies that fit. stdout is JSON lines and nothing else: the settings
+    stood before them."""
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+    long = [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y" * 50}]
+    done = scored(reward, [
+        {"messages": turns}, {"messages": turns + long}, {"messages": long},
+        {"messages": turns[:1] + [{"role": "assistant", "content": "z" * 300}]},
+        {"prompt": turns[:1], "chosen": "Here.", "rejected": "There."},
+        {"prompt": turns[:1], "chosen": "Here.", "rejected": "z" * 300},
+        {"prompt": turns[:1], "ranking": ["a", "b", "a"]}], tmp_path / "lines.jsonl")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and len(lines) == 7 and "3 of them without" in done.stderr
+    chat, *cut, pair, cut_pair, ranking = lines
+    for line in (*cut[:1], *cut[2:], cut_pair):
+        assert line["score"] is None and line["why"].startswith("too long: 3")
+    assert cut[1]["score"] != chat["score"] == pair["chosen"]
+    assert ranking["ranking"][0] == ranking["ranking"][2] and not ranking["right"]
+    model, _ = load_reward_model(reward, ALONE)
+    assert chat["normalised"] == pytest.approx(
+        float((chat["score"] - model.mean) / model.std), abs=1e-3)
+
+
+def test_a_wrong_line_ends_the_scoring_with_its_place(tiny, reward, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    done = scored(reward, [{"messages": [{"role": "user", "content": "Where?"}]}], path)
+    assert done.returncode == 2 and f"{path}:1:" in done.stderr and done.stdout == ""
+
+
+def test_scores_may_go_to_a_reader_that_has_had_enough(tiny, reward):
+    """`python train_rm.py --score=FILE | head` ended with a traceback."""
+    writer = subprocess.Popen([sys.executable, "train_rm.py", f"--init_from={reward}",
+                               f"--score={tiny.chat}"], cwd=ROOT, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True)
+    writer.stdout.close()
+    assert "rror" not in writer.stderr.read() and writer.wait() == 0
+
+
 # ---------------------------------------------------------------------------- DPO
 
-def test_the_reference_is_kept_checked_and_remade(tiny, tmp_path, capsys):
-    """Kept for the same weights and pairs; damage is refused; live and kept give the same losses.
-    Seen to fail with the key of the weights left out."""
-    cfg = settings("dpo", tiny, tmp_path / "a", "")
+def test_rewards_are_measured_from_the_model_before_the_first_step(tiny, tmp_path):
+    """Also by a run that was stopped and resumed: its reference is the model it began with, not the
+    one it loaded. An oracle: beta (log P - log P_ref) with plain softmaxes of both models."""
+    cfg = settings("dpo", tiny, tmp_path / "run", "")
     train_dpo.train(cfg, ALONE)
-    live = replace(cfg, out_dir=str(tmp_path / "b"), precompute_ref=False)
-    train_dpo.train(live, ALONE)
-    both = [[json.loads(line)["loss"] for line in open(f"{c.out_dir}/log.jsonl") if '"loss": ' in
-             line and '"val"' not in line] for c in (cfg, live)]
-    assert both[0] == pytest.approx(both[1], abs=1e-6) and both[0][0] == pytest.approx(0.693147,
-                                                                                       abs=1e-5)
-    capsys.readouterr()
+    checkpoint.list_checkpoints(cfg.out_dir)[0].unlink()
     train_dpo.train(replace(cfg, resume=True), ALONE)
-    assert "reference log-probabilities from" in capsys.readouterr().out
-    state = dict(checkpoint.load(tiny.pt)[0])
-    state["model"] = {k: v * 1.1 for k, v in state["model"].items()}
-    checkpoint.save(str(tmp_path / "other"), 0, state)
-    model, _ = load_model(str(tmp_path / "other"), torch.device("cpu"), torch.float32)
     rows = load_examples(cfg.data, "pair", tiny.tok, 256, f"{cfg.out_dir}/data", 0.2)["val"]
-    used = list(range(len(rows)))
-    old = np.load(f"{cfg.out_dir}/val_ref_logps.npy")
-    new = train_dpo.reference_logps(model, rows, used, "val", cfg, ALONE)
-    assert np.abs(new - old).max() > 0.01
-    np.save(f"{cfg.out_dir}/val_ref_logps.npy", new + 1)
-    with pytest.raises(ValueError, match="val_ref_logps.npy: not what .* gives; delete it"):
-        train_dpo.reference_logps(model, rows, used, "val", cfg, ALONE)
+    idx, targets, _ = pair_batch(rows, range(len(rows)))
+    logps = []
+    for where in (tiny.pt, cfg.out_dir):
+        model, _ = load_model(where, torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            of_tokens = F.cross_entropy(model(idx).transpose(1, 2), targets, reduction="none")
+        logps.append(-of_tokens.sum(1).view(2, -1).mean(1))
+    chosen, rejected = cfg.beta * (logps[1] - logps[0])
+    val = last_val(cfg.out_dir)["pairs"]["all"]
+    assert abs(chosen) > 0.01
+    assert val["chosen_reward"] == pytest.approx(float(chosen), abs=1e-5)
+    assert val["rejected_reward"] == pytest.approx(float(rejected), abs=1e-5)
+    first = json.loads(open(f"{cfg.out_dir}/log.jsonl").readline())["val"]["pairs"]["all"]
+    assert first["margin"] == 0.0 and first["loss"] == pytest.approx(0.693147, abs=1e-6)
+
+
+@pytest.mark.parametrize("answer_tokens, left_out", [(150, "some"), (256, "all")])
+def test_prompts_without_room_for_an_answer_are_counted(tiny, tmp_path, capsys, answer_tokens,
+                                                        left_out):
+    """When no held-out prompt left room, DPO divided by the number of samples, 0; when some did
+    not, nobody was told."""
+    cfg = settings("dpo", tiny, tmp_path / "run", "", answer_tokens=answer_tokens, eval_samples=99)
+    train_dpo.train(cfg, ALONE)
+    said = re.search(r"(\d+) of (\d+) held-out prompts are not answered", capsys.readouterr().out)
+    n, of = map(int, said.groups())
+    assert 0 < n < of if left_out == "some" else n == of
+    assert (last_val(cfg.out_dir)["samples"] == {}) == (left_out == "all")
 
 
 @pytest.mark.parametrize("change", [dict(), dict(loss="ipo"), dict(loss="simpo", beta=2.0),
@@ -158,13 +221,6 @@ def test_a_step_takes_its_pairs_once_in_batches_of_like_length(tiny, tmp_path):
 
 
 # ---------------------------------------------------------------------------- RL
-
-@pytest.fixture(scope="module")
-def reward(tiny, tmp_path_factory) -> str:
-    out = str(tmp_path_factory.mktemp("rm"))
-    train_rm.train(settings("rm", tiny, out, ""), ALONE)
-    return out
-
 
 def rolled(tiny, reward, **changes) -> tuple[train_rl.Rollout, train_rl.Config]:
     cfg = settings("rl", tiny, "unused", reward, **changes)

@@ -68,7 +68,7 @@ def configs(tiny, folder: Path, reward: str) -> dict:
                               batch_size=2, eval_tokens=500, sample_every=2, sample_tokens=5),
         "sft": sft, "lora": replace(sft, lora_rank=2),
         "rm": train_rm.Config(**pairs, norm_samples=4),
-        "dpo": train_dpo.Config(**pairs, eval_samples=4, precompute_ref=False),
+        "dpo": train_dpo.Config(**pairs, eval_samples=4),
         "rl": train_rl.Config(**late, data=tiny.prompts, reward_from=reward, prompts_per_step=4,
                               group=4, batch_size=2, eval_prompts=4, rollout_size=3)}
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo  # noqa: F401, once instead of in every child
 
+import configurator
 from plumbing import checkpoint
 from plumbing import interrupts
 from plumbing import runtime
@@ -147,12 +148,15 @@ def test_another_tokenizer_is_refused(tiny, reward, tmp_path):
 
 @pytest.mark.parametrize("stage, change, message", [
     ("rm", dict(batch_pairs=7), "must be a multiple of batch_size"),
-    ("rm", dict(label_smoothing=0.5), "label_smoothing"), ("rm", dict(eval_pairs=0), "at least 1"),
     ("rm", dict(val_fraction=0.0), "no pair fell into the held-out part"),
-    ("rm", dict(warmup_steps=9), "less than the 4 steps"), ("rm", dict(center_coef=-1.0), "negati"),
+    ("rm", dict(val_fraction=1.0), "no example to train on"),
+    ("rm", dict(warmup_steps=9), "less than the 4 steps"),
+    ("rm", dict(max_len=20), "rankings dropped: too long: 120"),
+    ("rm", dict(max_len=300), "max_len 300 is more than the 256 tokens"),
+    ("rm", dict(answer_tokens=256), "must leave room for a reply"),
     ("dpo", dict(loss="ipo", label_smoothing=0.1), "means nothing with loss ipo"),
     ("dpo", dict(loss="simpo", label_smoothing=0.1), "means nothing with loss simpo"),
-    ("dpo", dict(beta=0.0), "must be positive"), ("dpo", dict(nll_coef=-1.0), "not be negative"),
+    ("dpo", dict(label_smoothing=0.5), "must be less than 0.5"),
     ("dpo", dict(max_len=20), "pairs dropped: too long: 120"),
     ("rl", dict(group=1, batch_size=1), "group must be at least 2"),
     ("rl", dict(batch_size=3), "must be a multiple of batch_size"),
@@ -167,9 +171,32 @@ def test_a_mistake_is_one_line_before_any_work(stage, change, message, tiny, rew
     assert not checkpoint.list_checkpoints(cfg.out_dir)
 
 
+@pytest.mark.parametrize("setting", ["batch_size=0", "batch_size=-8", "max_steps=0", "log_every=0"])
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_number_out_of_range_is_one_line_before_anything_starts(stage, setting, capsys):
+    """--batch_size=-8 trained nothing, saved, and ended with 0; --max_steps=0 was taken for None."""
+    check_refused(stage, setting, "must be int at least 1", capsys)
+
+
+@pytest.mark.parametrize("stage, setting, wanted", [
+    ("rm", "eval_pairs=0", "must be int at least 1"),
+    ("rm", "center_coef=-1.0", "must be float at least 0"),
+    ("rm", "curriculum=1.5", "must be float between 0 and 1"),
+    ("dpo", "beta=0.0", "must be float above 0"), ("dpo", "nll_coef=-1.0", "must be float at least 0"),
+    ("dpo", "val_fraction=-0.1", "must be float between 0 and 1")])
+def test_so_is_a_number_of_one_stage(stage, setting, wanted, capsys):
+    check_refused(stage, setting, wanted, capsys)
+
+
+def check_refused(stage: str, setting: str, wanted: str, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        configurator.configure(SCRIPTS[stage].Config, [f"--{setting}"])
+    name, said = setting.partition("=")[0], capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and f"'{name}' {wanted}" in said
+
+
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_every_config_of_a_stage_can_be_read_and_sets_what_exists(stage):
-    import configurator
     paths = sorted(ROOT.glob(f"config/{stage}_*.py"))
     assert len(paths) >= 2
     for path in paths:
