@@ -351,7 +351,7 @@ def prompts_with_room(rows: Rows, most: int, model_reads: int,
     if len(found) < len(prompts):
         print0(f"{len(prompts) - len(found)} of {len(prompts)} held-out prompts are not answered: "
                f"they leave fewer than {answer_tokens} of the model's {model_reads} tokens for the "
-               f"answer; --answer_tokens={max(1, min(room.values()))} would do for all")
+               f"answer; --answer_tokens={min(room.values())} would do for all")
     return found
 
 

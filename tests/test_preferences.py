@@ -23,6 +23,7 @@ from data import IGNORE, Order
 from plumbing.examples import Row, load_examples, micro_batches, pad_right, pair_batch, ranking_batch
 from plumbing.loading import load_model, load_reward_model
 from model import RewardModel
+from tokenizer import render
 
 ROOT = Path(train_rm.__file__).parent
 
@@ -82,7 +83,10 @@ def test_twenty_pairs_are_learnt_by_heart_and_scored_by_the_command(tiny, few, t
     assert gap == pytest.approx(val["gap"], abs=1e-3)
     chats = subprocess.run([sys.executable, "train_rm.py", f"--init_from={cfg.out_dir}",
                             f"--score={tiny.chat}"], cwd=ROOT, capture_output=True, text=True)
-    assert chats.stdout.count('"normalised"') == 120
+    lengths = [len(render(tiny.tok, json.loads(line)["messages"])[0]) - 1  # less the last newline
+               for line in open(tiny.chat, encoding="utf-8")]
+    assert ['"normalised"' in line for line in chats.stdout.splitlines()] == [
+        length <= 256 for length in lengths]
     wrong = subprocess.run([sys.executable, "train_rm.py", f"--init_from={tiny.pt}",
                             f"--score={few}"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and "not a reward model" in wrong.stderr
@@ -109,17 +113,17 @@ def test_a_chat_that_does_not_fit_has_no_score(tiny, reward, tmp_path):
     turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
     long = [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y" * 50}]
     done = scored(reward, [
-        {"messages": turns}, {"messages": turns + long}, {"messages": long},
+        {"messages": turns}, {"messages": turns + long}, {"messages": long[1:]},
         {"messages": turns[:1] + [{"role": "assistant", "content": "z" * 300}]},
         {"prompt": turns[:1], "chosen": "Here.", "rejected": "There."},
         {"prompt": turns[:1], "chosen": "Here.", "rejected": "z" * 300},
         {"prompt": turns[:1], "ranking": ["a", "b", "a"]}], tmp_path / "lines.jsonl")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and len(lines) == 7 and "3 of them without" in done.stderr
-    chat, *cut, pair, cut_pair, ranking = lines
-    for line in (*cut[:1], *cut[2:], cut_pair):
+    chat, cut_turn, short, cut_reply, pair, cut_pair, ranking = lines
+    for line in (cut_turn, cut_reply, cut_pair):
         assert line["score"] is None and line["why"].startswith("too long: 3")
-    assert cut[1]["score"] != chat["score"] == pair["chosen"]
+    assert short["score"] != chat["score"] == pair["chosen"]
     assert ranking["ranking"][0] == ranking["ranking"][2] and not ranking["right"]
     model, _ = load_reward_model(reward, ALONE)
     assert chat["normalised"] == pytest.approx(
@@ -167,7 +171,7 @@ def test_rewards_are_measured_from_the_model_before_the_first_step(tiny, tmp_pat
     assert first["margin"] == 0.0 and first["loss"] == pytest.approx(0.693147, abs=1e-6)
 
 
-@pytest.mark.parametrize("answer_tokens, left_out", [(150, "some"), (256, "all")])
+@pytest.mark.parametrize("answer_tokens, left_out", [(170, "some"), (256, "all")])
 def test_prompts_without_room_for_an_answer_are_counted(tiny, tmp_path, capsys, answer_tokens,
                                                         left_out):
     """When no held-out prompt left room, DPO divided by the number of samples, 0; when some did

@@ -109,7 +109,7 @@ def test_blocks_that_are_the_same_on_purpose_are_the_same():
             found.setdefault(name, set()).add(textwrap.dedent(block))
             uses[name] = uses.get(name, 0) + 1
     assert {name: len(texts) for name, texts in found.items()} == dict.fromkeys(found, 1)
-    assert min(uses.values()) >= 2 and len(found) >= 5
+    assert uses.keys() >= {"save", "step"} and min(uses.values()) >= 4
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "rl"])
@@ -175,15 +175,15 @@ def test_a_mistake_is_one_line_before_any_work(stage, change, message, tiny, rew
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_a_number_out_of_range_is_one_line_before_anything_starts(stage, setting, capsys):
     """--batch_size=-8 trained nothing, saved, and ended with 0; --max_steps=0 was taken for None."""
-    check_refused(stage, setting, "must be int at least 1", capsys)
+    check_refused(stage, setting, "int at least 1", capsys)
 
 
 @pytest.mark.parametrize("stage, setting, wanted", [
-    ("rm", "eval_pairs=0", "must be int at least 1"),
-    ("rm", "center_coef=-1.0", "must be float at least 0"),
-    ("rm", "curriculum=1.5", "must be float between 0 and 1"),
-    ("dpo", "beta=0.0", "must be float above 0"), ("dpo", "nll_coef=-1.0", "must be float at least 0"),
-    ("dpo", "val_fraction=-0.1", "must be float between 0 and 1")])
+    ("rm", "eval_pairs=0", "int at least 1"),
+    ("rm", "center_coef=-1.0", "float at least 0"),
+    ("rm", "curriculum=1.5", "float between 0 and 1"),
+    ("dpo", "beta=0.0", "float above 0"), ("dpo", "nll_coef=-1.0", "float at least 0"),
+    ("dpo", "val_fraction=-0.1", "float between 0 and 1")])
 def test_so_is_a_number_of_one_stage(stage, setting, wanted, capsys):
     check_refused(stage, setting, wanted, capsys)
 
@@ -192,7 +192,8 @@ def check_refused(stage: str, setting: str, wanted: str, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         configurator.configure(SCRIPTS[stage].Config, [f"--{setting}"])
     name, said = setting.partition("=")[0], capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1 and f"'{name}' {wanted}" in said
+    assert end.value.code == 2 and said.count("\n") == 1 and f"'{name}' must be" in said
+    assert wanted in said
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
