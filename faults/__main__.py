@@ -34,8 +34,8 @@ import data
 from configurator import Count, FilePath, configure, fail
 from faults.damage import crash_at_every_call, damaged_files, disk_full, kill_storm
 from faults.hostile import bad_lines, hostile_files, injections, typos, worst_strings
-from faults.lab import (ROOT, STAGES, Child, Lab, Result, Run, die_after_save, places, same_bits,
-                        same_run, side_by_side, trace, workers)
+from faults.lab import (ROOT, STAGES, Child, Lab, Result, Run, die_after_save, instead, places,
+                        same_bits, same_run, side_by_side, trace, workers)
 from plumbing import checkpoint, files, interrupts, runtime, terminal
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -48,8 +48,6 @@ class Config:
     only: str = ""  # rows to run, comma-separated names of their functions; empty: all
     out: FilePath = "docs/reliability.md"  # the report; empty: none
 
-
-# ---------------------------------------------------------------------------- stops
 
 def resume_anywhere(lab: Lab, steps: int = 30, stages: tuple[str, ...] = STAGES) -> Result:
     """Each stage in as many lives as it has steps, one step each: so every step is resumed at, and
@@ -68,7 +66,7 @@ def resume_anywhere(lab: Lab, steps: int = 30, stages: tuple[str, ...] = STAGES)
             if stage == "pt" and step < steps:
                 copy = lab.new("copy")
                 shutil.copytree(out, copy)
-                lab.must("train_pt", lab.arguments(stage, copy, resume=True, max_steps=steps))
+                lab.start(stage, copy, resume=True, max_steps=steps).well()
                 good += same_run(copy, whole)
                 total += 1
                 shutil.rmtree(copy)
@@ -83,24 +81,19 @@ def resume_anywhere(lab: Lab, steps: int = 30, stages: tuple[str, ...] = STAGES)
 
 def same_order(lab: Lab, stage: str) -> bool:
     """4 steps on one process, 4 on two, 4 on one: are samples and losses those of 12 on one?"""
-    def recording(note: Path, then: Callable[[], None] = lambda: None) -> Callable[[], None]:
-        def before() -> None:
-            real = data.Order.take
-
-            def take(self, start, size):
-                found = real(self, start, size)
-                with open(note, "a") as f:
-                    f.writelines(f"{start + i} {sample}\n" for i, sample in enumerate(found))
-                return found
-            data.Order.take = take
-            then()
-        return before
+    def recording(note: Path) -> Callable[[], None]:
+        def take(real, order, start: int, size: int):
+            found = real(order, start, size)
+            with open(note, "a") as f:
+                f.writelines(f"{start + i} {sample}\n" for i, sample in enumerate(found))
+            return found
+        return instead(data.Order, "take", take)
 
     one, torn, *notes = (lab.new("order") for _ in range(6))
     lab.start(stage, one, recording(notes[0]), max_steps=12).wait()
-    lab.start(stage, torn, recording(notes[1], die_after_save(4)), max_steps=12).wait()
-    codes = [run.wait() for run in two_ranks(
-        lab, stage, torn, recording(notes[2], die_after_save(8)), resume=True, max_steps=12)]
+    lab.start(stage, torn, recording(notes[1]), die_after_save(4), max_steps=12).wait()
+    codes = [run.wait() for run in two_ranks(lab, stage, torn, recording(notes[2]),
+                                             die_after_save(8), resume=True, max_steps=12)]
     lab.start(stage, torn, recording(notes[3]), resume=True, max_steps=12).wait()
     expected, *parts = (set(note.read_text().splitlines()) for note in notes)
     a, b = ([float.fromhex(x) for _, x in trace(out)] for out in (one, torn))
@@ -108,10 +101,9 @@ def same_order(lab: Lab, stage: str) -> bool:
             and np.allclose(a, b, rtol=1e-5))
 
 
-def two_ranks(lab: Lab, stage: str, out: Path, before: Callable[[], None] = lambda: None,
-              **changes) -> list[Run]:
+def two_ranks(lab: Lab, stage: str, out: Path, *before: Callable[[], None], **changes) -> list[Run]:
     """A run on two gloo processes, forked instead of started by torchrun."""
-    return [lab.start(stage, out, before, place, **changes) for place in places(2)]
+    return [lab.start(stage, out, *before, environ=place, **changes) for place in places(2)]
 
 
 def signals(lab: Lab, moments: int = 20) -> Result:
@@ -159,14 +151,10 @@ def importing(script: str, arguments: list[str], said: Path) -> Child:
     return run
 
 
-# ---------------------------------------------------------------------------- processes
-
-def break_rank(how: str, at: int, note: Path) -> None:
-    """Rank 1 is killed, raises or hangs (sleeps, as on a dead network drive) at this step; `note`
-    says when."""
-    allows = runtime.GradientGuard.allows
-
-    def faulty(self, norm: float, step: int, *rest) -> bool:
+def break_rank(how: str, at: int, note: Path) -> Callable[[], None]:
+    """For a Run: at step `at` rank 1 is killed, raises or hangs (sleeps, as on a dead network
+    drive). `note` gets the time."""
+    def allows(real, guard, norm: float, step: int, *rest) -> bool:
         if os.environ["RANK"] == "1" and step == at:
             note.write_text(str(time.time()))
             if how == "killed":
@@ -174,8 +162,8 @@ def break_rank(how: str, at: int, note: Path) -> None:
             if how == "raises":
                 raise RuntimeError("deliberate")
             time.sleep(1000)
-        return allows(self, norm, step, *rest)
-    runtime.GradientGuard.allows = faulty
+        return real(guard, norm, step, *rest)
+    return instead(runtime.GradientGuard, "allows", allows)
 
 
 FAULTY = """import sys
@@ -183,7 +171,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import train_pt
 from faults.__main__ import break_rank
-break_rank({how!r}, 5, Path({note!r}))
+break_rank({how!r}, 5, Path({note!r}))()
 train_pt.main()
 """
 
@@ -208,8 +196,8 @@ def ranks(lab: Lab, timeout: float = 4.0) -> Result:
         named += bool(done.returncode and re.search(line, done.stdout)
                       and re.search(r"Root Cause.*?rank +: \d", done.stdout, re.S))
     return (", ".join(f"{how} {seconds:.1f} s" for how, seconds in took.items())
-            + f" (timeout {timeout:.0f} s); rank and step named in {named} of 3",
-            max(took["killed"], took["raises"]) <= 3 and took["hangs"] <= timeout + 2 and named == 3)
+            + f" (timeout {timeout:.0f} s); rank and step named in {named} of 3", named == 3
+            and max(took["killed"], took["raises"]) <= 3 and took["hangs"] <= timeout + 2)
 
 
 def restarts(lab: Lab, kills: int = 3) -> Result:
@@ -245,31 +233,25 @@ def restarts(lab: Lab, kills: int = 3) -> Result:
     return f"{len(killed)} kills, exit code {code}, the trace is {equal}", good
 
 
-# ---------------------------------------------------------------------------- numbers
-
-def poisoned(kind: str, steps: range) -> Callable[[], None]:
-    """For Lab.start: at these steps the loss, one gradient, or (after the guard) one weight is not
+def poisoned(kind: str, steps: range) -> list[Callable[[], None]]:
+    """For a Run: at these steps the loss, one gradient, or (after the guard) one weight is not
     finite."""
-    def before() -> None:
-        clip, backward = torch.nn.utils.clip_grad_norm_, torch.Tensor.backward
+    def clip(real, parameters, most):
+        parameters = list(parameters)
+        learnt = [p for p in parameters if p.grad is not None][-1]
+        now = runtime.RankState.step in steps
+        if now and kind in ("nan", "inf"):
+            learnt.grad.view(-1)[0] = float(kind)
+        norm = real(parameters, most)
+        if now and kind == "weight":
+            learnt.data.view(-1)[0] = float("nan")
+        return norm
 
-        def clip_poisoned(parameters, most):
-            parameters = list(parameters)
-            learnt = [p for p in parameters if p.grad is not None][-1]
-            now = runtime.RankState.step in steps
-            if now and kind in ("nan", "inf"):
-                learnt.grad.view(-1)[0] = float(kind)
-            norm = clip(parameters, most)
-            if now and kind == "weight":
-                learnt.data.view(-1)[0] = float("nan")
-            return norm
-
-        def backward_poisoned(loss, *args, **more):
-            poison = kind == "loss" and runtime.RankState.step in steps
-            return backward(loss * float("nan") if poison else loss, *args, **more)
-        torch.nn.utils.clip_grad_norm_ = clip_poisoned
-        torch.Tensor.backward = backward_poisoned
-    return before
+    def backward(real, loss, *args, **more):
+        poison = kind == "loss" and runtime.RankState.step in steps
+        return real(loss * float("nan") if poison else loss, *args, **more)
+    return [instead(torch.nn.utils, "clip_grad_norm_", clip),
+            instead(torch.Tensor, "backward", backward)]
 
 
 def not_finite(lab: Lab, stages: tuple[str, ...] = STAGES) -> Result:
@@ -292,10 +274,10 @@ def not_finite(lab: Lab, stages: tuple[str, ...] = STAGES) -> Result:
         good, moves = 0, not still(lab.whole(stage, max_steps=3)[0])
         for kind in ("loss", "nan", "inf"):
             out = lab.new("nan")
-            run = lab.start(stage, out, poisoned(kind, range(2, 3)), max_steps=3)
+            run = lab.start(stage, out, *poisoned(kind, range(2, 3)), max_steps=3)
             good += run.wait() == 0 and "skipped 1/3" in run.text and moves and still(out)
         for kind in ("nan", "weight"):
-            run = lab.start(stage, lab.new("nan"), poisoned(kind, range(2, 99)), max_steps=20)
+            run = lab.start(stage, lab.new("nan"), *poisoned(kind, range(2, 99)), max_steps=20)
             code = run.wait()
             name = re.search(r"the last good checkpoint: (\S+\.pt)", run.text)
             good += bool(code == 4 and name and "Traceback" not in run.text
@@ -307,8 +289,6 @@ def not_finite(lab: Lab, stages: tuple[str, ...] = STAGES) -> Result:
     good, total = map(sum, zip(*side_by_side([partial(inject, stage) for stage in stages])))
     return f"{good} of {total} injections in {len(stages)} stages", good == total
 
-
-# ---------------------------------------------------------------------------- the board
 
 ROWS: list[tuple[Callable[..., Result], str, str]] = [
     (kill_storm, "SIGKILL storm on the five training scripts",
@@ -344,12 +324,12 @@ def old_rows(path: str) -> dict[int, str]:
 def write_report(path: str, board: dict[int, str]) -> None:
     cpu = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo")
                 if line.startswith("model name")), platform.processor())
-    head = (f"# Faults survived\n\nWritten by `make reliability`, or row by row by `python -m faults "
-            f"--only=ROW` (the function's name), on {os.cpu_count()} cores of {cpu}, "
+    head = (f"# Faults survived\n\nWritten by `make reliability`, or row by row by `python -m "
+            f"faults --only=ROW` (the function's name), on {os.cpu_count()} cores of {cpu}, "
             f"{platform.system()} {platform.release()}; Python {platform.python_version()}, torch "
             f"{torch.__version__}, numpy {np.__version__}, tiktoken {tiktoken.__version__}.\n"
-            "What each row does, and with which deliberate break it was seen to fail, stands in its "
-            "function\nin `faults/`. Times depend on what else the machine does.\n")
+            "What each row does, and with which deliberate break it was seen to fail, is said by "
+            "its function\nin `faults/`. Times depend on what else the machine does.\n")
     files.write_text(path, "\n".join([head, HEAD, *(board[i] for i in sorted(board)), ""]))
 
 

@@ -19,8 +19,8 @@ import numpy as np
 
 import data
 from demo import world
-from faults.lab import (STAGES, Lab, Result, Run, crash_everywhere, damaged, die_after_save, newest,
-                        same_bits, same_run, side_by_side, spoil)
+from faults.lab import (STAGES, Lab, Result, bits, crash_everywhere, damaged, die_after_save,
+                        instead, newest, same_bits, same_run, side_by_side, spoil)
 from plumbing import checkpoint, corpus, examples, tokenfiles
 from plumbing.jobs import Progress
 from search import embed
@@ -70,41 +70,50 @@ def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
     `crash_everywhere` the operation. Seen to fail when checkpoint.save wrote under the final name,
     when write_text did, when examples.prepare left what a killed run had begun, and when the index
     was written over instead of after its valid end."""
-    def of_checkpoint() -> tuple[int, int]:
-        out, state = str(lab.new("crash")), newest(lab.folder / "base")
-        few = dict(list(state["model"].items())[:3])  # tensors: the fewer, the fewer calls to try
-        old, new, next_one = ({"format": 1, "step": step, "kind": "pt", "model": few,
-                               "optimizer": [], "tokenizer": state["tokenizer"]} for step in (1, 2, 3))
+    def crashes(change: Callable[[Path], object], found: Callable[[Path], object],
+                old: Path | None = None) -> tuple[int, int]:
+        """`change` makes a folder, or makes it what it is to be from what it was (`old`). What is
+        found in it after a crash must be the old or the new; changed again it must be the new, and
+        hold no other files."""
+        folder, new = lab.new("crash"), lab.new("crash")
+
+        def reset(to: Path = folder) -> None:
+            shutil.rmtree(to, ignore_errors=True)
+            if old:
+                shutil.copytree(old, to)
 
         def right() -> bool:
-            found = newest(Path(out))
-            old_or_new = same_bits(found, new if found["step"] == 2 else old) and not damaged(Path(out))
-            checkpoint.save(out, 3, next_one)  # which sweeps up what the dead left
-            return (old_or_new and newest(Path(out))["step"] == 3
-                    and not list(Path(out).glob(".tmp-*")))
+            good = found(folder) in both
+            change(folder)
+            return good and found(folder) == both[1] and len(contents(folder)) == len(contents(new))
+        reset(new)
+        both = [found(new)] if old else [None]
+        change(new)
+        both.append(found(new))
+        return crash_everywhere(partial(change, folder), right, reset, every)
 
-        def reset() -> None:
-            shutil.rmtree(out, ignore_errors=True)
-            checkpoint.save(out, 1, old)
-        return crash_everywhere(lambda: checkpoint.save(out, 2, new, keep=1), right, reset, every)
+    def of_checkpoint() -> tuple[int, int]:
+        state, old = newest(lab.folder / "base"), lab.new("old")
+        few = dict(list(state["model"].items())[:3])  # tensors: the fewer, the fewer calls to try
+        first, then = ({"format": 1, "step": step, "kind": "pt", "model": few, "optimizer": [],
+                        "tokenizer": state["tokenizer"]} for step in (1, 2))
+        checkpoint.save(str(old), 1, first)
+        return crashes(lambda out: checkpoint.save(str(out), 2, then, keep=1),
+                       lambda out: (bits(newest(out)), damaged(out)), old)
 
     def of_data(make: Callable[[Path], object]) -> tuple[int, int]:
-        """A folder that is made from nothing, and whole once it has its meta.json."""
-        folder = lab.new("made")
-
-        def made() -> dict[str, bytes]:
+        """A folder that is whole once it has its meta.json."""
+        def change(folder: Path) -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 make(folder / "data")
-            return contents(folder)
-        expected = made()
 
-        def right() -> bool:
-            """Nothing claims to be whole that is not; a second try ends with the same bytes."""
-            whole = not (folder / "data/meta.json").exists() or (
-                expected.items() <= contents(folder).items())
-            return whole and made() == expected
-        clear = partial(shutil.rmtree, folder, ignore_errors=True)
-        return crash_everywhere(made, right, clear, every)
+        def whole(folder: Path) -> bool | None:
+            held = contents(folder)
+            return expected.items() <= held.items() if "data/meta.json" in held else None
+        first = lab.new("first")
+        change(first)
+        expected = contents(first)
+        return crashes(change, whole)
 
     def of_shards() -> tuple[int, int]:
         text = lab.folder / "few.jsonl"
@@ -114,29 +123,17 @@ def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
             str(text), f"{lab.folder}/tok.txt", str(out), 0.2, workers=1), Progress()))
 
     def of_index() -> tuple[int, int]:
-        notes, index, old, new = lab.new("notes"), lab.new("index"), lab.new("index"), lab.new("index")
+        notes, old = lab.new("notes"), lab.new("index")
         write_notes(notes, 0, 4)
-        index_notes(old, notes)
+        index_notes(notes, old)
         write_notes(notes, 2, 6)  # two files are gone, two changed and two new
-        shutil.copytree(old, new)
-        index_notes(new, notes)
-        both = [found_in(old), found_in(new)]
+        return crashes(partial(index_notes, notes), found_in, old)
 
-        def right() -> bool:
-            old_or_new = found_in(index) in both
-            index_notes(index, notes)
-            return old_or_new and found_in(index) == both[1] and len(list(index.iterdir())) == len(
-                list(new.iterdir()))
-
-        def reset() -> None:
-            shutil.rmtree(index, ignore_errors=True)
-            shutil.copytree(old, index)
-        return crash_everywhere(partial(index_notes, index, notes), right, reset, every)
-
+    of_rows = partial(of_data, partial(load_rows, lab))
     jobs: dict[str, Callable] = {"checkpoint": of_checkpoint, "shards": of_shards,
-                                 "index": of_index, "rows": partial(of_data, partial(load_rows, lab))}
-    crashes, bad = zip(*side_by_side(list(jobs.values())))
-    text = ", ".join(f"{name} {n:,}" for name, n in zip(jobs, crashes))
+                                 "index": of_index, "rows": of_rows}
+    tried, bad = zip(*side_by_side(list(jobs.values())))
+    text = ", ".join(f"{name} {n:,}" for name, n in zip(jobs, tried))
     return f"crashes: {text}; {sum(bad)} bad states", not sum(bad)
 
 
@@ -146,15 +143,16 @@ def damaged_files(lab: Lab, n: int = 1500) -> Result:
     two checkpoints the other one is). Seen to fail when `damage` trusted the zip archive's own end,
     when open_token_file looked at the size only, when load_examples did not compare the sha256, and
     when the index did not compare the CRC-32."""
-    shards, rows, notes, index = lab.new("damaged"), lab.new("rows"), lab.new("notes"), lab.new("index")
+    shards, rows, notes, index = (lab.new("damaged") for _ in range(4))
     shutil.copytree(lab.folder / "data", shards)
     load_rows(lab, rows)
     write_notes(notes, 0, 40)
-    index_notes(index, notes)
+    index_notes(notes, index)
     readers: dict[Path, Callable[[], object]] = {
         shards / "train_en.bin": partial(data.open_data, str(shards))}
-    readers |= {rows / name: partial(load_rows, lab, rows) for name in ("train.words", "train.rows")}
-    readers |= {path: partial(found_in, index) for path in sorted(index.glob("[!.]*"))}
+    readers |= dict.fromkeys((rows / "train.words", rows / "train.rows"),
+                             partial(load_rows, lab, rows))
+    readers |= dict.fromkeys(sorted(index.glob("[!.]*")), partial(found_in, index))
     saved = [checkpoint.list_checkpoints(str(lab.whole(stage, max_steps=2)[0]))[0]
              for stage in STAGES]
 
@@ -200,9 +198,9 @@ def disk_full(lab: Lab, shares: tuple[float, ...] = (0.1, 0.5, 0.99),
         lab.start(stage, start, die_after_save(2), max_steps=4).wait()
         size = checkpoint.list_checkpoints(str(start))[0].stat().st_size
 
-        def refuses(out: Path, reason: str, before: Callable[[], None] = lambda: None) -> bool:
+        def refuses(out: Path, reason: str, *before: Callable[[], None]) -> bool:
             shutil.copytree(start, out)
-            run = lab.start(stage, out, before, resume=True, max_steps=4)
+            run = lab.start(stage, out, *before, resume=True, max_steps=4)
             good = run.wait() == 3 and reason in run.text and "Traceback" not in run.text
             good &= same_bits(newest(out), newest(start)) and not damaged(out)
             return good and not [path for path in out.rglob("*") if "tmp" in path.name]
@@ -223,23 +221,20 @@ def disk_full(lab: Lab, shares: tuple[float, ...] = (0.1, 0.5, 0.99),
         """The same for an index that grows from 4 to 40 notes."""
         notes, start, whole = lab.new("notes"), lab.new("index"), lab.new("index")
         write_notes(notes, 0, 4)
-        index_notes(start, notes)
+        index_notes(notes, start)
         write_notes(notes, 0, 40)
         shutil.copytree(start, whole)
-        index_notes(whole, notes)
+        index_notes(notes, whole)
         size, bad = max(path.stat().st_size for path in whole.iterdir()), 0
         for share in shares:
             index = lab.new("index")
             shutil.copytree(start, index)
-
-            def before() -> None:
-                embed.load = lambda name, device: by_hash
-                at_most(int(share * size))()
-            run = Run("rag", ["add", str(notes), f"--index={index}", "--embed=own:hash",
-                              "--chunk_tokens=32"], lab.new("said"), before)
+            run = lab.run("rag", ["add", str(notes), f"--index={index}", "--embed=own:hash",
+                                  "--chunk_tokens=32"], at_most(int(share * size)),
+                          instead(embed, "load", lambda real, name, device: by_hash))
             good = run.wait() == 3 and "File too large" in run.text
             good &= contents(index) == contents(start) and found_in(index) == found_in(start)
-            index_notes(index, notes)
+            index_notes(notes, index)
             bad += not good or found_in(index) != found_in(whole)
         return [len(shares), bad]
 
@@ -276,7 +271,7 @@ def write_notes(folder: Path, first: int, last: int) -> None:
         (folder / f"{i}.md").write_text("\n\n".join(facts), encoding="utf-8")
 
 
-def index_notes(folder: Path, notes: Path) -> None:
+def index_notes(notes: Path, folder: Path) -> None:
     """What rag.py add does, with vectors."""
     cut = partial(split, max_tokens=32, count=count_pieces)
     with Index(str(folder), True, by_hash, "own:hash") as made, (

@@ -2,7 +2,7 @@
 Rows of `python -m faults` about what people mistype and what strangers send, with thirty model
 files that nobody should open.
 
-    for name, path in write_all(folder, good, marker): …     # good: the state of a real checkpoint
+    for name, path in write_all(folder, good, marker): …  # good: the state of a real checkpoint
 
 Each file tries to run code (then the file `marker` appears), to fill the memory, to hang, to leave
 its folder, or to describe a model that it does not hold.
@@ -74,8 +74,8 @@ def with_tokenizer(good: dict, pattern: str = PATTERN, more_ranks: str = "") -> 
 
 def write_all(folder: Path, good: dict, marker: Path) -> Iterator[tuple[str, Path]]:
     """(what it tries, path) of each of the thirty files."""
-    call, first, parts = Reduced(open, (str(marker), "w")), next(iter(good["model"])), parts_of(good)
-    evil, touch = {**good, "x": call}, f"touch {marker}"
+    call, touch = Reduced(open, (str(marker), "w")), f"touch {marker}"
+    first, parts, evil = next(iter(good["model"])), parts_of(good), {**good, "x": call}
 
     def saved(state, **how) -> Writer:
         return lambda path: torch.save(state, path, **how)
@@ -145,13 +145,10 @@ def write_all(folder: Path, good: dict, marker: Path) -> Iterator[tuple[str, Pat
         yield name, path
 
 
-# ---------------------------------------------------------------------------- what people write
-
 def bad_lines(lab: Lab, n: int = 10_000) -> Result:
-    """A file of 10,000 lines with the kinds of damage that tests/test_corpus.py collects. Each must be
-    reported with file, line and column, no good line may be lost, and data.py must stop at each
-    with that message. Seen to fail when columns were counted in bytes, and when NaN was let
-    pass."""
+    """A file of 10,000 lines with the kinds of damage that tests/test_corpus.py collects. Each must
+    be reported with file, line and column, no good line may be lost, and data.py must stop at each
+    with that message. Seen to fail when columns were counted in bytes, and when NaN passed."""
     sys.path.insert(0, str(ROOT / "tests"))
     from test_corpus import DAMAGE, GOOD
     r, path = Random(0), lab.folder / "bad.jsonl"
@@ -163,8 +160,8 @@ def bad_lines(lab: Lab, n: int = 10_000) -> Result:
         lines[at], column = before + after, len(before.decode()) + 1
         wanted.append((f"{path}:{at + 1}:{column}", what))
         path.write_bytes(b'{"text": "fine"}\n' + lines[at] + b"\n")
-        run = Run("data", [f"--input={path}", f"--tokenizer={lab.folder}/tok.txt", "--workers=1",
-                           f"--out_dir={lab.new()}"], lab.folder / "said")
+        run = lab.run("data", [f"--input={path}", f"--tokenizer={lab.folder}/tok.txt",
+                               "--workers=1", f"--out_dir={lab.new()}"])
         stops += run.wait() == 2 and f"{path}:2:{column}: {what}" in run.text
     path.write_bytes(b"\n".join(lines))
     items = [item for batch in corpus.read_batches([str(path)])
@@ -197,19 +194,16 @@ def typos(lab: Lab, every: int = 1) -> Result:
             slips = {key[:i] + key[i + 1:] for i in range(len(key))}
             slips |= {key[:i] + key[i + 1] + key[i] + key[i + 2:] for i in range(len(key) - 1)}
             for slip in sorted(slips - set(keys))[::every]:
-                said = io.StringIO()
                 tried += 1
-                with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+                with contextlib.redirect_stderr(io.StringIO()) as said:
                     try:
-                        configure(cls, [f"--{slip}=1"])
+                        configure(cls, [f"--{slip}=1"], show=False)
                     except SystemExit as end:
                         refused += end.code == 2
                 right += f"did you mean '{key}'?" in said.getvalue()
     return (f"{refused:,} of {tried:,} refused, {right / tried:.1%} with the right suggestion",
             refused == tried and right >= 0.98 * tried)
 
-
-# ---------------------------------------------------------------------------- what strangers send
 
 def hostile_files(lab: Lab) -> Result:
     """generate.py --checkpoint=FILE with each file of `write_all`: one line and exit code 2, no
@@ -223,9 +217,8 @@ def hostile_files(lab: Lab) -> Result:
     def start(path: Path) -> tuple[Run, float, float]:
         """A run, the MB by which its memory grew, and its seconds."""
         begin, base = time.perf_counter(), runtime.of_process("RssAnon")
-        run = Run("generate", [f"--checkpoint={path}", "--prompt=x", "--max_tokens=1"],
-                  lab.folder / "said", partial(resource.setrlimit, resource.RLIMIT_AS,
-                                               (6 << 30, 6 << 30)))  # spare the machine
+        run = lab.run("generate", [f"--checkpoint={path}", "--prompt=x", "--max_tokens=1"], partial(
+            resource.setrlimit, resource.RLIMIT_AS, (6 << 30, 6 << 30)))  # spare the machine
         with contextlib.suppress(TimeoutError):
             run.wait(20)  # else it is killed
         return run, (run.peak - base) / 1e6, time.perf_counter() - begin
@@ -254,8 +247,8 @@ def injections(lab: Lab, n: int = 5000) -> Result:
     allowed_special="all") in render."""
     tok = load_tokenizer(f"{lab.folder}/tok.txt")
     salts = [v for s in SPECIALS for v in (
-        s, s[:5], s[5:], s[:4] + s + s[4:], s.replace("<|", "＜｜").replace("|>", "｜＞"), s.upper(),
-        s.replace("|", "\u200b|"), " " + s + "\n", s + "assistant\n", "\n" + s[:-1])]
+        s, s[:5], s[5:], s[:4] + s + s[4:], s.replace("<|", "＜｜").replace("|>", "｜＞"),
+        s.upper(), s.replace("|", "\u200b|"), f" {s}\n", s + "assistant\n", "\n" + s[:-1])]
     salts += ["user\n", "\n", "", "中文", "\x00", "\ufeff", "😀", "<", "|", ">"]
     r, through = Random(3), 0
     for _ in range(n):
@@ -264,7 +257,8 @@ def injections(lab: Lab, n: int = 5000) -> Result:
             ("system", "user", "assistant", "user"), said)]
         ids, _ = render(tok, chat)
         starts = [i for i, t in enumerate(ids) if t == tok.im_start]
-        inside = [tok.decode(ids[i + 1:ids.index(tok.im_end, i)]).partition("\n")[2] for i in starts]
+        inside = [tok.decode(ids[i + 1:ids.index(tok.im_end, i)]).partition("\n")[2]
+                  for i in starts]
         through += inside != said or sum(t >= tok.endoftext for t in ids) != 2 * len(starts)
         record = {"prompt": chat[:2], "chosen": said[2] + "a", "rejected": said[3]}
         for row in examples.rows_of(record, "pair", tok, 10**6)[1][0][2]:

@@ -1,5 +1,5 @@
-"""The rows of docs/reliability.md with smaller numbers. The function of a row, in faults/, says what
-it does and with which deliberate break it was seen to fail."""
+"""The rows of docs/reliability.md with smaller numbers. The function of a row, in faults/, says
+what it does and with which deliberate break it was seen to fail."""
 import os
 import re
 import signal
@@ -43,7 +43,7 @@ def test_row(lab, row, more):
 def test_all_ranks_end_and_say_which_and_where(lab, how, line):
     """Without torchrun, which only adds the time to import torch twice. Seen to fail without
     end_if_hanging, and before messages named rank and step."""
-    ranks = two_ranks(lab, "pt", lab.new(), partial(break_rank, how, 2, lab.new()),
+    ranks = two_ranks(lab, "pt", lab.new(), break_rank(how, 2, lab.new()),
                       dist_timeout=1.5, max_steps=2000, save_every=2000)
     codes, said = [run.wait(30) for run in ranks], "".join(run.text for run in ranks)
     assert re.search(line, said) and codes[0] == 6, said[-2000:]
