@@ -48,7 +48,7 @@ from plumbing.costs import (count_parameters, flops_per_token, fullest, judging_
                    writing_memory)
 from data import IGNORE, Order, hash64
 from plumbing.examples import (Row, Rows, in_batches, load_splits, micro_batches, pad_right,
-                      pair_batch, prompt_of, evenly_spaced)
+                      pair_batch, prompt_of, evenly_spaced, with_room)
 from generate import load_model, replies
 from model import Transformer
 from plumbing.runtime import Dist, all_sum, print0
@@ -234,9 +234,10 @@ def sample_replies(model: Transformer, reference: Transformer | None, tok: Token
     """Sampled replies to held-out prompts: KL to the reference per reply (the mean of log P - log
     P_ref), length, and the share that ends by itself. Prints one reply per language."""
     reference = reference or load_reference(cfg, dist)
-    room = model.config.max_seq_len - cfg.answer_tokens
-    chosen = [i for i in evenly_spaced(range(len(rows)), cfg.eval_samples)
-              if len(prompt_of(rows.example(i)[0])) <= room]
+    chosen = with_room(rows, evenly_spaced(range(len(rows)), cfg.eval_samples),
+                       model.config.max_seq_len - cfg.answer_tokens)
+    if not chosen:
+        return {}
     kls, lengths, stops, shown = [], [], [], set()
     for batch in in_batches(chosen, 32):
         prompts = [prompt_of(rows.example(i)[0]) for i in batch]
@@ -255,7 +256,7 @@ def sample_replies(model: Transformer, reference: Transformer | None, tok: Token
                 shown.add(rows.lang(i))
                 text = f"{tok.decode(prompt)}»{tok.decode(reply)}".replace("\n", "⏎")
                 print0(f"sample {rows.lang(i)} | {text}")
-    n = max(len(chosen), 1)
+    n = len(chosen)
     return {"kl": sum(kls) / n, "length": sum(lengths) / n, "stops": sum(stops) / n}
 
 

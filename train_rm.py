@@ -43,7 +43,7 @@ from plumbing.costs import (count_parameters, flops_per_token, fullest, judging_
                    writing_memory)
 from data import Order, hash64
 from plumbing.examples import (Row, Rows, in_batches, load_splits, micro_batches, pad_right, prompt_of,
-                      ranking_batch, reply_end, rows_of, evenly_spaced)
+                      ranking_batch, reply_end, rows_of, evenly_spaced, with_room)
 from generate import load_model, replies
 from model import ModelConfig, RewardModel, Transformer
 from plumbing.runtime import Dist, all_sum, print0
@@ -192,10 +192,9 @@ def note_spread(model: RewardModel, rows: Rows, cfg: Config, dist: Dist) -> None
     """Keep mean and standard deviation of the scores of what the SFT model itself replies."""
     policy, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
     sharding.wrap(policy.requires_grad_(False), dist, cfg.shard)
-    chosen = evenly_spaced(range(len(rows)), cfg.norm_samples)
+    chosen = with_room(rows, evenly_spaced(range(len(rows)), cfg.norm_samples),
+                       policy.config.max_seq_len - cfg.answer_tokens)
     prompts = [prompt_of(rows.example(i)[0]) for i in chosen]
-    room = policy.config.max_seq_len - cfg.answer_tokens
-    prompts = [p for p in prompts if len(p) <= room]
     scores: list[float] = []
     for at in range(0, len(prompts), 32):
         part = prompts[at:at + 32]
@@ -233,8 +232,9 @@ def print_scores(cfg: Config, dist: Dist) -> None:
     length = cfg.max_len or model.backbone.config.max_seq_len
 
     def read(row: dict) -> tuple[str, list]:
-        kind = "pair" if "messages" not in row else "chat"
-        return kind, rows_of(row, kind, tok, length)[1]
+        kind = "pair" if "rejected" in row or "ranking" in row else "chat"
+        _, groups, lost = rows_of(row, kind, tok, length)
+        return kind, [] if any(lost.values()) else groups  # no score of a part
 
     for batch in read_batches(find_files(cfg.score)):
         for item in parse_records(batch, read):
@@ -329,6 +329,10 @@ def train(cfg: Config, dist: Dist) -> None:
     if not 0 <= cfg.warmup_steps < max_steps:
         raise ValueError(f"warmup_steps {cfg.warmup_steps} must be less than the {max_steps} steps")
     # end same
+    if not with_room(val, evenly_spaced(range(len(val)), cfg.norm_samples),
+                     config.max_seq_len - cfg.answer_tokens):
+        raise ValueError(f"{val.name}: no prompt leaves room for --answer_tokens={cfg.answer_tokens}, "
+                         "so that the scores of replies cannot be normalised")
     if backbone.kind == "pt":
         print0(f"WARNING: {backbone.path} has not learnt to answer: start from an SFT model")
     torch.manual_seed(cfg.seed)

@@ -30,6 +30,7 @@ from plumbing.files import write_text
 from plumbing.jobs import Progress, parallel
 from plumbing.jsonl import BadLine, BadLines, Batch, FieldError, check_text, parse_records
 from plumbing.order import draw_split, hash64
+from plumbing.runtime import print0
 from plumbing.tokenfiles import IGNORE, read_json
 from tokenizer import Tokenizer, load_tokenizer, render
 
@@ -279,8 +280,7 @@ def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str
         notes = "".join(f"; {what}: {often:,}" for what, often in sorted(counts.items()) if often)
         if not sum(many.values()):
             raise ValueError(f"{', '.join(files)}: no usable example in it{notes}")
-        by = f" ({val_fraction:.3g} of the {kind}s, by a hash of the "
-        by += "whole chat)" if kind == "chat" else "prompt)"
+        by = f" ({val_fraction:.1%} by a hash of the {'whole chat' if kind == 'chat' else 'prompt'})"
         print(f"{n:,} records -> {many['train']:,} {kind}s to train on, {many['val']:,} held out"
               + by * bool(val_fraction) + notes)
         meta = {"job": job, "sha256": {name: digest(os.path.join(temporary, name))
@@ -333,6 +333,15 @@ def prompt_of(row: Row) -> list[int]:
 def evenly_spaced(examples: Sequence[int], most: int | None) -> list[int]:
     """Evenly spread ones, at most `most`; None: all."""
     return list(examples[::max(1, -(-len(examples) // most))] if most else examples)
+
+
+def with_room(rows: Rows, examples: Sequence[int], room: int) -> list[int]:
+    """Those examples whose prompt has at most `room` tokens; how many have more is said."""
+    fitting = [i for i in examples if len(prompt_of(rows.example(i)[0])) <= room]
+    if len(fitting) < len(examples):
+        print0(f"{len(examples) - len(fitting):,} of {len(examples):,} prompts of {rows.name} leave "
+               "no room for a reply and are passed over: try fewer --answer_tokens")
+    return fitting
 
 
 def in_batches(examples: Sequence[int], size: int) -> Iterator[Sequence[int]]:
