@@ -70,7 +70,7 @@ class Windows:
         self.n = self.firsts[-1]
         for file, n in zip(files, counts):
             if not n:
-                print0(f"{file.path} is shorter than one window of {length} tokens: not learnt from")
+                print0(f"{file.path} is shorter than a window of {length} tokens: not learnt from")
         if not self.n:
             folder = os.path.dirname(files[0].path) if files else "the data"
             raise ValueError(f"{folder}: the training split is shorter than one window of {length} "

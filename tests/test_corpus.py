@@ -112,7 +112,7 @@ def test_a_field_that_is_null_is_missing(tmp_path):
 
 def test_a_sample_has_its_share_of_every_file_and_language(tmp_path, monkeypatch):
     """Of every batch but one in `every` nothing was read: a small Chinese file after a large
-    English one had no part in the vocabulary, nor had every second line where languages took turns."""
+    English one had no part in the vocabulary."""
     monkeypatch.setattr(corpus, "BATCH_BYTES", 2_000)
     lines = [json.dumps({"text": ["english text", "中文"][i % 2] * 5}) for i in range(4000)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

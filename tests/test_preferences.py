@@ -18,6 +18,7 @@ import train_dpo
 import train_rl
 import train_rm
 from data import IGNORE, Order
+from tokenizer import render
 from plumbing.examples import Row, load_examples, micro_batches, pad_right, pair_batch, ranking_batch
 from generate import load_model
 from model import RewardModel
@@ -59,7 +60,8 @@ def test_a_score_is_read_at_the_end_of_the_reply(tiny):
 
 
 def test_twenty_pairs_are_learnt_by_heart_and_scored_by_the_command(tiny, few, tmp_path):
-    """Right on all of them, and the command prints what the model gives, pair by pair."""
+    """Right on all of them, and the command prints what the model gives, pair by pair. A chat that
+    is too long for the model has no score: that of its first turns was printed as if it were its."""
     cfg = settings("rm", tiny, tmp_path / "run", "", data=few, val_data=few, max_steps=60,
                    batch_pairs=20, batch_size=10, learning_rate=3e-3, eval_every=60, save_every=60)
     train_rm.train(cfg, ALONE)
@@ -73,7 +75,10 @@ def test_twenty_pairs_are_learnt_by_heart_and_scored_by_the_command(tiny, few, t
     assert gap == pytest.approx(val["gap"], abs=1e-3)
     chats = subprocess.run([sys.executable, "train_rm.py", f"--init_from={cfg.out_dir}",
                             f"--score={tiny.chat}"], cwd=ROOT, capture_output=True, text=True)
-    assert chats.stdout.count('"normalised"') == 120
+    scored = [json.loads(line) for line in chats.stdout.splitlines() if line.startswith("{")]
+    with open(tiny.chat) as f:
+        fits = [len(render(tiny.tok, json.loads(line)["messages"])[0]) <= 256 for line in f]
+    assert [line["score"] is not None for line in scored] == fits and 0 < sum(fits) < 120
     wrong = subprocess.run([sys.executable, "train_rm.py", f"--init_from={tiny.pt}",
                             f"--score={few}"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and "not a reward model" in wrong.stderr

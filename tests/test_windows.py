@@ -93,7 +93,7 @@ def test_a_language_too_short_for_a_window_is_named(tmp_path, capsys):
     """It was left out without a word."""
     Windows([write(tmp_path / "en.bin", [0] * 99), write(tmp_path / "zh.bin", [0] * 7)], 7, 0)
     assert capsys.readouterr().out == (
-        f"{tmp_path}/zh.bin is shorter than one window of 7 tokens: not learnt from\n")
+        f"{tmp_path}/zh.bin is shorter than a window of 7 tokens: not learnt from\n")
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 15, 16, 17, 100])
