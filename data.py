@@ -34,9 +34,12 @@ from plumbing.examples import Rows, window_batch
 from plumbing.jobs import Progress, parallel
 from plumbing.jsonl import BadLine, BadLines, Batch
 from plumbing.order import Order, draw_split, hash64
+from plumbing.runtime import print0
 from plumbing.terminal import fail, run
 from plumbing.tokenfiles import IGNORE, TokenFile, TokenFolder, check_ids, id_type, open_data
-from tokenizer import load_tokenizer
+from tokenizer import SPECIALS, load_tokenizer
+
+ENDOFTEXT = SPECIALS[0]
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ class Windows:
         counts = [max(len(ids) // length - 1, int(len(ids) > length)) for ids in self.ids]
         self.firsts = np.cumsum([0] + counts).tolist()  # number of each file's first window
         self.n = self.firsts[-1]
+        for file, n in zip(files, counts):
+            if not n:
+                print0(f"{file.path} is shorter than a window of {length} tokens: not learnt from")
         if not self.n:
             folder = os.path.dirname(files[0].path) if files else "the data"
             raise ValueError(f"{folder}: the training split is shorter than one window of {length} "
@@ -174,23 +180,25 @@ cached_tokenizer = cache(load_tokenizer)  # once per worker
 
 
 def encode_batch(batch: Batch, tokenizer: str, val_fraction: float,
-                 ) -> tuple[dict, list[BadLine], int, float]:
-    """A worker's share: {(split, lang): (ids, bytes of text, documents)}, the bad lines, and how
-    much was read."""
+                 ) -> tuple[dict, list[BadLine], int, int, float]:
+    """A worker's share: {(split, lang): (ids, bytes of text, documents)}, the bad lines, how many
+    documents hold the letters <|endoftext|>, and how much was read."""
     tok = cached_tokenizer(tokenizer)
     parts: dict[tuple[str, str], list] = {}
-    bad = []
+    bad, n_literal = [], 0
     for item in parse(batch):
         if isinstance(item, BadLine):
             bad.append(item)
             continue
         raw = item.text.encode()
+        n_literal += ENDOFTEXT in item.text
         part = parts.setdefault((draw_split(raw, val_fraction), item.lang), [[], 0, 0])
         part[0].append(np.array(tok.encode_ordinary(item.text) + [tok.endoftext], id_type(tok)))
         part[1] += len(raw)
         part[2] += 1
     return ({key: (np.concatenate(ids).tobytes(), n_bytes, n)
-             for key, (ids, n_bytes, n) in sorted(parts.items())}, bad, batch.n_bytes, batch.share)
+             for key, (ids, n_bytes, n) in sorted(parts.items())}, bad, n_literal, batch.n_bytes,
+            batch.share)
 
 
 def describe(files: list[str]) -> str:
@@ -212,19 +220,22 @@ def prepare(cfg: Config, progress: Progress) -> None:
         work = partial(encode_batch, tokenizer=cfg.tokenizer, val_fraction=cfg.val_fraction)
         todo = islice(read_batches(files), out.state["batches"], None)
         bad_lines = BadLines(cfg.on_bad_line, progress, out.state["bad"])
-        start, first_share, n_read = time(), out.state["share"], 0
-        for parts, bad, n_bytes, share in parallel(work, todo, cfg.workers):
+        start, first_share, n_read, literal = time(), out.state["share"], 0, 0
+        for parts, bad, n_literal, n_bytes, share in parallel(work, todo, cfg.workers):
             bad_lines.add(bad)
             for (split, lang), part in parts.items():
                 out.add(split, lang, *part)
             out.end_batch(share, bad_lines.kinds)
-            n_read += n_bytes
+            n_read, literal = n_read + n_bytes, literal + n_literal
             seconds = max(time() - start, 1e-9)
             left = (1 - share) / max(share - first_share, 1e-9) * seconds
             progress.show(f"{share:6.1%} | {n_read / 1e6:,.0f} MB | "
                           f"{n_read / seconds / 1e6:.1f} MB/s | eta {left:,.0f} s")
         progress.end()
         print(f"read {n_read / 1e6:,.1f} MB in {time() - start:.1f} s")
+        if literal:
+            print(f"documents that hold the letters {ENDOFTEXT}: {literal:,}. They are learnt as "
+                  "letters; for documents that end there, write each as a line of a .jsonl file")
         bad_lines.finish(sum(file.n_docs for file in out.files.values()))
         if describe(files) != job["inputs"]:
             raise ValueError(f"{cfg.input}: changed while it was read; give the command again")

@@ -1,18 +1,15 @@
 """
 The scoreboard: break the shipped scripts in every way we know, and count what is lost.
 
-    make reliability                          5 minutes; writes docs/reliability.md
+    make reliability                     5 minutes; writes docs/reliability.md
     python -m faults --kills=2000        the long form of the first row
     python -m faults --only=hostile_files,disk_full --out=
 
-One function per row: its docstring says what is done and with which deliberate break the row was
-seen to fail. They return what was measured and whether that is what is promised; tests/
-test_reliability.py calls the same functions with smaller numbers. The rows about files are in
+One function per row. Its docstring says what it does and with which deliberate break the row was
+seen to fail. It returns what was measured, and whether that is what is promised;
+tests/test_reliability.py calls the same functions with smaller numbers. The rows about files are in
 damage.py, those about what people write and what strangers send in hostile.py.
 """
-import argparse
-import contextlib
-import json
 import os
 import platform
 import re
@@ -22,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -31,19 +30,24 @@ import numpy as np
 import tiktoken
 import torch
 
-from plumbing import checkpoint
-from plumbing import files
 import data
-from plumbing import interrupts
+from configurator import Count, FilePath, configure, fail
 from faults.damage import crash_at_every_call, damaged_files, disk_full, kill_storm
-from faults.lab import (ROOT, STAGES, Lab, Result, Run, die_after_save, places, same_bits, same_run,
-                    side_by_side, trace)
 from faults.hostile import bad_lines, hostile_files, injections, typos, worst_strings
+from faults.lab import (ROOT, STAGES, Child, Lab, Result, Run, die_after_save, instead, places,
+                        same_bits, same_run, side_by_side, trace, workers)
+from plumbing import checkpoint, files, interrupts, runtime, terminal
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
-# ---------------------------------------------------------------------------- stops
+@dataclass(frozen=True)
+class Config:
+    kills: Count = 300  # of the SIGKILL storm
+    only: str = ""  # rows to run, comma-separated names of their functions; empty: all
+    out: FilePath = "docs/reliability.md"  # the report; empty: none
+
 
 def resume_anywhere(lab: Lab, steps: int = 30, stages: tuple[str, ...] = STAGES) -> Result:
     """Each stage in as many lives as it has steps, one step each: so every step is resumed at, and
@@ -62,7 +66,7 @@ def resume_anywhere(lab: Lab, steps: int = 30, stages: tuple[str, ...] = STAGES)
             if stage == "pt" and step < steps:
                 copy = lab.new("copy")
                 shutil.copytree(out, copy)
-                lab.must("train_pt", lab.arguments(stage, copy, resume=True, max_steps=steps))
+                lab.start(stage, copy, resume=True, max_steps=steps).well()
                 good += same_run(copy, whole)
                 total += 1
                 shutil.rmtree(copy)
@@ -77,41 +81,29 @@ def resume_anywhere(lab: Lab, steps: int = 30, stages: tuple[str, ...] = STAGES)
 
 def same_order(lab: Lab, stage: str) -> bool:
     """4 steps on one process, 4 on two, 4 on one: are samples and losses those of 12 on one?"""
-    def recording(to: Path, then=lambda: None):
-        def before() -> None:
-            real = data.Order.take
+    def recording(note: Path) -> Callable[[], None]:
+        def take(real, order, start: int, size: int):
+            found = real(order, start, size)
+            with open(note, "a") as f:
+                f.writelines(f"{start + i} {sample}\n" for i, sample in enumerate(found))
+            return found
+        return instead(data.Order, "take", take)
 
-            def take(self, start, size):
-                found = real(self, start, size)
-                with open(to, "a") as f:
-                    f.write(json.dumps([start, found]) + "\n")
-                return found
-            data.Order.take = take
-            then()
-        return before
-
-    def taken(*files: Path) -> list[tuple[int, int]]:
-        """(place in the stream, sample), sorted."""
-        rows = [json.loads(line) for f in files for line in f.read_text().splitlines()]
-        return sorted({(start + i, sample) for start, found in rows
-                       for i, sample in enumerate(found)})
-
-    one, torn = lab.new("order"), lab.new("order")
-    notes = [lab.new("note") for _ in range(4)]
+    one, torn, *notes = (lab.new("order") for _ in range(6))
     lab.start(stage, one, recording(notes[0]), max_steps=12).wait()
-    lab.start(stage, torn, recording(notes[1], die_after_save(4)), max_steps=12).wait()
-    ranks = two_ranks(lab, stage, torn, recording(notes[2], die_after_save(8)), resume=True,
-                      max_steps=12)
-    codes = [run.wait() for run in ranks]
+    lab.start(stage, torn, recording(notes[1]), die_after_save(4), max_steps=12).wait()
+    codes = [run.wait() for run in two_ranks(lab, stage, torn, recording(notes[2]),
+                                             die_after_save(8), resume=True, max_steps=12)]
     lab.start(stage, torn, recording(notes[3]), resume=True, max_steps=12).wait()
+    expected, *parts = (set(note.read_text().splitlines()) for note in notes)
     a, b = ([float.fromhex(x) for _, x in trace(out)] for out in (one, torn))
-    return (codes == [-9, 6] and len(a) == len(b) == 12 and taken(notes[0]) == taken(*notes[1:])
-            and bool(np.allclose(a, b, rtol=1e-5)))
+    return (codes == [-9, 6] and len(a) == len(b) == 12 and expected == set().union(*parts)
+            and np.allclose(a, b, rtol=1e-5))
 
 
-def two_ranks(lab: Lab, stage: str, out: Path, before=lambda: None, **changes) -> list[Run]:
+def two_ranks(lab: Lab, stage: str, out: Path, *before: Callable[[], None], **changes) -> list[Run]:
     """A run on two gloo processes, forked instead of started by torchrun."""
-    return [lab.start(stage, out, before, place, **changes) for place in places(2)]
+    return [lab.start(stage, out, *before, environ=place, **changes) for place in places(2)]
 
 
 def signals(lab: Lab, moments: int = 20) -> Result:
@@ -127,7 +119,9 @@ def signals(lab: Lab, moments: int = 20) -> Result:
         out, (expected, seconds) = lab.new("signal"), whole[stage]
         settings = dict(max_steps=8, resume=True, save_every=3)
         if i % 3 == 0:
-            code, text, took = signal_while_importing(lab, stage, out, settings, number, r)
+            run: Child = importing(f"train_{stage}.py", lab.arguments(stage, out, **settings),
+                                   lab.new("said"))
+            run.ends(r.uniform(0, 0.9))
         else:
             run = lab.start(stage, out, interrupts.end_quietly, **settings)
             if i % 6 == 1:
@@ -135,96 +129,83 @@ def signals(lab: Lab, moments: int = 20) -> Result:
                     pass
             else:
                 run.ends(r.uniform(0.01, seconds))
-            start = time.perf_counter()
-            run.send(number)
-            code, text, took = run.wait(), run.text, time.perf_counter() - start
-        slowest = max(slowest, took)
+        start = time.perf_counter()
+        run.send(number)
+        quiet = run.wait() == 0 and "Traceback" not in run.text
+        slowest = max(slowest, time.perf_counter() - start)
         lab.start(stage, out, **settings).wait()
-        good += code == 0 and "Traceback" not in text and same_run(out, expected)
+        good += quiet and same_run(out, expected)
     return (f"{good} of {moments} exit with 0 and go on to the last bit; the slowest took "
             f"{slowest:.1f} s", good == moments and slowest <= 2)
 
 
-def signal_while_importing(lab: Lab, stage: str, out: Path, settings: dict, number: int,
-                           r: Random) -> tuple[int, str, float]:
-    """Exit code, output and seconds of a script that gets the signal before it has begun."""
-    process = subprocess.Popen(
-        [sys.executable, f"train_{stage}.py", *lab.arguments(stage, out, **settings)], cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    caught = 0  # before the script's first line Python itself has no handler for SIGTERM
+def importing(script: str, arguments: list[str], said: Path) -> Child:
+    """A script in a new Python that has just begun: it hears SIGTERM, and its imports come next."""
+    def execute() -> None:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, script, *arguments])
+    run, caught = Child(execute, said), 0
     while not caught >> (signal.SIGTERM - 1) & 1:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
-    time.sleep(r.uniform(0, 0.9))
-    start = time.perf_counter()
-    process.send_signal(number)
-    text = process.communicate(timeout=60)[0]
-    return process.returncode, text, time.perf_counter() - start
+        status = Path(f"/proc/{run.pid}/status").read_text()
+        caught = int(status.split("SigCgt:")[1].split()[0], 16)
+    return run
 
 
-# ---------------------------------------------------------------------------- processes
+def break_rank(how: str, at: int, note: Path) -> Callable[[], None]:
+    """For a Run: at step `at` rank 1 is killed, raises or hangs (sleeps, as on a dead network
+    drive). `note` gets the time."""
+    def allows(real, guard, norm: float, step: int, *rest) -> bool:
+        if os.environ["RANK"] == "1" and step == at:
+            note.write_text(str(time.time()))
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "raises":
+                raise RuntimeError("deliberate")
+            time.sleep(1000)
+        return real(guard, norm, step, *rest)
+    return instead(runtime.GradientGuard, "allows", allows)
 
-FAULT = """import os, sys, time
+
+FAULTY = """import sys
+from pathlib import Path
 sys.path.insert(0, {root!r})
-from plumbing import runtime
-allows = runtime.GradientGuard.allows
-def faulty(self, norm, step, *rest):
-    if os.environ["RANK"] == "1" and step == 5:
-        open({note!r}, "w").write(str(time.time()))
-        {fault}
-    return allows(self, norm, step, *rest)
-runtime.GradientGuard.allows = faulty
 import train_pt
+from faults.__main__ import break_rank
+break_rank({how!r}, 5, Path({note!r}))()
 train_pt.main()
 """
 
 
 def ranks(lab: Lab, timeout: float = 4.0) -> Result:
-    """Under torchrun with gloo, at step 5 rank 1 of 2 is killed, raises, or hangs (sleeps for ever,
-    as on a dead network drive). From then until no process is left: 3 s, 3 s, dist_timeout + 2 s;
-    and what is printed must say which rank failed and at which step. Seen to fail without
-    end_if_hanging (torchrun waits 30 s more for the rank that hangs), and before messages named
-    rank and step."""
-    took, named = {}, {}
-    for name, fault, wanted in (
-            ("killed", "os.kill(os.getpid(), 9)", r"rank 0 of 2, step [56]: lost contact"),
-            ("raises", "raise RuntimeError('deliberate')", r"rank 1 of 2, step 5: failed"),
-            ("hangs", "time.sleep(1000)", r"rank 1 of 2, step 5: hangs")):
+    """Under torchrun with gloo, at step 5 rank 1 of 2 is killed, raises, or hangs. From then until
+    no process is left it may take 3 s, 3 s, dist_timeout + 2 s, and what is printed must say which
+    rank failed and at which step. Seen to fail without end_if_hanging (torchrun waits 30 s more for
+    the rank that hangs), and before messages named rank and step."""
+    took, named = {}, 0
+    for how, line in (("killed", r"rank 0 of 2, step [56]: lost contact"),
+                      ("raises", r"rank 1 of 2, step 5: failed"),
+                      ("hangs", r"rank 1 of 2, step 5: hangs")):
         note, script = lab.new("note"), lab.new("fault").with_suffix(".py")
-        script.write_text(FAULT.format(root=str(ROOT), note=str(note), fault=fault))
-        process = subprocess.run(
+        script.write_text(FAULTY.format(root=str(ROOT), how=how, note=str(note)))
+        done = subprocess.run(
             [*TORCHRUN, script, *lab.arguments("pt", lab.new(), max_steps=5000, save_every=5000,
                                                dist_timeout=timeout)],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
-            env=os.environ | {"OMP_NUM_THREADS": "1"})
-        took[name] = time.time() - float(note.read_text())
-        root_cause = re.search(r"Root Cause.*?rank +: (\d)", process.stdout, re.S)
-        named[name] = (process.returncode != 0 and bool(re.search(wanted, process.stdout))
-                       and bool(root_cause))
-    good = (took["killed"] <= 3 and took["raises"] <= 3 and took["hangs"] <= timeout + 2
-            and all(named.values()))
-    return (", ".join(f"{name} {seconds:.1f} s" for name, seconds in took.items())
-            + f" (timeout {timeout:.0f} s); rank and step named in {sum(named.values())} of 3",
-            good)
-
-
-def children(parent: int) -> dict[str, int]:
-    """{rank: pid} of the workers of a torchrun."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                for word in (entry / "environ").read_bytes().split(b"\0"):
-                    if word.startswith(b"RANK="):
-                        found[word[5:].decode()] = int(entry.name)
-    return found
+            env=os.environ | ENVIRONMENT)
+        took[how] = time.time() - float(note.read_text())
+        named += bool(done.returncode and re.search(line, done.stdout)
+                      and re.search(r"Root Cause.*?rank +: \d", done.stdout, re.S))
+    return (", ".join(f"{how} {seconds:.1f} s" for how, seconds in took.items())
+            + f" (timeout {timeout:.0f} s); rank and step named in {named} of 3", named == 3
+            and max(took["killed"], took["raises"]) <= 3 and took["hangs"] <= timeout + 2)
 
 
 def restarts(lab: Lab, kills: int = 3) -> Result:
-    """torchrun --max-restarts: rank 1 of 2 is killed, each time after a few more steps; torchrun
-    starts both again, they resume from the newest valid checkpoint. The losses must be those of two
-    processes that nobody disturbed, to the last bit. Seen to fail without the prefix of the store
-    (the new processes wait for the dead), and when the step was not taken from the checkpoint."""
+    """torchrun --max-restarts: rank 1 of 2 is killed, each time after a few more steps. Torchrun
+    starts both again, and they resume from the newest valid checkpoint. The losses must be those of
+    two processes that nobody disturbed, to the last bit. Seen to fail without the prefix of the
+    store (the new processes wait for the dead), and when the step was not taken from the
+    checkpoint."""
     steps = 6 * kills + 12
     whole, out = lab.new("two"), lab.new("restarted")
     for run in two_ranks(lab, "pt", whole, max_steps=steps):
@@ -232,17 +213,16 @@ def restarts(lab: Lab, kills: int = 3) -> Result:
     process = subprocess.Popen(
         [*TORCHRUN, f"--max-restarts={kills}", "train_pt.py",
          *lab.arguments("pt", out, max_steps=steps, resume=True)], cwd=ROOT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | ENVIRONMENT)
     killed: list[int] = []
     log, start = out / "log.jsonl", time.time()
     while len(killed) < kills and process.poll() is None and time.time() - start < 120:
         time.sleep(0.01)
-        pid = children(process.pid).get("1")
+        alive = workers(process.pid)
         lines = log.read_text().count("\n") if log.exists() else 0
-        if pid and pid not in killed and lines > 6 * len(killed) + 3:
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
+        if len(alive) == 2 and alive[1] not in killed and lines > 6 * len(killed) + 3:
+            os.kill(alive[1], signal.SIGKILL)
+            killed.append(alive[1])
     try:
         code = process.wait(60)
     except subprocess.TimeoutExpired:
@@ -253,81 +233,64 @@ def restarts(lab: Lab, kills: int = 3) -> Result:
     return f"{len(killed)} kills, exit code {code}, the trace is {equal}", good
 
 
-# ---------------------------------------------------------------------------- numbers
-
-def poisoned(kind: str, steps: range):
-    """For Lab.start: at these steps the loss, one gradient, or (behind the guard) one weight is not
+def poisoned(kind: str, steps: range) -> list[Callable[[], None]]:
+    """For a Run: at these steps the loss, one gradient, or (after the guard) one weight is not
     finite."""
-    def before() -> None:
-        calls = iter(range(10**6))
-        clip, backward, now = torch.nn.utils.clip_grad_norm_, torch.Tensor.backward, [0]
+    def clip(real, parameters, most):
+        parameters = list(parameters)
+        learnt = [p for p in parameters if p.grad is not None][-1]
+        now = runtime.RankState.step in steps
+        if now and kind in ("nan", "inf"):
+            learnt.grad.view(-1)[0] = float(kind)
+        norm = real(parameters, most)
+        if now and kind == "weight":
+            learnt.data.view(-1)[0] = float("nan")
+        return norm
 
-        def count_and_clip(parameters, most):
-            parameters = list(parameters)
-            step = now[0] = next(calls)
-            learnt = [p for p in parameters if p.grad is not None]
-            if step in steps and kind in ("nan", "inf"):
-                learnt[-1].grad.view(-1)[0] = float(kind)
-            norm = clip(parameters, most)
-            if step in steps and kind == "weight":
-                learnt[-1].data.view(-1)[0] = float("nan")
-            now[0] = step + 1
-            return norm
-
-        def count_and_go_back(self, *args, **more):
-            if now[0] in steps and kind == "loss":
-                self = self * float("nan")
-            return backward(self, *args, **more)
-        torch.nn.utils.clip_grad_norm_ = count_and_clip
-        torch.Tensor.backward = count_and_go_back
-    return before
+    def backward(real, loss, *args, **more):
+        poison = kind == "loss" and runtime.RankState.step in steps
+        return real(loss * float("nan") if poison else loss, *args, **more)
+    return [instead(torch.nn.utils, "clip_grad_norm_", clip),
+            instead(torch.Tensor, "backward", backward)]
 
 
 def not_finite(lab: Lab, stages: tuple[str, ...] = STAGES) -> Result:
-    """At step 2 of each stage the loss is NaN, or one number of one gradient is NaN or infinite:
-    weights and moments at step 3 must be those of step 2, bit for bit (and those of an undisturbed
-    run are not). From step 2 on, or with a weight that is NaN: exit code 4, and the checkpoint it
-    names is whole and finite. Seen to fail when the guard looked at the loss instead of the norm,
-    when it let the optimizer step, and when the message named the folder only."""
-    def both(out: Path) -> list[dict]:
-        checkpoint._known_good.clear()
-        return [checkpoint.load(p)[0] for p in checkpoint.list_checkpoints(out)[:2]]
-
+    """At step 2 of each stage the loss is NaN, or one number of one gradient is NaN or infinite.
+    Weights and moments at step 3 must be those of step 2, bit for bit (and those of an undisturbed
+    run are not). If that lasts from step 2 on, or a weight is NaN: exit code 4, and the checkpoint
+    that is named is whole and finite. Seen to fail when the guard looked at the loss instead of the
+    norm, when it let the optimizer step, and when the message named the folder only."""
     def still(out: Path) -> bool:
-        new, old = both(out)
+        checkpoint._known_good.clear()
+        new, old = (checkpoint.load(str(p))[0] for p in checkpoint.list_checkpoints(str(out))[:2])
         for state in (new, old):  # a reward model notes, at its end, how its scores are spread
             state["model"].pop("mean", None), state["model"].pop("std", None)
-        return (new["step"], old["step"]) == (3, 2) and same_bits(new["model"], old["model"]) and (
-            same_bits([o["state"] for o in new["optimizer"]],
-                      [o["state"] for o in old["optimizer"]]))
+            state["optimizer"] = [moments["state"] for moments in state["optimizer"]]
+        return (new["step"], old["step"]) == (3, 2) and all(
+            same_bits(new[key], old[key]) for key in ("model", "optimizer"))
 
     def inject(stage: str) -> list[int]:
-        good = total = 0
-        moves = not still(lab.whole(stage, max_steps=3)[0])
+        """Injections that went well, and all."""
+        good, moves = 0, not still(lab.whole(stage, max_steps=3)[0])
         for kind in ("loss", "nan", "inf"):
             out = lab.new("nan")
-            run = lab.start(stage, out, poisoned(kind, range(2, 3)), max_steps=3)
+            run = lab.start(stage, out, *poisoned(kind, range(2, 3)), max_steps=3)
             good += run.wait() == 0 and "skipped 1/3" in run.text and moves and still(out)
-            total += 1
         for kind in ("nan", "weight"):
-            out = lab.new("nan")
-            run = lab.start(stage, out, poisoned(kind, range(2, 99)), max_steps=20)
+            run = lab.start(stage, lab.new("nan"), *poisoned(kind, range(2, 99)), max_steps=20)
             code = run.wait()
             name = re.search(r"the last good checkpoint: (\S+\.pt)", run.text)
             good += bool(code == 4 and name and "Traceback" not in run.text
                          and checkpoint.damage(Path(name[1])) is None
                          and all(torch.isfinite(t).all()
                                  for t in checkpoint.load(name[1])[0]["model"].values()))
-            total += 1
-        return [good, total]
+        return [good, 5]
 
     good, total = map(sum, zip(*side_by_side([partial(inject, stage) for stage in stages])))
     return f"{good} of {total} injections in {len(stages)} stages", good == total
 
 
-# ---------------------------------------------------------------------------- the board
-
-ROWS = [
+ROWS: list[tuple[Callable[..., Result], str, str]] = [
     (kill_storm, "SIGKILL storm on the five training scripts",
      "300 kills, 0 corrupt checkpoints, 0 differing bits"),
     (crash_at_every_call, "crash at every I/O call: checkpoint, token shards, rows, index",
@@ -349,41 +312,6 @@ ROWS = [
 ]
 
 
-def machine() -> str:
-    cpu = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo")
-                if line.startswith("model name")), platform.processor())
-    return f"{os.cpu_count()} cores of {cpu}, {platform.system()} {platform.release()}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=300, help="of the SIGKILL storm")
-    parser.add_argument("--only", default="", help="rows, comma-separated: "
-                        + ", ".join(row.__name__ for row, *_ in ROWS))
-    parser.add_argument("--out", default="docs/reliability.md", help="report; empty: none")
-    args = parser.parse_args()
-    wanted = args.only.split(",") if args.only else [row.__name__ for row, *_ in ROWS]
-    begin, passed = time.time(), 0
-    board = old_rows(args.out)
-    print(HEAD, flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        lab = Lab(Path(folder))
-        for i, (row, what, target) in enumerate(ROWS, 1):
-            if row.__name__ not in wanted:
-                continue
-            start = time.time()
-            measured, good = row(lab, args.kills) if row is kill_storm else row(lab)
-            passed += good
-            board[i] = (f"| {i} | {what} | {target} | {measured} | {date.today()}, "
-                        f"{time.time() - start:.0f} s | {'yes' if good else '**NO**'} |")
-            print(board[i], flush=True)
-            if args.out:  # behind each row: what is known is not lost if this is stopped
-                write_report(args.out, board)
-    print(f"{passed} of {len(wanted)} rows passed in {time.time() - begin:.0f} s")
-    raise SystemExit(passed < len(wanted))
-
-
 HEAD = "| # | what | target | measured | on, took | passed |\n|---|---|---|---|---|---|"
 
 
@@ -394,14 +322,43 @@ def old_rows(path: str) -> dict[int, str]:
 
 
 def write_report(path: str, board: dict[int, str]) -> None:
-    head = (f"# Faults survived\n\nWritten by `make reliability`, or row by row by `python "
-            f"-m faults --only=ROW` (the function's name), on {machine()}; Python "
-            f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
-            f"tiktoken {tiktoken.__version__}.\nWhat each row does, and with which deliberate "
-            "break it was seen to fail, stands in its function\nin `faults/`. "
-            "Times depend on what else the machine does.\n")
+    cpu = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo")
+                if line.startswith("model name")), platform.processor())
+    head = (f"# Faults survived\n\nWritten by `make reliability`, or row by row by `python -m "
+            f"faults --only=ROW` (the function's name), on {os.cpu_count()} cores of {cpu}, "
+            f"{platform.system()} {platform.release()}; Python {platform.python_version()}, torch "
+            f"{torch.__version__}, numpy {np.__version__}, tiktoken {tiktoken.__version__}.\n"
+            "What each row does, and with which deliberate break it was seen to fail, is said by "
+            "its function\nin `faults/`. Times depend on what else the machine does.\n")
     files.write_text(path, "\n".join([head, HEAD, *(board[i] for i in sorted(board)), ""]))
 
 
+def main() -> None:
+    cfg = configure(Config)
+    if sys.platform != "linux":
+        fail("python -m faults needs Linux: it forks the scripts and looks into /proc")
+    names = [row.__name__ for row, *_ in ROWS]
+    wanted = cfg.only.split(",") if cfg.only else names
+    if unknown := set(wanted) - set(names):
+        fail(f"--only={cfg.only}: there is no {', '.join(unknown)} among {', '.join(names)}")
+    begin, passed, board = time.time(), 0, old_rows(cfg.out)
+    print(HEAD, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        lab = Lab(Path(folder))
+        for i, (row, what, target) in enumerate(ROWS, 1):
+            if row.__name__ not in wanted:
+                continue
+            start = time.time()
+            measured, good = row(lab, cfg.kills) if row is kill_storm else row(lab)
+            passed += good
+            board[i] = (f"| {i} | {what} | {target} | {measured} | {date.today()}, "
+                        f"{time.time() - start:.0f} s | {'yes' if good else '**NO**'} |")
+            print(board[i], flush=True)
+            if cfg.out:  # after each row: what is known is not lost if this is stopped
+                write_report(cfg.out, board)
+    print(f"{passed} of {len(wanted)} rows passed in {time.time() - begin:.0f} s")
+    raise SystemExit(passed < len(wanted))
+
+
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -1,31 +1,30 @@
 """
-Rows of the scoreboard (`python -m faults`) about files: processes killed at any moment, damage on the
-disk, and disks that are full. Each function says in its docstring what it does and with which
-deliberate break it was seen to fail.
+Rows of `python -m faults` about files: processes killed at any moment, damage on the disk, disks
+that are full. Each function says in its docstring what it does and with which deliberate break it
+was seen to fail.
 """
 import contextlib
 import io
-import resource
 import shutil
 import signal
 import subprocess
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from random import Random
 
 import numpy as np
 
-from plumbing import checkpoint
-from plumbing import corpus
 import data
-from search import embed
-from plumbing import examples, jobs as work, tokenfiles
 from demo import world
+from faults.lab import (STAGES, Lab, Result, bits, crash_everywhere, damaged, die_after_save,
+                        instead, newest, same_bits, same_run, side_by_side, spoil)
+from plumbing import checkpoint, corpus, examples, tokenfiles
+from plumbing.jobs import Progress
+from search import embed
 from search.documents import count_pieces, update
-from faults.lab import (STAGES, Lab, Result, Run, crash_everywhere, damaged, die_after_save, newest,
-                    same_bits, same_run, side_by_side, spoil)
 from search.index import Index
 from search.segment import split
 from tokenizer import load_tokenizer
@@ -65,94 +64,77 @@ def kill_storm(lab: Lab, kills: int = 300) -> Result:
 
 def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
     """A child dies at its k-th call that touches the disk, for every k, once between two calls and
-    once in the middle of a write: while a checkpoint is saved (the older one is there), while
+    once in the middle of a write: while a checkpoint is saved (an older one is there), while
     data.py makes token shards, while examples.py makes the rows of a chat file, and while notes are
     brought up to date in a search index with vectors. Whatever makes files can be tried so: give
     `crash_everywhere` the operation. Seen to fail when checkpoint.save wrote under the final name,
-    when write_text did, when examples.prepare left what a killed run
-    had begun, and when the index was written over instead of behind its valid end."""
-    out = lab.new("crash")
-    state = newest(lab.folder / "base")
-    state["model"] = dict(list(state["model"].items())[:3])  # fewer tensors, fewer calls to try
-    old, new, next_one = ({"format": 1, "step": step, "kind": "pt", "model": state["model"],
-                           "optimizer": [], "tokenizer": state["tokenizer"]} for step in (1, 2, 3))
+    when write_text did, when examples.prepare left what a killed run had begun, and when the index
+    was written over instead of after its valid end."""
+    def crashes(change: Callable[[Path], object], found: Callable[[Path], object],
+                old: Path | None = None) -> tuple[int, int]:
+        """`change` makes a folder, or makes it what it is to be from what it was (`old`). What is
+        found in it after a crash must be the old or the new; changed again it must be the new, and
+        hold no other files."""
+        folder, new = lab.new("crash"), lab.new("crash")
 
-    def old_or_new() -> bool:
-        found = newest(out)
-        right = same_bits(found, new if found["step"] == 2 else old) and not damaged(out)
-        checkpoint.save(str(out), 3, next_one)  # which sweeps up what the dead left
-        return right and newest(out)["step"] == 3 and not list(out.glob(".tmp-*"))
+        def reset(to: Path = folder) -> None:
+            shutil.rmtree(to, ignore_errors=True)
+            if old:
+                shutil.copytree(old, to)
 
-    def only_old() -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        checkpoint.save(str(out), 1, old)
+        def right() -> bool:
+            good = found(folder) in both
+            change(folder)
+            return good and found(folder) == both[1] and len(contents(folder)) == len(contents(new))
+        reset(new)
+        both = [found(new)] if old else [None]
+        change(new)
+        both.append(found(new))
+        return crash_everywhere(partial(change, folder), right, reset, every)
 
-    jobs = {"checkpoint": (lambda: checkpoint.save(str(out), 2, new, keep=1), old_or_new, only_old)}
+    def of_checkpoint() -> tuple[int, int]:
+        state, old = newest(lab.folder / "base"), lab.new("old")
+        few = dict(list(state["model"].items())[:3])  # tensors: the fewer, the fewer calls to try
+        first, then = ({"format": 1, "step": step, "kind": "pt", "model": few, "optimizer": [],
+                        "tokenizer": state["tokenizer"]} for step in (1, 2))
+        checkpoint.save(str(old), 1, first)
+        return crashes(lambda out: checkpoint.save(str(out), 2, then, keep=1),
+                       lambda out: (bits(newest(out)), damaged(out)), old)
 
-    text = lab.folder / "few.jsonl"
-    text.write_text("".join((lab.folder / "pt.jsonl").read_text().splitlines(True)[:40]))
-    cfg = data.Config(str(text), f"{lab.folder}/tok.txt", str(lab.new("shards")), 0.2, workers=1)
+    def of_data(make: Callable[[Path], object]) -> tuple[int, int]:
+        """A folder that is whole once it has its meta.json."""
+        def change(folder: Path) -> None:
+            with contextlib.redirect_stdout(io.StringIO()):
+                make(folder / "data")
 
-    def prepare() -> None:
-        # a journal after each small batch
-        corpus.BATCH_BYTES, tokenfiles.JOURNAL_SECONDS = 5_000, 0
-        with contextlib.redirect_stdout(io.StringIO()):
-            data.prepare(cfg, work.Progress())
+        def whole(folder: Path) -> bool | None:
+            held = contents(folder)
+            return expected.items() <= held.items() if "data/meta.json" in held else None
+        first = lab.new("first")
+        change(first)
+        expected = contents(first)
+        return crashes(change, whole)
 
-    def contents(folder: str) -> dict[str, bytes]:
-        return {p.name: p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    def of_shards() -> tuple[int, int]:
+        text = lab.folder / "few.jsonl"
+        text.write_text("".join((lab.folder / "pt.jsonl").read_text().splitlines(True)[:40]))
+        corpus.BATCH_BYTES, tokenfiles.JOURNAL_SECONDS = 5_000, 0  # a journal after each batch
+        return of_data(lambda out: data.prepare(data.Config(
+            str(text), f"{lab.folder}/tok.txt", str(out), 0.2, workers=1), Progress()))
 
-    def again(make, folder: str, expected: dict) -> bool:
-        """A second try ends with the same bytes, and nothing else lies about."""
-        if (Path(folder) / "meta.json").exists() and not (
-                expected.items() <= contents(folder).items()):
-            return False  # it says it is whole, and is not
-        make()
-        return contents(folder) == expected
+    def of_index() -> tuple[int, int]:
+        notes, old = lab.new("notes"), lab.new("index")
+        write_notes(notes, 0, 4)
+        index_notes(notes, old)
+        write_notes(notes, 2, 6)  # two files are gone, two changed and two new
+        return crashes(partial(index_notes, notes), found_in, old)
 
-    sizes = corpus.BATCH_BYTES, tokenfiles.JOURNAL_SECONDS
-    prepare()
-    jobs["shards"] = (prepare, partial(again, prepare, cfg.out_dir, contents(cfg.out_dir)),
-                      lambda: shutil.rmtree(cfg.out_dir, ignore_errors=True))
-    corpus.BATCH_BYTES, tokenfiles.JOURNAL_SECONDS = sizes
-
-    rows = lab.new("rows")
-    tok = load_tokenizer(cfg.tokenizer)
-
-    def load_rows() -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            examples.load_examples(f"{lab.folder}/sft.jsonl", "chat", tok, 256, f"{rows}/data", 0.2)
-
-    def clear() -> None:
-        shutil.rmtree(rows, ignore_errors=True)
-
-    notes, index, next_index = lab.new("notes"), lab.new("index"), lab.new("index")
-    write_notes(notes, 0, 4)
-    index_notes(index, notes)
-    old_index = lab.new("index")
-    shutil.copytree(index, old_index)
-    write_notes(notes, 2, 6)  # two files are gone, two changed and two new
-    shutil.copytree(index, next_index)
-    index_notes(next_index, notes)
-    both = [found_in(old_index), found_in(next_index)]
-
-    def old_or_new_index() -> bool:
-        right = found_in(index) in both
-        index_notes(index, notes)
-        return right and found_in(index) == both[1] and len(list(index.iterdir())) == len(
-            list(next_index.iterdir()))
-
-    def only_old_index() -> None:
-        shutil.rmtree(index)
-        shutil.copytree(old_index, index)
-
-    jobs["index"] = partial(index_notes, index, notes), old_or_new_index, only_old_index
-    load_rows()
-    jobs["rows"] = load_rows, partial(again, load_rows, str(rows), contents(str(rows))), clear
-    results = side_by_side([partial(crash_everywhere, *job, every) for job in jobs.values()])
-    text = ", ".join(f"{name} {n:,}" for name, (n, _) in zip(jobs, results))
-    bad = sum(b for _, b in results)
-    return f"crashes: {text}; {bad} bad states", not bad
+    of_rows = partial(of_data, partial(load_rows, lab))
+    jobs: dict[str, Callable] = {"checkpoint": of_checkpoint, "shards": of_shards,
+                                 "index": of_index, "rows": of_rows}
+    tried, bad = zip(*side_by_side(list(jobs.values())))
+    text = ", ".join(f"{name} {n:,}" for name, n in zip(jobs, tried))
+    return f"crashes: {text}; {sum(bad)} bad states", not sum(bad)
 
 
 def damaged_files(lab: Lab, n: int = 1500) -> Result:
@@ -161,52 +143,43 @@ def damaged_files(lab: Lab, n: int = 1500) -> Result:
     two checkpoints the other one is). Seen to fail when `damage` trusted the zip archive's own end,
     when open_token_file looked at the size only, when load_examples did not compare the sha256, and
     when the index did not compare the CRC-32."""
-    files = {}
-    for stage in STAGES:
-        files[stage] = checkpoint.list_checkpoints(lab.whole(stage, max_steps=2)[0])[0]
-    folder = lab.new("damaged")
-    shutil.copytree(lab.folder / "data", folder)
-    tok = load_tokenizer(f"{lab.folder}/tok.txt")
-    rows = lab.new("rows")
-    with contextlib.redirect_stdout(io.StringIO()):
-        examples.load_examples(f"{lab.folder}/sft.jsonl", "chat", tok, 256, str(rows), 0.2)
-    files |= {"shard": folder / "train_en.bin", "words": rows / "train.words",
-              "rows": rows / "train.rows"}
-    notes, index = lab.new("notes"), lab.new("index")
+    shards, rows, notes, index = (lab.new("damaged") for _ in range(4))
+    shutil.copytree(lab.folder / "data", shards)
+    load_rows(lab, rows)
     write_notes(notes, 0, 40)
-    index_notes(index, notes)
-    files |= {f"index: {path.name}": path for path in sorted(index.glob("[!.]*"))}
+    index_notes(notes, index)
+    readers: dict[Path, Callable[[], object]] = {
+        shards / "train_en.bin": partial(data.open_data, str(shards))}
+    readers |= dict.fromkeys((rows / "train.words", rows / "train.rows"),
+                             partial(load_rows, lab, rows))
+    readers |= dict.fromkeys(sorted(index.glob("[!.]*")), partial(found_in, index))
+    saved = [checkpoint.list_checkpoints(str(lab.whole(stage, max_steps=2)[0]))[0]
+             for stage in STAGES]
 
-    def notices(name: str, path: Path) -> bool:
+    def notices(path: Path) -> bool:
         said = io.StringIO()
         checkpoint._known_good.clear()  # as a new process
         with contextlib.redirect_stdout(said):
             try:
-                if name in STAGES:
-                    return checkpoint.load(path.parent)[1] != path and path.name in said.getvalue()
-                if path.parent == index:
-                    found_in(index)
-                elif name == "shard":
-                    data.open_data(str(folder))
-                else:
-                    examples.load_examples(f"{lab.folder}/sft.jsonl", "chat", tok, 256, str(rows),
-                                           0.2)
+                if path in saved:
+                    used = checkpoint.load(str(path.parent))[1]
+                    return used != path and path.name in said.getvalue()
+                readers[path]()
             except ValueError as error:
                 return str(path) in str(error)
         return False
 
-    r, found, kinds = Random(1), 0, {}
+    r, found, kinds, files = Random(1), 0, Counter(), [*saved, *readers]
     for i in range(n):
-        name, path = list(files.items())[i % len(files)]
+        path = files[i % len(files)]
         raw = path.read_bytes()
         kind, bad = spoil(raw, r)
         path.write_bytes(bad)
-        kinds[kind] = kinds.get(kind, 0) + 1
-        found += notices(name, path)
+        kinds[kind] += 1
+        found += notices(path)
         path.write_bytes(raw)
-    unharmed = not any(notices(name, path) for name, path in files.items())
     text = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
-    return f"{found:,} of {n:,} ({text})", found == n and unharmed
+    return f"{found:,} of {n:,} ({text})", found == n and not any(map(notices, files))
 
 
 def disk_full(lab: Lab, shares: tuple[float, ...] = (0.1, 0.5, 0.99),
@@ -221,51 +194,47 @@ def disk_full(lab: Lab, shares: tuple[float, ...] = (0.1, 0.5, 0.99),
 
     def fill(stage: str) -> list[int]:
         """Cases, and those that went wrong."""
-        cases = bad = 0
-        whole, _ = lab.whole(stage, max_steps=4)
-        start = lab.new("full")
+        whole, start = lab.whole(stage, max_steps=4)[0], lab.new("full")
         lab.start(stage, start, die_after_save(2), max_steps=4).wait()
-        size = checkpoint.list_checkpoints(start)[0].stat().st_size
+        size = checkpoint.list_checkpoints(str(start))[0].stat().st_size
+
+        def refuses(out: Path, reason: str, *before: Callable[[], None]) -> bool:
+            shutil.copytree(start, out)
+            run = lab.start(stage, out, *before, resume=True, max_steps=4)
+            good = run.wait() == 3 and reason in run.text and "Traceback" not in run.text
+            good &= same_bits(newest(out), newest(start)) and not damaged(out)
+            return good and not [path for path in out.rglob("*") if "tmp" in path.name]
+
+        bad = 0
         for share in shares:
             out = lab.new("full")
-            shutil.copytree(start, out)
-
-            def limit() -> None:
-                most = int(share * size)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-            bad += not refuses(lab, stage, out, start, whole, "File too large", limit)
-            cases += 1
+            good = refuses(out, "File too large", at_most(int(share * size)))
+            good &= lab.start(stage, out, resume=True, max_steps=4).wait() == 0
+            bad += not good or not same_run(out, whole)
         if mount:
-            with tmpfs(lab.new("tmpfs"), folder_size(start) + size // 3) as room:
-                out = room / "out"
-                shutil.copytree(start, out)
-                bad += not refuses(lab, stage, out, start, None, "No space left on device")
-                cases += 1
-        return [cases, bad]
+            held = sum(-(-path.stat().st_size // 4096) * 4096 for path in start.rglob("*"))
+            with tmpfs(lab.new("tmpfs"), held + size // 3) as room:
+                bad += not refuses(room / "out", "No space left on device")
+        return [len(shares) + mount, bad]
 
     def fill_index() -> list[int]:
         """The same for an index that grows from 4 to 40 notes."""
         notes, start, whole = lab.new("notes"), lab.new("index"), lab.new("index")
         write_notes(notes, 0, 4)
-        index_notes(start, notes)
-        before = found_in(start)
+        index_notes(notes, start)
         write_notes(notes, 0, 40)
         shutil.copytree(start, whole)
-        index_notes(whole, notes)
+        index_notes(notes, whole)
         size, bad = max(path.stat().st_size for path in whole.iterdir()), 0
         for share in shares:
             index = lab.new("index")
             shutil.copytree(start, index)
-            files = {path.name: path.read_bytes() for path in index.iterdir()}
-
-            def limit() -> None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size),) * 2)
-            run = Run("rag", ["add", str(notes), f"--index={index}", "--embed=own:hash",
-                              "--chunk_tokens=32"], lab.new("said"), partial(with_hashes, limit))
+            run = lab.run("rag", ["add", str(notes), f"--index={index}", "--embed=own:hash",
+                                  "--chunk_tokens=32"], at_most(int(share * size)),
+                          instead(embed, "load", lambda real, name, device: by_hash))
             good = run.wait() == 3 and "File too large" in run.text
-            good &= {path.name: path.read_bytes() for path in index.iterdir()} == files
-            good &= found_in(index) == before
-            index_notes(index, notes)
+            good &= contents(index) == contents(start) and found_in(index) == found_in(start)
+            index_notes(notes, index)
             bad += not good or found_in(index) != found_in(whole)
         return [len(shares), bad]
 
@@ -275,14 +244,21 @@ def disk_full(lab: Lab, shares: tuple[float, ...] = (0.1, 0.5, 0.99),
             "said, no temporary file" + "; no tmpfs: no right to mount one" * (not mount), not bad)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def load_rows(lab: Lab, folder: Path) -> None:
+    """The rows of a chat file, from `folder` if they are there."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        examples.load_examples(f"{lab.folder}/sft.jsonl", "chat",
+                               load_tokenizer(f"{lab.folder}/tok.txt"), 256, str(folder), 0.2)
+
+
 def by_hash(texts: list[str], kind: str) -> np.ndarray:
     """(n, 8) vectors that depend on the texts alone."""
     return np.array([np.random.default_rng(zlib.crc32(t.encode())).normal(size=8) for t in texts])
-
-
-def with_hashes(then: Callable[[], None]) -> None:
-    embed.load = lambda name, device: by_hash
-    then()
 
 
 def write_notes(folder: Path, first: int, last: int) -> None:
@@ -295,7 +271,7 @@ def write_notes(folder: Path, first: int, last: int) -> None:
         (folder / f"{i}.md").write_text("\n\n".join(facts), encoding="utf-8")
 
 
-def index_notes(folder: Path, notes: Path) -> None:
+def index_notes(notes: Path, folder: Path) -> None:
     """What rag.py add does, with vectors."""
     cut = partial(split, max_tokens=32, count=count_pieces)
     with Index(str(folder), True, by_hash, "own:hash") as made, (
@@ -311,20 +287,10 @@ def found_in(folder: Path) -> list:
                 for q in ("The pet of Kimu is cat.", "琪宁的宠物是猫。")]
 
 
-def refuses(lab: Lab, stage: str, out: Path, start: Path, whole: Path | None, reason: str,
-            limit=lambda: None) -> bool:
-    """Whether a run that meets a full disk ends as it should, and goes on once there is room."""
-    run = lab.start(stage, out, limit, resume=True, max_steps=4)
-    good = run.wait() == 3 and reason in run.text and "Traceback" not in run.text
-    good &= same_bits(newest(out), newest(start)) and not damaged(out)
-    good &= not [p for p in out.rglob("*") if "tmp" in p.name]
-    if whole:
-        good &= lab.start(stage, out, resume=True, max_steps=4).wait() == 0 and same_run(out, whole)
-    return good
-
-
-def folder_size(folder: Path) -> int:
-    return sum(-(-p.stat().st_size // 4096) * 4096 for p in folder.rglob("*"))
+def at_most(size: int) -> Callable[[], None]:
+    """For a Run: from then on no file may become larger."""
+    import resource
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def can_mount(folder: Path) -> bool:
@@ -336,7 +302,7 @@ def can_mount(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def tmpfs(at: Path, size: int):
+def tmpfs(at: Path, size: int) -> Iterator[Path]:
     at.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", at], check=True,
                    capture_output=True)
@@ -344,5 +310,3 @@ def tmpfs(at: Path, size: int):
         yield at
     finally:
         subprocess.run(["umount", at], check=True)
-
-

@@ -1,16 +1,16 @@
 """
-Tools to break a training run with, for `python -m faults` and its tests.
+Tools to break a training run with, for `python -m faults` and the tests.
 
-    lab = Lab(folder)                                  # toy data and a first checkpoint per stage
-    run = lab.start("sft", out_dir, max_steps=6)       # train_sft.py's own main(), in a child
-    run.kill(after=0.1);  run.wait();  run.text
+    lab = Lab(folder)                                  # toy data, a model and a reward model
+    run = lab.start("sft", out_dir, max_steps=6)       # main() of train_sft.py, in a child
+    run.ends(0.1);  run.send(signal.SIGKILL);  run.wait();  run.text
 
-The scripts and torch are imported once; a run is then a fork that sets sys.argv and calls main(),
-so that a kill costs a fraction of a second and a thousand are affordable. What a child does is what
-`python train_sft.py …` does, but for two things: the peak speed of the CPU is not measured anew in
-each life, and the imports are already done.
+A run is a fork that sets sys.argv and calls main(). Torch is imported once, so a kill costs a
+fraction of a second and a thousand of them are affordable. The child does what the script does when
+it is typed, but its imports are done and it does not measure the peak speed of the CPU. Linux only.
 """
 import builtins
+import contextlib
 import ctypes
 import importlib
 import io
@@ -21,16 +21,18 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from plumbing import checkpoint
-from plumbing import runtime
 from demo import world
+from plumbing import checkpoint, runtime
 from tokenizer import PATTERN, dump
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,55 +49,56 @@ SETTINGS = {
     "rl": LATER | dict(prompts_per_step=2, group=2, eval_prompts=2, rollout_size=4)}
 
 
-def die_with_parent() -> None:
-    """A child of a test that was stopped must not go on alone."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+class Child:
+    """A forked child that does `work` and ends, whatever happens: it never comes back into the
+    caller's code. It exits with 0, with the code of a SystemExit, or with 1 after a traceback."""
 
-
-class Run:
-    """main() of a script in a forked child, which may die any way it likes."""
-
-    def __init__(self, script: str, arguments: list[str], said: Path,
-                 before: Callable[[], None] = lambda: None, **environ: str):
-        """`before` is called in the child; what it writes goes to the file `said`."""
-        self.said = said
-        said.write_bytes(b"")  # for who reads it before the child writes
+    def __init__(self, work: Callable[[], object], said: Path | None = None):
+        """What the child prints goes to the file `said`; without one, where ours goes."""
+        if said:
+            said.write_bytes(b"")  # a reader may come before the child writes
+        self.said, self.code, self.peak = said, None, 0  # peak: most bytes in memory, at its end
         sys.stdout.flush()
-        self.pid, self.code = os.fork(), None
+        self.pid = os.fork()
         if self.pid:
             self.exit = os.pidfd_open(self.pid)
             return
         code = 1
         try:
-            die_with_parent()
-            out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(out, 1), os.dup2(out, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-            os.environ.update(environ)
-            sys.argv = [f"{script}.py", *arguments]
-            runtime.peak_flops = lambda dist: None
-            before()
-            importlib.import_module(script).main()
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: we die, it dies
+            if said:
+                for number in (1, 2):
+                    os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), number)
+                sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+            work()
             code = 0
         except SystemExit as end:
-            code = end.code or 0
+            code = int(end.code or 0)
         except BaseException:
             traceback.print_exc()
         finally:
             try:
                 sys.stdout.flush()
-            finally:  # whatever happens, the child never comes back into the caller's code
+            finally:
                 os._exit(code)
 
+    def well(self) -> "Child":
+        """Wait for a child that must not fail."""
+        if self.wait() != 0:
+            raise RuntimeError(f"it fails without any fault: {self.text[-2000:]}")
+        return self
+
     def ends(self, seconds: float) -> bool:
-        """Wait up to so long; whether it has ended."""
+        """Wait up to so many seconds; whether the child has ended."""
         if self.code is None and select.select([self.exit], [], [], max(seconds, 0))[0]:
-            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            _, status, used = os.wait4(self.pid, 0)
+            self.code, self.peak = os.waitstatus_to_exitcode(status), 1024 * used.ru_maxrss
             os.close(self.exit)
         return self.code is not None
 
     def wait(self, seconds: float = 60) -> int:
-        """The exit code, negative for a signal. Raises TimeoutError, and kills it then."""
+        """The exit code, negative for a signal. Kills the child and raises TimeoutError if it takes
+        longer."""
         if not self.ends(seconds):
             self.send(signal.SIGKILL)
             self.ends(10)
@@ -108,7 +111,23 @@ class Run:
 
     @property
     def text(self) -> str:
-        return self.said.read_text(errors="replace")
+        return self.said.read_text(errors="replace") if self.said else ""
+
+
+class Run(Child):
+    """main() of a script in a child, which may die any way it likes."""
+
+    def __init__(self, script: str, arguments: list[str], said: Path, *before: Callable[[], None],
+                 **environ: str):
+        """The child calls each `before` first."""
+        def main() -> None:
+            os.environ.update(environ)
+            sys.argv = [f"{script}.py", *arguments]
+            runtime.peak_flops = lambda dist: None
+            for change in before:
+                change()
+            importlib.import_module(script).main()
+        super().__init__(main, said)
 
 
 class Lab:
@@ -118,48 +137,43 @@ class Lab:
         torch.set_num_threads(1)  # children inherit it, and that no thread was started
         importlib.import_module("torch._dynamo")  # else the first optimizer of every child does it
         self.folder, self.count = folder, 0
-        self.random = random.Random(0)
         folder.mkdir(parents=True, exist_ok=True)
-        self.write("pt", lambda r: world.pt_document(r, "train", 2, 3, 0.3), 150)
-        for name, make in (("sft", world.chat), ("rm", world.pair),
-                           ("rl", world.rl_prompt)):
-            self.write(name, lambda r, make=make: make(r, "train", 1), 40)
+        self.write("pt", 150, world.pt_document, 2, 3, 0.3)
+        for name, make in (("sft", world.chat), ("rm", world.pair), ("rl", world.rl_prompt)):
+            self.write(name, 40, make, 1)
         (folder / "tok.txt").write_text(dump([bytes([i]) for i in range(256)], PATTERN))
-        self.must("data", [f"--input={folder}/pt.jsonl", f"--tokenizer={folder}/tok.txt",
-                           f"--out_dir={folder}/data", "--val_fraction=0.1", "--workers=1"])
-        self.must("train_pt", self.arguments("pt", folder / "base", max_steps=2, max_seq_len=256,
-                                             batch_tokens=512, batch_size=2))
-        self.must("train_rm", self.arguments("rm", folder / "reward", max_steps=2))
+        self.run("data", [f"--input={folder}/pt.jsonl", f"--tokenizer={folder}/tok.txt",
+                          f"--out_dir={folder}/data", "--val_fraction=0.1", "--workers=1"]).well()
+        self.start("pt", folder / "base", max_steps=2, max_seq_len=256, batch_tokens=512,
+                   batch_size=2).well()
+        self.start("rm", folder / "reward", max_steps=2).well()
 
-    def write(self, name: str, make: Callable[[random.Random], dict], n: int) -> None:
+    def write(self, name: str, n: int, make: Callable[..., dict], *args) -> None:
         r = random.Random(name)
-        rows = [json.dumps(make(r), ensure_ascii=False) + "\n" for _ in range(n)]
-        (self.folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+        (self.folder / f"{name}.jsonl").write_text("".join(
+            json.dumps(make(r, "train", *args), ensure_ascii=False) + "\n" for _ in range(n)),
+            encoding="utf-8")
 
     def arguments(self, stage: str, out_dir: Path, **changes) -> list[str]:
         """The command line of a stage at toy size."""
         folder = self.folder
-        files = {"pt": dict(data_dir=folder / "data"), "dpo": dict(data=folder / "rm.jsonl")}
-        base = files.get(stage, dict(data=folder / f"{stage}.jsonl"))
+        base: dict[str, Any] = {"data_dir": folder / "data"}
         if stage != "pt":
-            base["init_from"] = folder / "base"
+            file = "rm" if stage == "dpo" else stage
+            base = {"data": folder / f"{file}.jsonl", "init_from": folder / "base"}
         if stage == "rl":
             base["reward_from"] = folder / "reward"
-        return [f"--{key}={value}" for key, value in
-                (base | SHORT | SETTINGS[stage] | dict(out_dir=out_dir, max_steps=6)
-                 | changes).items()]
+        settings = base | SHORT | SETTINGS[stage] | dict(out_dir=out_dir, max_steps=6) | changes
+        return [f"--{key}={value}" for key, value in settings.items()]
 
-    def start(self, stage: str, out_dir: Path, before: Callable[[], None] = lambda: None,
+    def run(self, script: str, arguments: list[str], *before: Callable[[], None],
+            environ: dict | None = None) -> Run:
+        return Run(script, arguments, self.new("said"), *before, **(environ or {}))
+
+    def start(self, stage: str, out_dir: Path, *before: Callable[[], None],
               environ: dict | None = None, **changes) -> Run:
-        self.count += 1
-        return Run(f"train_{stage}", self.arguments(stage, out_dir, **changes),
-                   self.folder / f"said{os.getpid()}.{self.count % 100}", before,
-                   **(environ or {}))
-
-    def must(self, script: str, arguments: list[str]) -> None:
-        run = Run(script, arguments, self.folder / f"said{os.getpid()}")
-        if run.wait() != 0:
-            raise RuntimeError(f"{script} fails without any fault: {run.text[-2000:]}")
+        return self.run(f"train_{stage}", self.arguments(stage, out_dir, **changes), *before,
+                        environ=environ)
 
     def new(self, name: str = "run") -> Path:
         """A folder name that is not in use."""
@@ -169,7 +183,7 @@ class Lab:
     def whole(self, stage: str, **changes) -> tuple[Path, float]:
         """Out_dir of a run that nothing disturbs, and its seconds."""
         out, start = self.new(f"whole_{stage}"), time.perf_counter()
-        self.must(f"train_{stage}", self.arguments(stage, out, **changes))
+        self.start(stage, out, **changes).well()
         return out, time.perf_counter() - start
 
 
@@ -183,53 +197,49 @@ def places(world: int) -> list[dict[str, str]]:
             for rank in range(world)]
 
 
-def die_after_save(step: int):
-    """For Lab.start: SIGKILL from inside, right behind the checkpoint of a step."""
-    def before() -> None:
-        real = checkpoint.save
-
-        def save(out_dir, at, state, **more):
-            path = real(out_dir, at, state, **more)
-            if at == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return path
-        checkpoint.save = save
-    return before
-
-
-def side_by_side(jobs: list[Callable[[], list]], workers: int = 2) -> list[list]:
-    """What each job returns (of numbers and strings), run in forked children, `workers` at once.
-    Raises RuntimeError if one fails; its traceback is printed."""
-    found: list[list] = [[] for _ in jobs]
-    waiting, running = list(enumerate(jobs)), {}
-    while waiting or running:
-        while waiting and len(running) < workers:
-            i, job = waiting.pop(0)
-            out, into = os.pipe()
-            sys.stdout.flush()
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    die_with_parent()
-                    os.write(into, json.dumps(job()).encode())
-                    os._exit(0)
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(1)
-            os.close(into)
-            running[out] = i, pid
-        for out in select.select(list(running), [], [])[0]:  # an answer, or the end of a child
-            i, pid = running.pop(out)
-            answer = os.read(out, 1 << 16)
-            os.close(out)
-            if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
-                raise RuntimeError(f"job {i} of {len(jobs)} failed")
-            found[i] = json.loads(answer)
+def workers(torchrun: int) -> list[int]:
+    """Process ids of the ranks that a torchrun has started, in their order."""
+    found = []
+    for pid in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+        with contextlib.suppress(OSError):  # it has just ended
+            if b"train_pt.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(int(pid))
     return found
 
 
-# ---------------------------------------------------------------------------- comparing
+def instead(owner: Any, name: str, function: Callable) -> Callable[[], None]:
+    """For a Run: `function(real, …)` takes the place of owner.name, which it gets as `real`."""
+    def before() -> None:
+        real = getattr(owner, name)
+        setattr(owner, name, lambda *args, **more: function(real, *args, **more))
+    return before
+
+
+def die_after_save(step: int) -> Callable[[], None]:
+    """For a Run: it kills itself right after it has saved the checkpoint of this step."""
+    def save(real, out_dir, at, state, **more):
+        path = real(out_dir, at, state, **more)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return path
+    return instead(checkpoint, "save", save)
+
+
+def side_by_side(jobs: list[Callable[[], list]], workers: int = 2) -> list[list]:
+    """What each job returns (numbers and strings), run in forked children, `workers` at once.
+    Raises RuntimeError if one fails; its traceback is printed."""
+    children: list[Child] = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, str(i)) for i in range(len(jobs))]
+        for job, file in zip(jobs, files):
+            while sum(not child.ends(0) for child in children) == workers:
+                time.sleep(0.01)
+            children.append(Child(lambda: file.write_text(json.dumps(job()))))
+        for i, child in enumerate(children):
+            if child.wait(10**6):
+                raise RuntimeError(f"job {i} of {len(jobs)} failed")
+        return [json.loads(file.read_text()) for file in files]
+
 
 def trace(out_dir: Path) -> list[tuple[int, str]]:
     """(step, loss to the last bit) of every step in the log."""
@@ -243,17 +253,18 @@ def newest(out_dir: Path) -> dict:
     return checkpoint.load(str(out_dir))[0]
 
 
+def bits(state):
+    """A state with (type, shape, bytes) in the place of each tensor."""
+    if isinstance(state, torch.Tensor):
+        return state.dtype, state.shape, state.numpy().tobytes()
+    if isinstance(state, dict):
+        return {key: bits(value) for key, value in state.items()}
+    return [bits(value) for value in state] if isinstance(state, (list, tuple)) else state
+
+
 def same_bits(a, b) -> bool:
     """Whether two states hold the same tensors, bit for bit, and the same of everything else."""
-    if isinstance(a, torch.Tensor):
-        return (isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape
-                and a.numpy().tobytes() == b.numpy().tobytes())
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(
-            same_bits(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_bits, a, b))
-    return a == b
+    return bits(a) == bits(b)
 
 
 def same_run(a: Path, b: Path) -> bool:
@@ -268,115 +279,63 @@ def damaged(out_dir: Path) -> list[Path]:
     return [path for path in checkpoint.list_checkpoints(str(out_dir)) if checkpoint.damage(path)]
 
 
-# ---------------------------------------------------------------------------- crashing
-
-class DyingFile:
-    """A file opened for writing, whose every call may be the last of the process."""
-
-    def __init__(self, file, step: Callable):
-        self.file, self.step = file, step
-
-    def write(self, data):
-        def half() -> None:
-            self.file.write(data[:len(data) // 2])
-            self.file.flush()
-        return self.step(self.file.write, data, partly=half)
-
-    def flush(self):
-        return self.step(self.file.flush)
-
-    def truncate(self, *size):
-        return self.step(self.file.truncate, *size)
-
-    def close(self):
-        return self.step(self.file.close)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
-
-    def __iter__(self):
-        return iter(self.file)
-
-
-def die_at(number: int, torn: bool) -> Callable[[], None]:
-    """What a child calls to end, as by a power switch, instead of its call `number` that touches
+def die_at(number: int, torn: bool) -> None:
+    """From now on the process ends, as by a power switch, instead of its call `number` that touches
     the disk: open, write, flush, close, fsync, replace, unlink, mkdir and their kin. `torn`: half
     of a last write still reaches the file."""
-    left = iter(range(number))
+    left, plain_open = iter(range(number)), builtins.open
 
-    def step(real, *args, partly=lambda: None, **more):
+    def step(real, *args, **more):
         if next(left, None) is None:
-            if torn:
-                partly()
+            if torn and real.__name__ == "write":
+                real(args[0][:len(args[0]) // 2])
+                type(real.__self__).flush(real.__self__)
             os._exit(9)  # what is buffered in this process is lost
         return real(*args, **more)
 
     def opening(path, mode="r", *args, **more):
         if not set(mode) & set("wax+"):
             return plain_open(path, mode, *args, **more)
-        return DyingFile(step(plain_open, path, mode, *args, **more), step)
+        file = step(plain_open, path, mode, *args, **more)
+        for name in ("write", "flush", "truncate", "close"):
+            setattr(file, name, partial(step, getattr(file, name)))
+        return file
 
-    plain_open = builtins.open
-
-    def arm() -> None:
-        builtins.open = io.open = opening
-        for name in ("replace", "rename", "fsync", "unlink", "remove", "mkdir", "rmdir", "open",
-                     "close", "truncate", "ftruncate", "link", "symlink"):
-            setattr(os, name, lambda *args, real=getattr(os, name), **more:
-                    step(real, *args, **more))
-    return arm
+    builtins.open = io.open = opening
+    for name in ("replace rename fsync unlink remove mkdir rmdir open close truncate ftruncate "
+                 "link symlink").split():
+        setattr(os, name, partial(step, getattr(os, name)))
 
 
-def crash_everywhere(operation: Callable[[], None], right: Callable[[], bool],
+def crash_everywhere(operation: Callable[[], object], right: Callable[[], bool],
                      reset: Callable[[], None], every: int = 1) -> tuple[int, int]:
-    """SQLite's method, for any operation that writes: let a child die at its k-th call that touches
-    the disk, for every k (or some, `every` so many), with the last write torn or not, until it
-    survives. `reset` puts everything back before each; `right` says whether what is left is either
-    old or new, and doing it again ends well. How many crashes there were, and bad states."""
+    """SQLite's method, for any operation that writes: a child dies at its k-th call that touches
+    the disk, for every k (or every `every`-th), with the last write torn or not, until it survives.
+    `reset` puts everything back before each try. `right` says whether what is left is the old state
+    or the new one, and whether doing it again ends well. How many crashes there were, and how many
+    bad states."""
     crashes = bad = 0
     for torn in (False, True):
         for number in range(torn * (every // 2), 100_000, every):
             reset()
-            pid = os.fork()
-            if pid == 0:
-                code = 1
-                try:
-                    sink = os.open(os.devnull, os.O_WRONLY)
-                    os.dup2(sink, 1), os.dup2(sink, 2)
-                    sys.stdout = sys.stderr = os.fdopen(1, "w")
-                    die_at(number, torn)()
-                    operation()
-                    code = 0
-                finally:
-                    os._exit(code)
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            code = Child(lambda: (die_at(number, torn), operation()), Path(os.devnull)).wait()
             if code == 0:
                 break
             crashes += 1
             try:
                 bad += code != 9 or not right()
-            except Exception:  # what is left cannot even be read, or made anew
+            except Exception:  # what is left cannot even be read, or made again
                 bad += 1
     return crashes, bad
 
-
-# ---------------------------------------------------------------------------- damaging
 
 def spoil(raw: bytes, r: random.Random) -> tuple[str, bytes]:
     """One bit flipped, or the end cut off, or a page of zeros as after a loss of power."""
     kind = r.choice(["bit flipped", "bit flipped", "cut off", "page zeroed"])
     at = r.randrange(len(raw))
-    if kind == "page zeroed":
-        at = at // 4096 * 4096
-        page = raw[at:at + 4096]
-        if any(page):
-            return kind, raw[:at] + bytes(len(page)) + raw[at + 4096:]
     if kind == "cut off":
         return kind, raw[:at]
+    before, page, after = raw[:at & -4096], raw[at & -4096:][:4096], raw[(at & -4096) + 4096:]
+    if kind == "page zeroed" and any(page):
+        return kind, before + bytes(len(page)) + after
     return "bit flipped", raw[:at] + bytes([raw[at] ^ 1 << r.randrange(8)]) + raw[at + 1:]

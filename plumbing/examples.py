@@ -284,10 +284,10 @@ def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str
         notes = "".join(f"; {what}: {often:,}" for what, often in sorted(counts.items()) if often)
         if not sum(many.values()):
             raise ValueError(f"{', '.join(files)}: no usable example in it{notes}")
-        by = f" ({val_fraction:.3g} of the {kind}s, by a hash of the "
-        by += "whole chat)" if kind == "chat" else "prompt)"
+        key = "whole chat" if kind == "chat" else "prompt"
+        by = f" ({val_fraction:.1%} by a hash of the {key})" if val_fraction else ""
         print(f"{n:,} records -> {many['train']:,} {kind}s to train on, {many['val']:,} held out"
-              + by * bool(val_fraction) + notes)
+              f"{by}{notes}")
         meta = {"job": job, "sha256": {name: digest(os.path.join(temporary, name))
                                        for name in outs}}
         write_text(os.path.join(temporary, "meta.json"), json.dumps(meta, indent=1))

@@ -3,16 +3,12 @@ import gzip
 import json
 import os
 import random
-import re
-import signal
-import time
 
 import pytest
 
 from plumbing import corpus, jsonl
-from plumbing.corpus import Document, find_files, language, parse, read_batches
-from plumbing.files import write_text
-from plumbing.jobs import Progress, parallel
+from plumbing.corpus import Document, find_files, language, parse, read_batches, sampled
+from plumbing.jobs import Progress
 from plumbing.jsonl import BadLine, BadLines, parse_records
 
 GOOD = [{"text": "一只猫 sat.\nTwo [lines] {\"text\": 1}", "lang": "zh", "meta": {"text": 5}},
@@ -89,14 +85,46 @@ def test_empty_lines_are_nothing_and_unclosed_nesting_does_not_end_python(tmp_pa
 
 
 def test_chats_are_text_for_the_tokenizer_only(tmp_path):
+    """The replies of a ranking, too: the tokenizer read its prompt only, the reward model all."""
     path, turn = tmp_path / "x.jsonl", {"role": "user", "content": "你好"}
     rows = [{"messages": [turn, turn], "lang": "zh"},
-            {"prompt": [turn], "chosen": "a", "rejected": "b"}, {"messages": "x"}]
+            {"prompt": [turn], "chosen": "a", "rejected": "b"}, {"messages": "x"},
+            {"prompt": [turn], "ranking": ["好", "坏", "x"]}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    *good, bad = items(path, chats=True)
+    *good, bad, ranking = items(path, chats=True)
     assert [d.text for d in good] == ["你好\n你好", "你好\na\nb"]
+    assert ranking == Document("你好\n好\n坏\nx", "zh")
     assert (bad.where, bad.what) == (f"{path}:3:14", "field of a wrong type")
-    assert [b.what for b in items(path)] == ["field missing"] * 3
+    assert [b.what for b in items(path)] == ["field missing"] * 4
+
+
+def test_a_field_that_is_null_is_missing(tmp_path):
+    """Tables turned into JSON lines have null where a row has no value: it was of a wrong type."""
+    path = tmp_path / "x.jsonl"
+    rows = [{"text": "a", "lang": None}, {"text": None, "lang": "en"},
+            {"text": None, "messages": [{"role": "user", "content": "b"}], "prompt": None}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    good, bad, also_bad = items(path)
+    assert good == Document("a", "en")
+    assert (bad.where, bad.what, also_bad.what) == (f"{path}:2:10", *["field missing"] * 2)
+    assert [d.text for d in items(path, chats=True) if isinstance(d, Document)] == ["a", "b"]
+
+
+def test_a_sample_has_its_share_of_every_file_and_language(tmp_path, monkeypatch):
+    """Of every batch but one in `every` nothing was read: a small Chinese file after a large
+    English one had no part in the vocabulary."""
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 2_000)
+    lines = [json.dumps({"text": ["english text", "中文"][i % 2] * 5}) for i in range(4000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    for name in ("b.txt", "c.txt"):
+        (tmp_path / name).write_text("few words")
+    files = find_files(str(tmp_path))
+    found = [(batch.path, d.lang) for batch in sampled(read_batches(files), 10)
+             for d in parse(batch)]
+    for lang in ("en", "zh"):
+        assert 150 < found.count((files[0], lang)) < 250
+    assert {path for path, _ in found} == set(files)
+    assert sum(len(batch.items) for batch in sampled(read_batches(files), 1)) == 4002
 
 
 def test_bad_lines_stop_or_are_counted(capsys):
@@ -212,59 +240,5 @@ def test_the_share_read_grows_to_one(tmp_path, monkeypatch):
 
 
 def test_language_goes_by_the_share_of_han():
-    assert [language(text) for text in ("Hello 世界", "你好啊 world", "123", "e" * 4000 + "中" * 9000)
-            ] == ["en", "zh", "en", "en"]
-
-
-def double(x):
-    time.sleep(0.002 * (x % 3))
-    if x == 1_000:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if x == 2_000:
-        raise ValueError("file:7:1: wrong")
-    return 2 * x
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_results_come_in_order_and_little_is_read_ahead(workers):
-    read = []
-    results = parallel(double, (read.append(x) or x for x in range(60)), workers)
-    for done, result in enumerate(results):
-        assert result == 2 * done and len(read) <= done + 2 * workers
-    assert len(read) == 60
-
-
-@pytest.mark.parametrize("last, message", [(1_000, "a worker process was killed"),
-                                           (2_000, "^file:7:1: wrong$")])
-def test_a_worker_that_dies_or_fails_ends_the_run(last, message):
-    """multiprocessing.Pool waits for ever for the result of a process that was killed."""
-    with pytest.raises(ValueError, match=message):
-        list(parallel(double, [1, 2, last, *range(100)], 2))
-
-
-def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "x"
-    write_text(str(path), "old")
-
-    def full(fd):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="x was not written: No space left on device"):
-        write_text(str(path), "new")
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_never_sticks_to_the_next_line(monkeypatch, capsys, terminal):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
-    now = iter(range(100))
-    monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    progress = Progress()
-    for i in range(20):
-        progress.show(f"{i} of 20")
-    progress.end()
-    progress.end()
-    out = capsys.readouterr().out
-    assert out.endswith("\n") and "\n\n" not in out
-    assert out.count("\r") == (20 if terminal else 0)
-    assert terminal or re.fullmatch(r"(\d+ of 20\n){2,7}", out)
+    texts = ("Hello 世界", "你好啊 world", "123", "e" * 4000 + "中" * 9000)
+    assert [language(text) for text in texts] == ["en", "zh", "en", "en"]

@@ -6,9 +6,11 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from plumbing import corpus, tokenfiles
 from plumbing.tokenfiles import TokenFolder, open_token_file
 from tokenizer import CHAR_PATTERN, PATTERN, count_pieces, dump, train_bpe
 
+ROOT = Path(data.__file__).parent
 TEXTS = [f"{'一只猫坐在垫子上。' * (i % 7)} the cat {i} sat <|endoftext|>\n" * (i % 5 + 1)
          for i in range(700)]
 
@@ -217,6 +220,28 @@ def test_what_changes_or_breaks_between_two_runs_is_noticed(made, folder):
         assert run(folder, encode_batch=deadly_batch)[0] == 2
         damage(folder / "out/train_en.bin.part")
         assert "train_en.bin.part: not as the stopped run left it" in run(folder)[1]
+
+
+def test_letters_that_look_like_the_end_of_a_document_are_counted(folder):
+    """Files like those of TinyStories have <|endoftext|> between stories. A text cannot write a
+    special token, see SECURITY.md, so the stories ran together, and no word was said."""
+    (folder / "in/c.txt").write_text("A story.\n<|endoftext|>\nAnother.\n" * 9)
+    assert run(folder, workers=1) == (0, "")
+    n = sum("<|endoftext|>" in text for text in TEXTS + TEXTS[:50]) + 1
+    assert f"that hold the letters <|endoftext|>: {n}. They are learnt as letters" in (
+        folder / "stdout").read_text()
+
+
+def test_it_works_without_fork_and_the_modules_that_windows_lacks(made, folder):
+    """There a worker is a new Python, which imports what it needs."""
+    code = ("import multiprocessing, os, sys\n"
+            "sys.modules.update(fcntl=None); del os.fork\n"
+            "multiprocessing.set_start_method('spawn')\n"
+            "import data\ndata.main()\n")
+    done = subprocess.run([sys.executable, "-c", code, f"--input={folder}/in", "--workers=2",
+                           f"--tokenizer={folder}/tok.txt", f"--out_dir={folder}/out",
+                           "--val_fraction=0.1"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "") and result(folder) == result(made)
 
 
 @pytest.mark.parametrize("n_vocab, width", [(65536, 2), (65537, 4)])

@@ -7,7 +7,8 @@ import torch
 
 from data import IGNORE, Order, Packed, pack
 from plumbing import examples
-from plumbing.examples import Row, load_examples, pad_right, prompt_of, rows_of, window_batch
+from plumbing.examples import (Row, load_examples, pad_right, prompt_of, rows_of, window_batch,
+                               with_room)
 from tokenizer import render
 
 USER = [{"role": "user", "content": "hi 你好"}]
@@ -133,6 +134,51 @@ def test_the_same_prompt_never_stands_on_both_sides(tiny, tmp_path):
              for split in splits.values()]
     assert len(splits["train"]) + len(splits["val"]) == 200 and len(splits["val"]) % 4 == 0
     assert asked[0] and asked[1] and not asked[0] & asked[1]
+
+
+def test_ten_percent_held_out_are_ten_percent_of_the_chats(tiny, tmp_path, capsys):
+    """All chats that open with the same words ("hi", or a template) fell on one side of the split,
+    so that 10 % could be none or all of them. Copies of a chat still stay together."""
+    chats = [{"messages": [*USER, {"role": "assistant", "content": f"{i % 500}"}]}
+             for i in range(1000)]
+    splits = load_examples(write(tmp_path / "x.jsonl", *chats), "chat", tiny.tok, 100,
+                           str(tmp_path / "rows"), val_fraction=0.1)
+    train, val = ([tuple(rows.example(i)[0].ids) for i in range(len(rows))]
+                  for rows in splits.values())
+    assert 60 < len(val) < 140 and len(train) + len(val) == 1000 and not {*train} & {*val}
+    assert "held out (10.0% by a hash of the whole chat)" in capsys.readouterr().out
+
+
+def test_the_prompt_is_all_of_it_not_its_last_message(tiny, tmp_path):
+    """Dialogues that end with "go on" fell on one side together."""
+    rows = [{"prompt": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"},
+                        {"role": "user", "content": "go on"}]} for i in range(200)]
+    splits = load_examples(write(tmp_path / "x.jsonl", *rows), "prompt", tiny.tok, 100,
+                           str(tmp_path / "rows"), val_fraction=0.3)
+    assert 40 < len(splits["val"]) < 80
+
+
+@pytest.mark.parametrize("lang, fine", [("zh", True), ("zh-Hans", True), ("汉语", True),
+                                        ("简体中文", False), ("zh-Hans-CN", False)])
+def test_a_language_has_a_name_that_fits_or_is_refused_by_line(tiny, tmp_path, lang, fine):
+    """The row has 8 bytes for it. 简体中文 was cut inside a character, and the run ended with a
+    UnicodeDecodeError; zh-Hans-CN and zh-Hans-TW became one language."""
+    row = {"messages": CHAT, "lang": lang}
+    if fine:
+        assert load(tmp_path, "chat", tiny.tok, row).lang(0) == lang
+        return
+    with pytest.raises(ValueError, match=r"x.jsonl:1:\d+: unknown language: .* of at most 8 bytes"):
+        load(tmp_path, "chat", tiny.tok, row)
+
+
+def test_prompts_that_leave_no_room_for_a_reply_are_counted(tiny, tmp_path, capsys):
+    """DPO divided by their number, 0, and a reward model kept "0 replies: mean 0, sd 1" for RL."""
+    rows = load(tmp_path, "pair", tiny.tok, *[
+        {"prompt": "x" * n, "chosen": "a", "rejected": "b"} for n in (5, 30, 50)])
+    sizes = [len(prompt_of(rows.example(i)[0])) for i in range(3)]
+    assert with_room(rows, [0, 1, 2], sizes[1]) == [0, 1]
+    assert "1 of 3 prompts of" in capsys.readouterr().out
+    assert with_room(rows, range(3), 4) == [] and with_room(rows, [2], sizes[2]) == [2]
 
 
 def test_packing_is_complete_tight_and_never_too_full():

@@ -15,7 +15,7 @@ from plumbing import checkpoint
 import data
 import train_pt
 from plumbing.jobs import Progress
-from faults.lab import places
+from faults.lab import places, workers
 from demo.world import pt_document
 
 ROOT = Path(train_pt.__file__).parent
@@ -60,13 +60,6 @@ def losses(out: Path) -> list[str]:
     return [row["loss"].hex() for row in rows if "loss" in row]
 
 
-def workers(run: subprocess.Popen) -> list[int]:
-    """Process ids of the ranks that a torchrun has started."""
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    return [int(pid) for pid in children
-            if b"train_pt.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killed_ranks_are_restarted_and_the_losses_are_the_same_to_the_last_bit(text, whole,
                                                                                 tmp_path):
@@ -78,7 +71,7 @@ def test_killed_ranks_are_restarted_and_the_losses_are_the_same_to_the_last_bit(
         said += line
         step = re.match(r"step +(\d+)/", line)
         if step and (victim := victims.pop(int(step[1]), None)) is not None:
-            os.kill(workers(run)[victim], signal.SIGKILL)
+            os.kill(workers(run.pid)[victim], signal.SIGKILL)
     assert run.wait(400) == 0, said[-3000:]
     assert not victims and said.count("\nloaded ") == 2
     assert losses(tmp_path) == whole and len(whole) == STEPS
@@ -113,7 +106,7 @@ def test_two_agents_with_an_elastic_rendezvous_restart_behind_a_killed_rank(text
         while not log.exists() or log.read_text().count("\n") < 7:
             assert time.monotonic() - begin < 400 and nodes[1].poll() is None
             time.sleep(0.01)
-        os.kill(workers(nodes[1])[0], signal.SIGKILL)
+        os.kill(workers(nodes[1].pid)[0], signal.SIGKILL)
         said = [node.communicate(timeout=400)[0] for node in nodes]
     finally:
         for node in nodes:

@@ -69,7 +69,8 @@ def test_a_score_is_read_at_the_end_of_the_reply(tiny):
 
 
 def test_twenty_pairs_are_learnt_by_heart_and_scored_by_the_command(tiny, few, tmp_path):
-    """Right on all of them, and the command prints what the model gives, pair by pair."""
+    """Right on all of them, and the command prints what the model gives, pair by pair. A chat that
+    is too long for the model has no score: that of its first turns was printed as if it were its."""
     cfg = settings("rm", tiny, tmp_path / "run", "", data=few, val_data=few, max_steps=60,
                    batch_pairs=20, batch_size=10, learning_rate=3e-3, eval_every=60, save_every=60)
     train_rm.train(cfg, ALONE)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch._dynamo  # noqa: F401, here and not in every child that makes an optimizer
 from notes import NOTES
 
 from configurator import configure

@@ -1,11 +1,9 @@
-"""The rows of docs/reliability.md with smaller numbers. What each does, and with which deliberate break
-it was seen to fail, is said by its function in reliability.py, damage.py and hostile.py; misspelt
-settings, bad lines, special tokens and worst strings have short forms in those files' tests."""
+"""The rows of docs/reliability.md with smaller numbers. The function of a row, in faults/, says
+what it does and with which deliberate break it was seen to fail."""
 import os
 import re
 import signal
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 
 from faults import __main__ as reliability
 from faults.lab import crash_everywhere, damaged, die_after_save, newest, side_by_side
-from faults.__main__ import ROWS, two_ranks
+from faults.__main__ import ROWS, break_rank, two_ranks
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and kills as Linux does")
@@ -28,6 +26,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and kills
     (reliability.signals, dict(moments=4)),
     (reliability.not_finite, dict(stages=("sft", "rm"))),
     (reliability.hostile_files, {}),
+    (reliability.bad_lines, dict(n=500)),
+    (reliability.typos, dict(every=10)),
+    (reliability.injections, dict(n=200)),
+    (reliability.worst_strings, dict(size=10**5)),
 ], ids=lambda x: getattr(x, "__name__", ""))
 def test_row(lab, row, more):
     measured, passed = row(lab, **more)
@@ -41,22 +43,8 @@ def test_row(lab, row, more):
 def test_all_ranks_end_and_say_which_and_where(lab, how, line):
     """Without torchrun, which only adds the time to import torch twice. Seen to fail without
     end_if_hanging, and before messages named rank and step."""
-    from plumbing import runtime
-
-    def before():
-        allows = runtime.GradientGuard.allows
-
-        def faulty(self, norm, step, *rest):
-            if os.environ["RANK"] == "1" and step == 2:
-                if how == "killed":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if how == "raises":
-                    raise RuntimeError("deliberate")
-                time.sleep(1000)
-            return allows(self, norm, step, *rest)
-        runtime.GradientGuard.allows = faulty
-    ranks = two_ranks(lab, "pt", lab.new(), before, dist_timeout=1.5, max_steps=2000,
-                      save_every=2000)
+    ranks = two_ranks(lab, "pt", lab.new(), break_rank(how, 2, lab.new()),
+                      dist_timeout=1.5, max_steps=2000, save_every=2000)
     codes, said = [run.wait(30) for run in ranks], "".join(run.text for run in ranks)
     assert re.search(line, said) and codes[0] == 6, said[-2000:]
     assert codes[1] == (-9 if how == "killed" else 1)

@@ -75,8 +75,8 @@ def test_changed_settings_and_data_are_said_and_gone_on_with(lab, done, tmp_path
     changes = dict(learning_rate=2e-3)
     if stage == "pt":
         changes["data_dir"] = tmp_path / "data"
-        lab.must("data", [f"--input={lab.folder}/pt.jsonl", f"--tokenizer={lab.folder}/tok.txt",
-                          f"--out_dir={tmp_path}/data", "--val_fraction=0.2", "--workers=1"])
+        lab.run("data", [f"--input={lab.folder}/pt.jsonl", f"--tokenizer={lab.folder}/tok.txt",
+                         f"--out_dir={tmp_path}/data", "--val_fraction=0.2", "--workers=1"]).well()
     else:
         changes["data"] = tmp_path / "changed.jsonl"
         file = lab.folder / {"dpo": "rm.jsonl"}.get(stage, f"{stage}.jsonl")

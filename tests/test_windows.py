@@ -89,6 +89,13 @@ def test_bad_ids_and_too_short_files_are_refused_by_name(tmp_path):
         Windows([good], 99, 0)
 
 
+def test_a_language_too_short_for_a_window_is_named(tmp_path, capsys):
+    """It was left out without a word."""
+    Windows([write(tmp_path / "en.bin", [0] * 99), write(tmp_path / "zh.bin", [0] * 7)], 7, 0)
+    assert capsys.readouterr().out == (
+        f"{tmp_path}/zh.bin is shorter than a window of 7 tokens: not learnt from\n")
+
+
 @pytest.mark.parametrize("size", [0, 1, 2, 15, 16, 17, 100])
 def test_passages_score_every_token_but_the_first_once(tmp_path, size):
     file, n = write(tmp_path / "a.bin", np.arange(size) % 50 + 1), max(size - 1, 0)
@@ -132,7 +139,7 @@ class SlowDisk:
 def waiting_share(windows: Windows, plain: list) -> float:
     """Share of the time that a loop with 100 ms of work a step waits for its batches, but the
     first."""
-    begin, waited = time.perf_counter(), 0.0
+    begin, waited, asked = time.perf_counter(), 0.0, 0.0
     for i, (x, y) in enumerate(prefetch(windows.batch, ((16 * i, 16) for i in range(len(plain))))):
         if i:
             waited += time.perf_counter() - asked
