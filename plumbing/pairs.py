@@ -19,7 +19,7 @@ from tokenizer import Tokenizer
 @dataclass(frozen=True)
 class PairSettings(Settings):
     init_from: FilePath = "out/sft"  # checkpoint to start from: a file, or a folder's newest
-    data: str = "out/toyworld/pairs.jsonl"  # pairs to learn from: JSONL files, folders, with commas
+    data: str = "out/toyworld/pairs.jsonl"  # pairs to learn: JSONL files or folders, with commas
     val_data: str = ""  # pairs to judge the model by; empty: a part of data
     val_fraction: Share = 0.05  # that part, as a share of data
     on_bad_line: Literal["stop", "skip"] = "stop"  # what to do at a line that cannot be read
@@ -27,15 +27,16 @@ class PairSettings(Settings):
     epochs: Positive = 1.0  # how often every pair is seen; a second time often overfits
     max_steps: Count | None = None  # optimizer steps; None: as many as the epochs need
     batch_pairs: Count = 64  # pairs an optimizer step learns from
+    batch_size: Count = 8  # pairs that a process puts through the model at once
     eval_pairs: Count = 500  # pairs in a validation; the last one takes all
     answer_tokens: Count = 64  # most tokens of a reply that the model is asked for
 
 
 def open_pairs(cfg: PairSettings, kind: Kind, model: Transformer, tok: Tokenizer,
                dist: Dist) -> tuple[Rows, Rows, Order, int, int]:
-    """The pairs to learn from, those held out, the order of the first, the number of optimizer
-    steps and of micro-steps in each. Says how much that is. Raises ValueError for settings that do
-    not fit together."""
+    """The pairs to learn from, those held out, the order in which they are seen, the number of
+    optimizer steps, and of micro-steps in each. Prints how much that is. Raises ValueError for
+    settings that do not fit together."""
     micro_steps, rest = divmod(cfg.batch_pairs, cfg.batch_size * dist.world)
     if rest:
         unit = cfg.batch_size * dist.world

@@ -73,8 +73,9 @@ def settings(kind: str, folder: Path, shape: tuple, B: int, reply: int):
     data = {"sft": "chat", "rm": "ranking", "dpo": "pair", "rl": "prompt"}[stage]
     cfg = SCRIPTS[stage].Config(
         init_from=str(folder / "sft"), data=str(folder / f"{data}.jsonl"),
-        val_data=str(folder / f"{data}.jsonl"), out_dir=str(folder / f"{kind} run"), answer_tokens=reply,
-        max_steps=2, warmup_steps=0, learning_rate=1e-4, save_every=9, device="cpu")
+        val_data=str(folder / f"{data}.jsonl"), out_dir=str(folder / f"{kind} run"),
+        answer_tokens=reply, max_steps=2, warmup_steps=0, learning_rate=1e-4, save_every=9,
+        device="cpu")
     return replace(cfg, **{
         "sft": dict(batch_size=B, batch_tokens=2 * B * shape[-1], eval_answers=4),
         "rm": dict(batch_size=B // 2, batch_pairs=B, norm_samples=4),

@@ -20,7 +20,8 @@ import train_dpo
 import train_rl
 import train_rm
 from data import IGNORE, Order
-from plumbing.examples import Row, load_examples, micro_batches, pad_right, pair_batch, ranking_batch
+from plumbing.examples import (Row, load_examples, micro_batches, pad_right, pair_batch,
+                               ranking_batch)
 from plumbing.loading import load_model, load_reward_model
 from model import RewardModel
 from tokenizer import render
@@ -70,7 +71,7 @@ def test_a_score_is_read_at_the_end_of_the_reply(tiny):
 
 def test_twenty_pairs_are_learnt_by_heart_and_scored_by_the_command(tiny, few, tmp_path):
     """Right on all of them, and the command prints what the model gives, pair by pair. A chat that
-    is too long for the model has no score: that of its first turns was printed as if it were its."""
+    is too long for the model has no score: that of its first turns was printed as if it were so."""
     cfg = settings("rm", tiny, tmp_path / "run", "", data=few, val_data=few, max_steps=60,
                    batch_pairs=20, batch_size=10, learning_rate=3e-3, eval_every=60, save_every=60)
     train_rm.train(cfg, ALONE)
@@ -349,5 +350,6 @@ def test_a_curriculum_draws_alike_from_the_shorter_examples_and_lets_all_in_at_l
     drawn = list(range(100))
     for progress, share in ((0.0, 0.1), (0.05, 0.1), (0.5, 0.5), (1.0, 1.0)):
         got = train_rm.easy_first(drawn, shortest, progress)
-        assert set(got) == (set(shortest[:round(100 * share)].tolist()) if share < 1 else set(drawn))
+        let_in = shortest[:round(100 * share)].tolist() if share < 1 else drawn
+        assert set(got) == set(let_in)
         assert max(Counter(got).values()) == round(1 / share)

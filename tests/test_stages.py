@@ -171,10 +171,11 @@ def test_a_mistake_is_one_line_before_any_work(stage, change, message, tiny, rew
     assert not checkpoint.list_checkpoints(cfg.out_dir)
 
 
-@pytest.mark.parametrize("setting", ["batch_size=0", "batch_size=-8", "max_steps=0", "log_every=0"])
+@pytest.mark.parametrize("setting", ["batch_size=0", "batch_size=-8", "max_steps=0",
+                                     "log_every=0"])
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_a_number_out_of_range_is_one_line_before_anything_starts(stage, setting, capsys):
-    """--batch_size=-8 trained nothing, saved, and ended with 0; --max_steps=0 was taken for None."""
+    """--batch_size=-8 trained nothing, saved, and ended with 0; --max_steps=0 was like None."""
     check_refused(stage, setting, "int at least 1", capsys)
 
 
