@@ -77,7 +77,7 @@ def score_examples(model: RewardModel, rows: Rows, chosen: list[int], batch_size
                    dist: Dist) -> np.ndarray:
     """(len(chosen), replies) scores, 0 where an example has fewer replies than another. Each
     process takes its share of the batches, which hold examples of about one length."""
-    scores = np.zeros((len(chosen), int(np.diff(rows.firsts).max())))
+    scores = np.zeros((len(chosen), rows.largest()[0]))
     by_length = sorted(range(len(chosen)), key=lambda j: rows.longest(chosen[j]))
     for i, batch in enumerate(in_batches(by_length, batch_size)):
         if i % dist.world != dist.rank:
@@ -91,24 +91,27 @@ def score_examples(model: RewardModel, rows: Rows, chosen: list[int], batch_size
 
 def judge(scores: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
     """What is asked of a reward model, from the scores and the lengths (n, 2) of pairs, the chosen
-    reply first. Equal scores count one half, as a coin would. ECE, the expected calibration error,
-    is how far sigmoid(gap) is from the share of pairs that are right. For it every other pair is
-    turned around, or "always sure of the first" would be perfect."""
-    gap, shorter = scores[:, 0] - scores[:, 1], lengths[:, 0] < lengths[:, 1]
-    credit = np.where(gap == 0, 0.5, gap > 0)
-    label = np.arange(len(gap)) % 2 == 0
-    p = 1 / (1 + np.exp(-np.where(label, gap, -gap)))
+    reply first. Equal scores count one half, as a coin would. Another figure is one more line here
+    and one in `report`."""
+    gap = scores[:, 0] - scores[:, 1]
+    right = np.where(gap == 0, 0.5, gap > 0)
+    shorter = lengths[:, 0] < lengths[:, 1]
+    longer = np.where(lengths[:, 0] == lengths[:, 1], 0.5, ~shorter)
+    # ECE, the expected calibration error: among pairs to which the model gives a probability of
+    # about p, how far from p is the share of right ones? Every other pair is turned around, or
+    # "the first is always better" would be perfect.
+    first = np.arange(len(gap)) % 2 == 0
+    p = 1 / (1 + np.exp(-np.where(first, gap, -gap)))
     bins = np.minimum((10 * p).astype(int), 9)
-    ece = sum(abs(p[bins == b].mean() - label[bins == b].mean()) * (bins == b).mean()
+    ece = sum(abs(p[bins == b].mean() - first[bins == b].mean()) * (bins == b).mean()
               for b in np.unique(bins))
     varied = scores.std() > 0 and lengths.std() > 0
-    return {"accuracy": float(credit.mean()), "log_loss": float(np.logaddexp(0, -gap).mean()),
-            "ece": float(ece), "gap": float(gap.mean()),
-            "longer_is_better": float(np.where(lengths[:, 0] == lengths[:, 1], 0.5,
-                                               ~shorter).mean()),
-            "accuracy_chosen_shorter": float(credit[shorter].mean()) if shorter.any() else 0.5,
-            "length_correlation": float(np.corrcoef(scores.ravel(), lengths.ravel())[0, 1])
-            if varied else 0.0}
+    figures = {
+        "accuracy": right.mean(), "longer_is_better": longer.mean(),
+        "accuracy_chosen_shorter": right[shorter].mean() if shorter.any() else 0.5,
+        "log_loss": np.logaddexp(0, -gap).mean(), "ece": ece, "gap": gap.mean(),
+        "length_correlation": np.corrcoef(scores.ravel(), lengths.ravel())[0, 1] if varied else 0}
+    return {name: float(value) for name, value in figures.items()}
 
 
 def evaluate(model: RewardModel, rows: Rows, cfg: Config, dist: Dist,
@@ -218,6 +221,8 @@ def train(cfg: Config, dist: Dist) -> None:
         loss, right, seen = torch.zeros((), device=dist.device), 0.0, 0
         micro = micro_batches(pairs, chosen, cfg.batch_size, dist.rank, dist.world)
         for micro_step, some in enumerate(micro):
+            # each reply is a row; `better` and `worse` are the rows of each pair, and `share` is 1
+            # over the number of pairs in its ranking
             idx, lengths, (better, worse), margin, share = (t.to(dist.device) for t in
                                                             ranking_batch(pairs, some))
             sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once a step is enough
