@@ -158,12 +158,11 @@ def pack(lengths: list[int], size: int) -> list[list[int]]:
 
 
 class Packed:
-    """Rows of chats packed whole into windows of `length` tokens; or one row each, unpacked."""
+    """Rows of chats packed whole into windows of `length` tokens."""
 
-    def __init__(self, rows: Rows, length: int, seed: int, packed: bool = True):
+    def __init__(self, rows: Rows, length: int, seed: int):
         self.rows, self.length = rows, length
-        n = len(rows)
-        self.bins = pack(rows.lengths().tolist(), length) if packed else [[i] for i in range(n)]
+        self.bins = pack(rows.lengths().tolist(), length)
         self.order = Order(len(self.bins), seed, rows.name)
 
     def batch(self, start: int, size: int) -> tuple[Tensor, Tensor, Tensor]:

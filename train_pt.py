@@ -14,7 +14,6 @@ An optimizer step reads `batch_tokens` tokens: each process takes its share of t
 from plumbing import interrupts
 interrupts.end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,11 +21,12 @@ import torch
 from torch import Tensor
 
 from configurator import Count, FilePath, Natural, NotNegative, Positive, configure
-from data import IGNORE, TokenFile, Windows, hash64, open_data, passages, prefetch
+from data import TokenFile, Windows, hash64, open_data, passages, prefetch
 from generate import complete
 from model import ModelConfig, Transformer, token_logps
 from plumbing import checkpoint, runtime, sharding
 from plumbing.costs import count_parameters, flops_per_token, memory_line, peak_line
+from plumbing.evaluation import Scores, score_line, score_text
 from plumbing.loading import load_model
 from plumbing.log import Log, describe_run
 from plumbing.optim import make_optimizers, set_learning_rate
@@ -71,35 +71,12 @@ def pt_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return -token_logps(hidden, head, targets, reduction="sum")
 
 
-@torch.no_grad()
-def evaluate(model: Transformer, files: list[TokenFile], tok_bytes: Tensor, batch_size: int,
-             dist: Dist, max_tokens: int | None) -> dict[str, tuple[float, float]]:
-    """(nats per token, bits per byte of UTF-8 text) of each language. A nat is a factor of e in
-    probability, a bit one of 2. Bits per byte compare models with different tokenizers. Each
-    process takes its share of the windows."""
-    model.eval()
-    length = model.config.max_seq_len
-    sums = {lang: torch.zeros(3, dtype=torch.float64) for lang in sorted({f.lang for f in files})}
-    for file in files:
-        for i, (x, y) in enumerate(passages(file, length, batch_size, max_tokens)):
-            if i % dist.world != dist.rank:
-                continue
-            with dist.autocast():
-                hidden = model(x.to(dist.device), hidden=True)
-                nats = pt_loss(hidden, model.lm_head.weight, y.to(dist.device))
-            real = y[y != IGNORE]
-            sums[file.lang] += torch.tensor([float(nats), len(real), int(tok_bytes[real].sum())])
-    model.train()
-    scores = {}
-    for lang, own in sums.items():
-        nats, n_tokens, n_bytes = all_sum(dist, *own)
-        scores[lang] = (nats / max(n_tokens, 1), nats / math.log(2) / max(n_bytes, 1))
-    return scores
-
-
-def score_line(scores: dict[str, tuple[float, float]]) -> str:
-    return " | ".join(f"{lang} {nats:.4f} nats/token, {bpb:.4f} bits/byte"
-                      for lang, (nats, bpb) in scores.items())
+def evaluate(model: Transformer, tok: Tokenizer, files: list[TokenFile], batch_size: int,
+             dist: Dist, max_tokens: int | None) -> Scores:
+    """Nats per token and bits per byte of each language, on `max_tokens` tokens of it; None: all."""
+    texts = ((file.lang, passages(file, model.config.max_seq_len, batch_size, max_tokens))
+             for file in files)
+    return score_text(model, tok, texts, dist)
 
 
 def shape(cfg: Config, vocab_size: int) -> ModelConfig:
@@ -135,7 +112,7 @@ def judge(cfg: Config, dist: Dist) -> None:
     if tok.sha256 != model_tok.sha256:
         raise ValueError(f"{cfg.data_dir}: prepared with another tokenizer than {model_tok.name}'s")
     files = splits["val"] + splits["train"] if cfg.split == "all" else splits[cfg.split]
-    scores = evaluate(model, files, torch.tensor(tok.token_bytes()), cfg.batch_size, dist, None)
+    scores = evaluate(model, tok, files, cfg.batch_size, dist, None)
     print0(f"{cfg.split} of {cfg.data_dir} by {model_tok.name} | {score_line(scores)}")
 
 
@@ -176,7 +153,7 @@ def train(cfg: Config, dist: Dist) -> None:
         start_from(cfg.init_from, model, tok)
     windows = Windows(splits["train"], cfg.max_seq_len, cfg.seed)
     rows = cfg.batch_tokens // cfg.max_seq_len  # windows in an optimizer step, of all processes
-    flops, tok_bytes = flops_per_token(config, cfg.max_seq_len), torch.tensor(tok.token_bytes())
+    flops = flops_per_token(config, cfg.max_seq_len)
     print0(f"{count_parameters(config):,} parameters, {flops:,} FLOPs per token; {windows.n:,} "
            f"windows of {cfg.max_seq_len} tokens, {rows * max_steps / windows.n:.2f} epochs")
     log = Log(cfg, dist, first, max_steps, cfg.batch_tokens, flops)
@@ -191,7 +168,7 @@ def train(cfg: Config, dist: Dist) -> None:
         # Evaluate at the start, every few steps, and at the end.
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
             with sharding.unsharded(model, dist):
-                scores = evaluate(model, splits["val"], tok_bytes, cfg.batch_size, dist,
+                scores = evaluate(model, tok, splits["val"], cfg.batch_size, dist,
                                   None if last else cfg.eval_tokens)
             print0(f"val at step {step:,} | {score_line(scores)}")
             log.write(step=step, val={lang: {"loss": nats, "bits_per_byte": bits}

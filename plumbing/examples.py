@@ -233,17 +233,6 @@ def map_file(path: str, dtype: np.dtype) -> np.ndarray:
     return np.zeros(0, dtype) if empty else np.memmap(path, dtype, "r")
 
 
-def load_splits(cfg, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[Rows, Rows]:
-    """What a stage trains on and what it is judged by: `cfg.val_data`, or a part of `cfg.data`."""
-    found = load_examples(cfg.data, kind, tok, max_len, f"{cfg.out_dir}/data",
-                          0.0 if cfg.val_data else cfg.val_fraction, cfg.on_bad_line)
-    if not cfg.val_data:
-        return found["train"], found["val"]
-    val = load_examples(cfg.val_data, kind, tok, max_len, f"{cfg.out_dir}/val_data", 0.0,
-                        cfg.on_bad_line)
-    return found["train"], val["train"]
-
-
 def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str) -> dict:
     """Write the rows beside `folder`, then give it its name; what meta.json says."""
     max_len, val_fraction, on_bad_line = job["settings"]
@@ -302,26 +291,26 @@ def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str
 # ---------------------------------------------------------------------------- batches
 
 def window_batch(bins: list[list[Row]], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, targets (IGNORE where nothing is to be learnt) and the number of the row each
-    token belongs to (1, 2, …; 0 is padding), all (len(bins), length) int64."""
+    """Token ids (int64), which of them are to be learnt (bool), and the number of the row that each
+    belongs to (1, 2, …; 0 is padding; int64), all (len(bins), length)."""
     idx = np.zeros((len(bins), length), np.int64)
-    targets, segments = np.full_like(idx, IGNORE), np.zeros_like(idx)
+    learn, segments = np.zeros_like(idx, bool), np.zeros_like(idx)
     for b, rows in enumerate(bins):
         at = 0
         for number, (ids, mask) in enumerate(rows, 1):
             end = at + len(ids)
             idx[b, at:end], segments[b, at:end] = ids, number
-            # position t predicts token t + 1, in its own row only
-            targets[b, at:end - 1] = np.where(np.array(mask[1:], bool), ids[1:], IGNORE)
+            learn[b, at + 1:end] = mask[1:]  # the first token of a row has nothing before it
             at = end
-    return torch.from_numpy(idx), torch.from_numpy(targets), torch.from_numpy(segments)
+    return torch.from_numpy(idx), torch.from_numpy(learn), torch.from_numpy(segments)
 
 
 def pad_right(rows: list[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids and targets (B, T), and lengths (B,). What stands right of a row is never seen by
     it, so `pad` can be any id: nothing compares ids with it."""
     length = max(len(row.ids) for row in rows)
-    idx, targets, _ = window_batch([[row] for row in rows], length)
+    idx, learn, _ = window_batch([[row] for row in rows], length)
+    targets = torch.where(learn, idx, IGNORE).roll(-1, 1)  # position t predicts token t + 1
     lengths = torch.tensor([len(row.ids) for row in rows])
     idx[torch.arange(length) >= lengths[:, None]] = pad
     return idx, targets, lengths
