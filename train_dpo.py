@@ -35,6 +35,7 @@ from generate import replies
 from model import Transformer, token_logps
 from plumbing import runtime, sharding
 from plumbing.costs import flops_per_token, memory_line, peak_line
+from plumbing.evaluation import print_samples
 from plumbing.examples import (Row, Rows, evenly_spaced, in_batches, micro_batches, pad_right,
                                pair_batch, prompts_with_room)
 from plumbing.jobs import Progress
@@ -140,7 +141,7 @@ def answer_prompts(model: Transformer, reference: Transformer, tok: Tokenizer,
     """Sampled replies to held-out prompts: their KL from the reference, the mean over replies of
     log P - log P_ref; their length; the share of them that ends by itself. Prints one reply of each
     language. Without prompts there is nothing to tell: {}."""
-    kls, lengths, stops, shown = [], [], [], set()
+    kls, lengths, stops, answered = [], [], [], []
     for batch in in_batches(list(prompts), 32):
         asked = [prompts[i] for i in batch]
         said = replies(model, asked, cfg.answer_tokens, stop=(tok.im_end,),
@@ -152,11 +153,8 @@ def answer_prompts(model: Transformer, reference: Transformer, tok: Tokenizer,
         kls += (own - ref).tolist()
         lengths += n_tokens.tolist()
         stops += [reply[-1] == tok.im_end for reply in said]
-        for i, prompt, reply in zip(batch, asked, said):
-            if rows.lang(i) not in shown:
-                shown.add(rows.lang(i))
-                text = f"{tok.decode(prompt)}»{tok.decode(reply)}".replace("\n", "⏎")
-                print0(f"sample {rows.lang(i)} | {text}")
+        answered += full
+    print_samples(tok, [rows.lang(i) for i in prompts], answered)
     sums = {"kl": sum(kls), "length": sum(lengths), "stops": sum(stops)}
     return {name: value / len(prompts) for name, value in sums.items()} if prompts else {}
 
@@ -195,7 +193,8 @@ def train(cfg: Config, dist: Dist) -> None:
     model, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
     config = model.config
     pairs, val, order, max_steps, accumulate = open_pairs(cfg, "pair", model, tok, dist)
-    prompts = prompts_with_room(val, cfg.eval_samples, config.max_seq_len, cfg.answer_tokens)
+    prompts = prompts_with_room(val, evenly_spaced(range(len(val)), cfg.eval_samples),
+                                config.max_seq_len, cfg.answer_tokens)
     (_, longest), (_, longest_val) = pairs.largest(), val.largest()
     print0(memory_line(
         cfg, dist, config, 2 * cfg.batch_size, longest, accumulate,

@@ -73,7 +73,7 @@ def pt_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 def evaluate(model: Transformer, tok: Tokenizer, files: list[TokenFile], batch_size: int,
              dist: Dist, max_tokens: int | None) -> Scores:
-    """Nats per token and bits per byte of each language, on `max_tokens` tokens of it; None: all."""
+    """Nats per token and bits per byte of each language, on `max_tokens` of it; None: all."""
     texts = ((file.lang, passages(file, model.config.max_seq_len, batch_size, max_tokens))
              for file in files)
     return score_text(model, tok, texts, dist)

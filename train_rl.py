@@ -6,8 +6,7 @@ Reinforcement learning: raise the reward model's score, and stay near where we s
     python train_rl.py config/rl_micro.py                                  a laptop
     torchrun --nproc_per_node=8 train_rl.py config/rl_1b.py                8 GPUs
 
-In each step the policy answers some prompts, `group` times each, and replies that are better than
-the others to their prompt become likelier. Three functions say what that means:
+A step answers some prompts, `group` times each, and makes the better replies to each likelier:
 
     R    = r - beta log P(reply) / P_ref(reply)                            shaped_reward
     A    = R - mean R of the other replies to the prompt                   advantages
@@ -37,11 +36,12 @@ from generate import replies
 from model import RewardModel, Transformer, token_logps
 from plumbing import runtime, sharding
 from plumbing.costs import count_parameters, flops_per_token, memory_line, peak_line
+from plumbing.evaluation import print_samples
 from plumbing.examples import Row, Rows, evenly_spaced, in_batches, pad_right
 from plumbing.loading import load_model, load_reward_model
 from plumbing.log import Log, describe_run
 from plumbing.optim import make_optimizers, set_learning_rate
-from plumbing.rollouts import all_max, row_logps, row_scores, same_weights, show_replies, warnings
+from plumbing.rollouts import all_max, row_logps, row_scores, same_weights, warnings
 from plumbing.runtime import Dist, all_sum, print0
 from plumbing.splits import RowSettings, load_splits
 from plumbing.terminal import run
@@ -49,7 +49,7 @@ from tokenizer import Tokenizer
 
 KIND = "rl"  # stage that the checkpoints name
 COLUMNS = "reward", "kl", "J", "entropy", "length", "ended", "equal", "clipped"  # of the log line
-Several = Annotated[int, "at least 2", lambda n: n >= 2]  # replies are compared with each other
+Several = Annotated[int, "at least 2", lambda n: n >= 2]  # to compare, or for a deviation
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Config(RowSettings):
     warmup_steps: Natural = 10  # steps of linear warm-up
     final_lr: Share = 1.0  # learning rate at the end, as a share of the full one
     eval_every: Count = 20  # steps between validations
-    eval_prompts: Count = 128  # held-out prompts in a validation, each answered once
+    eval_prompts: Several = 128  # held-out prompts in a validation, each answered once
     save_every: Count = 20  # steps between checkpoints
     log_every: Count = 5  # steps between log lines
     dist_timeout: Positive = 600.0  # seconds of silence from another process that end the run
@@ -184,7 +184,7 @@ def evaluate(roll: partial[Rollout], rows: Rows, tok: Tokenizer,
     chosen = evenly_spaced(range(len(rows)), cfg.eval_prompts)
     rollout = roll([rows.example(i)[0].ids for i in chosen],
                    [hash64(cfg.seed, -1, i) for i in chosen])
-    show_replies([rows.lang(i) for i in chosen], rollout.rows, rollout.figures["raw"], tok)
+    print_samples(tok, [rows.lang(i) for i in chosen], rollout.rows, rollout.figures["raw"])
     found = {name: float(x.mean()) for name, x in rollout.figures.items()}
     for name in ("kl", "J"):
         found[f"{name}_error"] = float(rollout.figures[name].std() / len(chosen) ** 0.5)

@@ -172,7 +172,8 @@ def train(cfg: Config, dist: Dist) -> None:
     backbone, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
     config = backbone.config
     pairs, val, order, max_steps, accumulate = open_pairs(cfg, "ranking", backbone, tok, dist)
-    prompts = prompts_with_room(val, cfg.norm_samples, config.max_seq_len, cfg.answer_tokens)
+    prompts = prompts_with_room(val, evenly_spaced(range(len(val)), cfg.norm_samples),
+                                config.max_seq_len, cfg.answer_tokens)
     if len(prompts) < 2:
         raise ValueError("two held-out prompts or more must leave room for a reply: the scores of "
                          "such replies are the scale on which train_rl.py measures rewards")

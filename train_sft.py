@@ -32,8 +32,8 @@ from generate import replies
 from model import Transformer, token_logps
 from plumbing import checkpoint, runtime, sharding
 from plumbing.costs import count_parameters, flops_per_token, memory_line, peak_line
-from plumbing.evaluation import Scores, by_language, score_line, score_text
-from plumbing.examples import Rows, in_batches, pad_right, prompt_of, reply_end
+from plumbing.evaluation import Scores, by_language, print_samples, score_line, score_text
+from plumbing.examples import Row, Rows, in_batches, pad_right, prompts_with_room, reply_end
 from plumbing.loading import load_model
 from plumbing.log import Log, describe_run
 from plumbing.optim import make_optimizers, set_learning_rate
@@ -147,28 +147,24 @@ def forgetting(model: Transformer, tok: Tokenizer, cfg: Config, dist: Dist) -> S
     return score_text(model, tok, batches.items(), dist)
 
 
-def answer_held_out(model: Transformer, tok: Tokenizer, rows: Rows, cfg: Config) -> dict[str, str]:
+def answer_held_out(model: Transformer, tok: Tokenizer, rows: Rows, asked: dict[int, list[int]],
+                    cfg: Config) -> dict[str, str]:
     """Answer some held-out chats greedily. Reports of each language which share of the answers is
     word for word the reference and which share ends by itself, and prints one answer."""
-    report, room = {}, model.config.max_seq_len - cfg.answer_tokens
-    for lang, chosen in by_language(rows, cfg.eval_answers).items():
-        chats = [row for row, in map(rows.example, chosen) if len(prompt_of(row)) <= room]
-        if len(chats) < len(chosen):
-            print0(f"{len(chosen) - len(chats)} of {len(chosen)} prompts in {lang} leave no room "
-                   f"for --answer_tokens={cfg.answer_tokens}")
-        if not chats:
-            continue
-        prompts = [prompt_of(row) for row in chats]
-        answers = [answer for some in in_batches(prompts, 32) for answer in replies(
-            model, some, cfg.answer_tokens, stop=(tok.im_end,), temperature=0)]
-        wanted = [row.ids[len(prompt):reply_end(row.mask)] for row, prompt in zip(chats, prompts)]
-        exact = sum(a == b for a, b in zip(answers, wanted)) / len(chats)
-        stops = sum(a[-1] == tok.im_end for a in answers) / len(chats)
-        report[lang] = f"exact {exact:.1%}, stops {stops:.1%} of {len(chats)}"
+    report = {}
+    for lang in sorted({rows.lang(i) for i in asked}):
+        chosen = [i for i in asked if rows.lang(i) == lang]
+        answers = [answer for some in in_batches(chosen, 32) for answer in replies(
+            model, [asked[i] for i in some], cfg.answer_tokens, stop=(tok.im_end,), temperature=0)]
+        chats = [rows.example(i)[0] for i in chosen]
+        wanted = [row.ids[len(asked[i]):reply_end(row.mask)] for i, row in zip(chosen, chats)]
+        exact = sum(a == b for a, b in zip(answers, wanted)) / len(chosen)
+        stops = sum(a[-1] == tok.im_end for a in answers) / len(chosen)
+        report[lang] = f"exact {exact:.1%}, stops {stops:.1%} of {len(chosen)}"
         if stops < 0.95:
             report[lang] += " WARNING: many answers do not end within --answer_tokens"
-        print0(f"sample {lang} | {tok.decode(prompts[0])}»{tok.decode(answers[0])}"
-               .replace("\n", "⏎"))
+        prompt, reply = asked[chosen[0]], answers[0]
+        print_samples(tok, [lang], [Row(prompt + reply, [0] * len(prompt) + [1] * len(reply))])
     return report
 
 
@@ -201,11 +197,14 @@ def train(cfg: Config, dist: Dist) -> None:
         add_lora(model, cfg.lora_rank)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    longest, answered = int(val.lengths().max(initial=0)), min(32, cfg.eval_answers, len(val))
     print0(describe_run(dist))
+    asked = prompts_with_room(val, sum(by_language(val, cfg.eval_answers).values(), []),
+                              config.max_seq_len, cfg.answer_tokens)
+    longest = int(val.lengths().max(initial=0))
     print0(memory_line(cfg, dist, config, cfg.batch_size, length, accumulate, masked=True,
                        trained=trained, judged=(min(4 * cfg.batch_size, len(val)), longest),
-                       written=(answered, longest, cfg.answer_tokens), merges=cfg.lora_rank > 0))
+                       written=(min(32, cfg.eval_answers, len(asked)), longest, cfg.answer_tokens),
+                       merges=cfg.lora_rank > 0))
     tokens, supervised = int(chats.lengths().sum()), int((chats.words >> 31).sum())
     print0(f"{count_parameters(config):,} parameters; {len(chats):,} chats of {tokens:,} tokens, "
            f"{supervised / tokens:.0%} supervised, in {n_windows:,} windows of {length}, "
@@ -225,7 +224,7 @@ def train(cfg: Config, dist: Dist) -> None:
             with sharding.unsharded(model, dist):
                 scores = evaluate(model, tok, val, cfg, dist, None if last else cfg.eval_rows)
                 text = forgetting(model, tok, cfg, dist) if cfg.pt_data else {}
-                answers = answer_held_out(model, tok, val, cfg) if dist.rank == 0 else {}
+                answers = answer_held_out(model, tok, val, asked, cfg) if dist.rank == 0 else {}
             print0(f"val at step {step:,} | {score_line(scores)}")
             if text:
                 print0(f"text at step {step:,} | {score_line(text)}")

@@ -28,6 +28,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ import train_sft
 from configurator import configure, fail
 from plumbing.jobs import Progress
 from plumbing.examples import Row
-from generate import generate
+from generate import generate, replies
 from model import ModelConfig, RewardModel, Transformer, rope_table, rotate
 from bench.race import Race
 from tokenizer import PATTERN, SPECIALS, count_pieces, dump, load_tokenizer, train_bpe
@@ -227,7 +228,7 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
             for n in sizes]
     packed = examples.window_batch([[rows[i] for i in one]
                                     for one in data.pack(sizes, T)[:B]], T)
-    padded = examples.pad_right(r.sample(rows, B), 0)
+    padded = examples.window_batch([[row] for row in r.sample(rows, B)], T)
     alike = examples.pad_right(rows[3 * B:4 * B], 0)  # as micro_batches puts pairs together
     full = torch.randint(V, (2, B, T))
     prompts, nothing = torch.randint(V, (64, 16)).tolist(), torch.zeros(B // 2)
@@ -252,22 +253,30 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     judge, of_rl, shares = RewardModel(Transformer(c)).requires_grad_(False), train_rl.Config(
         answer_tokens=32, group=8, batch_size=64, rollout_size=64), []
 
+    def timed_replies(*args, **settings) -> list[list[int]]:
+        begin = perf_counter()
+        said = replies(*args, **settings)
+        shares.append(perf_counter() - begin)
+        return said
+    train_rl.replies = timed_replies
+
     def rl(net: Transformer) -> Tensor:
         nobody = -1  # no token ends a reply: all have 32
-        rollout = train_rl.roll_out(net, reference, judge, prompts[:8], list(range(8)), nobody,
-                                    of_rl, alone)
-        shares.append(rollout.figures["seconds"])
-        return train_rl.reply_losses(net, net, rollout, range(64), of_rl, alone)[0].mean()
+        asked = [prompt for prompt in prompts[:8] for _ in range(8)]
+        rollout = train_rl.roll_out(net, reference, judge, nobody, of_rl, alone, asked,
+                                    list(range(64)))
+        A = train_rl.advantages(rollout.R.view(8, 8), "rloo").flatten()
+        return train_rl.reply_losses(net, net, rollout, A, list(range(64)), of_rl, alone)[0].mean()
 
     losses = {
         "PT": (lambda net: train_pt.pt_loss(net(full[0], hidden=True), net.lm_head.weight, full[1])
                / full[1].numel(), full[0].numel(), 1.0),
         "SFT, packed": (lambda net: train_sft.sft_loss(
-            net(packed[0], hidden=True, segments=packed[2]), net.lm_head.weight, packed[1]) / 1000,
-            int((packed[2] > 0).sum()), float((packed[1] >= 0).float().mean())),
+            net(packed[0], hidden=True, segments=packed[2]), net.lm_head.weight, *packed[:2])
+            / 1000, int((packed[2] > 0).sum()), float(packed[1].float().mean())),
         "SFT, padded": (lambda net: train_sft.sft_loss(
-            net(padded[0], hidden=True), net.lm_head.weight, padded[1]) / 1000,
-            int(padded[2].sum()), float((padded[1] >= 0).float().mean())),
+            net(padded[0], hidden=True), net.lm_head.weight, *padded[:2]) / 1000,
+            int((padded[2] > 0).sum()), float(padded[1].float().mean())),
         "DPO, reference kept": (dpo, int(alike[2].sum()), float((alike[1] >= 0).float().mean())),
         "RM": (rm, int(alike[2].sum()), None),  # one number of a row
         "RL": (rl, 64 * 48, 32 / 48)}

@@ -160,6 +160,7 @@ def stages(cfg: Config) -> None:
         B, T = pt.batch_size, pt.max_seq_len
         idx, targets = torch.randint(shape.vocab_size, (2, B, T), device=cfg.device)
         segments = (torch.arange(T, device=cfg.device) // (T // 4)).expand(B, -1) + 1
+        mask = torch.arange(T, device=cfg.device).expand(B, -1) % (T // 4) > 0
         zero = torch.zeros(B // 2, device=cfg.device)
 
         def pt_loss() -> Tensor:
@@ -167,7 +168,7 @@ def stages(cfg: Config) -> None:
 
         def sft_loss() -> Tensor:
             hidden = net(idx, hidden=True, segments=segments)
-            return train_sft.sft_loss(hidden, model.lm_head.weight, targets)
+            return train_sft.sft_loss(hidden, model.lm_head.weight, idx, mask)
 
         def dpo_loss() -> Tensor:
             logps, n = train_dpo.reply_logps(net, model, idx, targets, here)

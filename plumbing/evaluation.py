@@ -1,5 +1,5 @@
 """
-The loss of a model on held-out text, which PT and SFT both report. The rest may be skipped.
+What a validation reports: the loss of held-out text, and samples. The rest may be skipped.
 """
 import math
 from collections.abc import Iterable
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from model import Transformer, token_logps
-from plumbing.examples import Rows, evenly_spaced
-from plumbing.runtime import Dist, all_sum
+from plumbing.examples import Row, Rows, evenly_spaced
+from plumbing.runtime import Dist, all_sum, print0
 from plumbing.tokenfiles import IGNORE
 from tokenizer import Tokenizer
 
@@ -48,6 +48,17 @@ def score_text(model: Transformer, tok: Tokenizer, texts: Iterable[tuple[str, Ba
         nats, tokens, total = all_sum(dist, *own)
         scores[lang] = nats / max(tokens, 1), nats / math.log(2) / max(total, 1)
     return scores
+
+
+def print_samples(tok: Tokenizer, langs: list[str], rows: list[Row],
+                  scores: Tensor | None = None) -> None:
+    """Print the first prompt and reply of each language, and its score if there are scores."""
+    for i, (lang, (ids, mask)) in enumerate(zip(langs, rows)):
+        if lang not in langs[:i]:
+            start = mask.index(1)
+            text = f"{tok.decode(ids[:start])}»{tok.decode(ids[start:])}".replace("\n", "⏎")
+            score = "" if scores is None else f" score {scores[i]:.2f}"
+            print0(f"sample {lang} | {text}{score}")
 
 
 def score_line(scores: Scores) -> str:

@@ -325,16 +325,16 @@ def prompt_of(row: Row) -> list[int]:
 
 
 def evenly_spaced(examples: Sequence[int], most: int | None) -> list[int]:
-    """Evenly spread ones, at most `most`; None: all."""
-    return list(examples[::max(1, -(-len(examples) // most))] if most else examples)
+    """At most `most` examples, evenly spaced; None: all."""
+    most = len(examples) if most is None else most
+    return list(examples[::max(1, -(-len(examples) // most))]) if most else []
 
 
-def prompts_with_room(rows: Rows, most: int, model_reads: int,
+def prompts_with_room(rows: Rows, chosen: Sequence[int], model_reads: int,
                       answer_tokens: int) -> dict[int, list[int]]:
-    """The prompts of at most `most` examples, evenly spaced, by example. Those that leave no room
-    for an answer are left out, and counted in a line."""
-    some = evenly_spaced(range(len(rows)), most) if most else []
-    prompts = {i: prompt_of(rows.example(i)[0]) for i in some}
+    """The prompts of the chosen examples, by example. Those that leave no room for an answer are
+    left out, and counted in a line."""
+    prompts = {i: prompt_of(rows.example(i)[0]) for i in chosen}
     room = {i: model_reads - len(prompt) for i, prompt in prompts.items()}
     found = {i: prompt for i, prompt in prompts.items() if room[i] >= answer_tokens}
     if len(found) < len(prompts):

@@ -4,25 +4,22 @@ from, opened and checked. How that is done may be skipped.
 """
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-from configurator import Count, FilePath, Positive, Share
+from configurator import Count, FilePath, Positive
 from model import Transformer
 from plumbing.costs import count_parameters
-from plumbing.examples import Kind, Rows, load_splits
+from plumbing.examples import Kind, Rows
 from plumbing.log import describe_run
 from plumbing.order import Order
-from plumbing.runtime import Dist, Settings, first_rank_first, print0
+from plumbing.runtime import Dist, print0
+from plumbing.splits import RowSettings, load_splits
 from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class PairSettings(Settings):
+class PairSettings(RowSettings):
     init_from: FilePath = "out/sft"  # checkpoint to start from: a file, or a folder's newest
     data: str = "out/toyworld/pairs.jsonl"  # pairs to learn: JSONL files or folders, with commas
-    val_data: str = ""  # pairs to judge the model by; empty: a part of data
-    val_fraction: Share = 0.05  # that part, as a share of data
-    on_bad_line: Literal["stop", "skip"] = "stop"  # what to do at a line that cannot be read
     max_len: Count | None = None  # drop pairs with more tokens; None: what the model can read
     epochs: Positive = 1.0  # how often every pair is seen; a second time often overfits
     max_steps: Count | None = None  # optimizer steps; None: as many as the epochs need
@@ -47,8 +44,7 @@ def open_pairs(cfg: PairSettings, kind: Kind, model: Transformer, tok: Tokenizer
     if cfg.max_len is not None and cfg.max_len > reads:
         raise ValueError(f"max_len {cfg.max_len} is more than the {reads} tokens that {model.path} "
                          "reads")
-    with first_rank_first(dist):
-        pairs, val = load_splits(cfg, kind, tok, reads if cfg.max_len is None else cfg.max_len)
+    pairs, val = load_splits(cfg, kind, tok, reads if cfg.max_len is None else cfg.max_len, dist)
     if not len(val):
         raise ValueError(f"{cfg.data}: no pair fell into the held-out part: raise --val_fraction "
                          "or give --val_data")

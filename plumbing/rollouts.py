@@ -10,8 +10,8 @@ from torch import Tensor
 from model import RewardModel, Transformer, token_logps
 from plumbing import sharding
 from plumbing.examples import Row, in_batches, pad_right
-from plumbing.runtime import Dist, print0
-from tokenizer import Tokenizer
+from plumbing.runtime import Dist
+from plumbing.scoring import score_rows
 
 
 @torch.no_grad()
@@ -30,21 +30,8 @@ def row_logps(model: Transformer, rows: list[Row], batch_size: int, dist: Dist) 
 @torch.no_grad()
 def row_scores(reward: RewardModel, rows: list[Row], batch_size: int, dist: Dist) -> Tensor:
     """(B,) scores of a reward model, on the CPU."""
-    found = []
-    for some in in_batches(rows, batch_size):
-        idx, _, lengths = (t.to(dist.device) for t in pad_right(list(some), 0))
-        with dist.autocast():
-            found.append(reward(idx, lengths).cpu())
-    return torch.cat(found)
-
-
-def show_replies(langs: list[str], rows: list[Row], scores: Tensor, tok: Tokenizer) -> None:
-    """Print the first reply of each language."""
-    for i, (lang, (ids, mask)) in enumerate(zip(langs, rows)):
-        if lang not in langs[:i]:
-            start = mask.index(1)
-            text = f"{tok.decode(ids[:start])}»{tok.decode(ids[start:])} score {scores[i]:.2f}"
-            print0(f"sample {lang} | {text}".replace("\n", "⏎"))
+    return torch.cat([score_rows(reward, list(some), dist).cpu()
+                      for some in in_batches(rows, batch_size)])
 
 
 def all_max(dist: Dist, value: float) -> float:

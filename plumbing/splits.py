@@ -16,7 +16,7 @@ class RowSettings(Settings):
     data: str = ""  # what to learn from: JSONL files or folders, comma-separated
     val_data: str = ""  # what to judge by, of the same kind; empty: a part of data
     val_fraction: Share = 0.05  # share of data to judge by, if there is no val_data
-    on_bad_line: Literal["stop", "skip"] = "stop"  # at a line that is not as it should be
+    on_bad_line: Literal["stop", "skip"] = "stop"  # what to do at a line that cannot be read
 
 
 def load_splits(cfg: RowSettings, kind: Kind, tok: Tokenizer, max_len: int, dist: Dist,

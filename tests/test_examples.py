@@ -7,8 +7,8 @@ import torch
 
 from data import IGNORE, Order, Packed, pack
 from plumbing import examples
-from plumbing.examples import (Row, load_examples, pad_right, prompt_of, rows_of, window_batch,
-                               with_room)
+from plumbing.examples import (Row, load_examples, pad_right, prompt_of, prompts_with_room, rows_of,
+                               window_batch)
 from tokenizer import render
 
 USER = [{"role": "user", "content": "hi 你好"}]
@@ -176,9 +176,10 @@ def test_prompts_that_leave_no_room_for_a_reply_are_counted(tiny, tmp_path, caps
     rows = load(tmp_path, "pair", tiny.tok, *[
         {"prompt": "x" * n, "chosen": "a", "rejected": "b"} for n in (5, 30, 50)])
     sizes = [len(prompt_of(rows.example(i)[0])) for i in range(3)]
-    assert with_room(rows, [0, 1, 2], sizes[1]) == [0, 1]
-    assert "1 of 3 prompts of" in capsys.readouterr().out
-    assert with_room(rows, range(3), 4) == [] and with_room(rows, [2], sizes[2]) == [2]
+    assert list(prompts_with_room(rows, [0, 1, 2], sizes[1] + 8, 8)) == [0, 1]
+    assert "1 of 3 held-out prompts are not answered" in capsys.readouterr().out
+    assert prompts_with_room(rows, range(3), 12, 8) == {}
+    assert list(prompts_with_room(rows, [2], sizes[2] + 8, 8)) == [2]
 
 
 def test_packing_is_complete_tight_and_never_too_full():
@@ -194,12 +195,12 @@ def test_packing_is_complete_tight_and_never_too_full():
 
 
 def test_windows_hold_each_row_once_an_epoch_and_predict_only_their_own(tiny, tmp_path):
-    """No row's first token is a target, nor the token behind its end."""
+    """No row's first token is to be learnt: before it stands another row's last."""
     rows = load(tmp_path, "chat", tiny.tok, *[{"messages": [
         *USER, {"role": "assistant", "content": "x" * n}]} for n in range(20)])
     packed = Packed(rows, 100, seed=1)
     n = len(packed.bins)
-    idx, targets, segments = packed.batch(0, n)
+    idx, learn, segments = packed.batch(0, n)
     found = []
     for b in range(n):
         for number in range(1, int(segments[b].max()) + 1):
@@ -207,13 +208,10 @@ def test_windows_hold_each_row_once_an_epoch_and_predict_only_their_own(tiny, tm
             ids = idx[b, at].tolist()
             found.append(ids)
             mask = next(m for i, m in (rows.example(j)[0] for j in range(20)) if i == ids)
-            want = [t if learn else IGNORE for t, learn in zip(ids[1:], mask[1:])] + [IGNORE]
-            assert targets[b, at].tolist() == want
+            assert learn[b, at].tolist() == [False, *map(bool, mask[1:])]
     assert sorted(found) == sorted(rows.example(j)[0].ids for j in range(20))
-    assert (targets[segments == 0] == IGNORE).all()
+    assert not learn[segments == 0].any()
     assert torch.equal(packed.batch(n, n)[0].sort(0).values, idx.sort(0).values)  # next epoch
-    alone = Packed(rows, 100, seed=1, packed=False)
-    assert len(alone.bins) == 20 and (alone.batch(0, 20)[2] <= 1).all()
 
 
 def test_order_is_a_permutation_each_epoch_and_a_pure_function():
@@ -244,5 +242,11 @@ def test_hostile_contents_make_no_special_id(tiny):
 
 
 def test_window_batch_of_nothing_is_padding():
-    idx, targets, segments = window_batch([[]], 4)
-    assert not idx.any() and not segments.any() and (targets == IGNORE).all()
+    idx, learn, segments = window_batch([[]], 4)
+    assert not idx.any() and not segments.any() and not learn.any()
+
+
+def test_the_first_token_of_a_row_is_not_learnt_for_nothing_stands_before_it():
+    idx, learn, segments = window_batch([[Row([5, 6, 7], [1, 0, 1]), Row([8, 9], [1, 1])]], 6)
+    assert idx.tolist() == [[5, 6, 7, 8, 9, 0]] and segments.tolist() == [[1, 1, 1, 2, 2, 0]]
+    assert learn.int().tolist() == [[0, 0, 1, 0, 1, 0]]

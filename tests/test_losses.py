@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from train_dpo import dpo_loss
-from train_rl import advantages, best_possible, rl_loss
+from train_rl import advantages, best_possible, rl_loss, shaped_reward
 from train_rm import judge, rm_loss
 from train_sft import sft_loss
 
@@ -201,7 +201,7 @@ def test_a_bandit_reaches_the_gibbs_policy_and_no_more(beta, optimum):
         logp = F.log_softmax(logits, 0)
         arms = torch.multinomial(logp.detach().exp(), 512, replacement=True, generator=g)
         old = logp.detach()[arms]
-        R = (reward[arms] - beta * (old - ref[arms])).view(64, 8)
+        R = shaped_reward(reward[arms], old[:, None], ref[arms][:, None], beta).view(64, 8)
         loss = rl_loss(logp[arms][:, None], old[:, None], torch.ones(512, 1), advantages(
             R, "rloo").flatten(), 0.2, 0.2).mean()
         optimizer.zero_grad()
@@ -236,6 +236,12 @@ def test_the_best_possible_j_is_that_of_the_gibbs_policy(beta):
     off = (found[:, 0] - best) / found[:, 1]
     assert (off.abs() <= 3).sum() >= 97 and 0.8 <= off.std() <= 1.2
     assert best_possible(t(1000.0, 1000.0), beta) == pytest.approx((1000.0, 0.0))  # no overflow
+
+
+def test_the_shaped_reward_by_hand():
+    """Two replies of two tokens and of one; what is no token is 0 in both."""
+    logps, ref = t(-1, -2, -4, 0).view(2, 2), t(-2, -2.5, -3, 0).view(2, 2)
+    assert_close(shaped_reward(t(1, 2), logps, ref, 0.5), t(1 - 0.5 * 1.5, 2 - 0.5 * -1))
 
 
 def test_kl_in_the_reward_has_the_gradient_of_the_kl():
@@ -279,7 +285,10 @@ def test_golden_numbers_of_trl():
                      msg=lambda m: f"{case['name']}: {m}")
 
 
-def test_a_masked_position_costs_nothing():
-    hidden, head = torch.randn(1, 3, 8), torch.randn(5, 8)
-    some = sft_loss(hidden, head, torch.tensor([[1, -100, 2]]))
-    assert_close(some, sft_loss(hidden[:, [0, 2]], head, torch.tensor([[1, 2]])))
+def test_a_masked_token_costs_nothing():
+    """The state at t predicts token t + 1: of 3, 1, 4, 2 with 1 and 2 supervised count the states
+    at 0 and 2. The last state predicts nothing."""
+    hidden, head = torch.randn(1, 4, 8), torch.randn(5, 8)
+    some = sft_loss(hidden, head, torch.tensor([[3, 1, 4, 2]]), torch.tensor([[0, 1, 0, 1]]).bool())
+    plain = F.cross_entropy(hidden[0, [0, 2]] @ head.T, torch.tensor([1, 2]), reduction="sum")
+    assert_close(some, plain)

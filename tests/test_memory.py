@@ -32,12 +32,12 @@ SIZES = {"state": ((2052, 4, 6, 3, 384, 64, 1024, 64), 2, 24, 8),  # 16 bytes a 
          "rows": ((2052, 3, 4, 2, 256, 64, 704, 128), 8, 78, 16),  # activations are most
          "judged": ((2052, 1, 4, 2, 256, 64, 1408, 128), 8, 78, 16)}  # one layer: not training
 KINDS = {
-    "sft packed": ("sft", {}), "sft padded": ("sft", dict(pack=False)),
-    "sft lora": ("sft", dict(lora_rank=4)), "sft muon": ("sft", dict(optimizer="muon")),
+    "sft": ("sft", {}), "sft lora": ("sft", dict(lora_rank=4)),
+    "sft muon": ("sft", dict(optimizer="muon")),
     "rm": ("rm", {}), "dpo": ("dpo", {}), "dpo unsampled": ("dpo", dict(eval_samples=0)),
     "rl": ("rl", {})}
 CASES = [(kind, size) for kind in KINDS for size in ("state", "rows")]
-CASES += [("sft padded", "judged"), ("rl", "judged")]
+CASES += [("sft", "judged"), ("rl", "judged")]
 
 
 def make(folder: Path, shape: tuple, prompt: int, reply: int) -> None:
@@ -140,8 +140,8 @@ def test_a_stage_takes_what_it_says(measured, kind, size):
 
 
 def test_what_is_fullest_is_named(measured):
-    for case, part in {("sft padded", "rows"): "activations", ("dpo", "rows"): "reference",
-                       ("sft padded", "judged"): "evaluation", ("rl", "judged"): "writing",
+    for case, part in {("sft", "rows"): "activations", ("dpo", "rows"): "reference",
+                       ("sft", "judged"): "evaluation", ("rl", "judged"): "writing",
                        ("rl", "state"): "reward model", ("sft lora", "state"): "merging"}.items():
         assert f" {part} " in re.search(r"^memory: .*", measured[case][2], re.M)[0], case
 

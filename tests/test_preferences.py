@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from data import IGNORE, Order
 from plumbing.examples import (Row, load_examples, micro_batches, pad_right, pair_batch,
                                ranking_batch)
 from plumbing.loading import load_model, load_reward_model
+from plumbing.rollouts import row_logps
 from model import RewardModel
 from tokenizer import render
 
@@ -229,21 +231,22 @@ def test_a_step_takes_its_pairs_once_in_batches_of_like_length(tiny, tmp_path):
 # ---------------------------------------------------------------------------- RL
 
 def rolled(tiny, reward, **changes) -> tuple[train_rl.Rollout, train_rl.Config]:
+    """Four replies to each of two prompts."""
     cfg = settings("rl", tiny, "unused", reward, **changes)
-    prompts = [tiny.tok.encode_ordinary(text) for text in ("abc", "你好吗")]
+    prompts = [tiny.tok.encode_ordinary(text) for text in ("abc", "你好吗") for _ in range(4)]
     model, _ = load_model(tiny.pt, torch.device("cpu"), torch.float32)
     judge, _ = train_rl.load_reward_model(reward, ALONE)
-    return train_rl.roll_out(model, tiny.model, judge, prompts, [11, 12], tiny.tok.im_end, cfg,
-                             ALONE), cfg
+    return train_rl.roll_out(model, tiny.model, judge, tiny.tok.im_end, cfg, ALONE, prompts,
+                             list(range(8))), cfg
 
 
 def test_sampling_and_training_agree_on_every_token(tiny, reward):
     """log P while writing with the cache, left-padded, and by a full pass, right-padded."""
     rollout, cfg = rolled(tiny, reward)
-    assert len(rollout.rows) == 8 and rollout.figures["mismatch"] < 1e-4
-    assert rollout.kl.abs().max() < 1e-4  # the reference is the policy itself
-    for row, logps in zip(rollout.rows, rollout.old_logps):
-        assert sum(row.mask) == len(logps) <= cfg.answer_tokens
+    assert len(rollout.rows) == 8 and rollout.figures["mismatch"].max() < 1e-4
+    assert rollout.figures["kl"].abs().max() < 1e-4  # the reference is the policy itself
+    for row, logps in zip(rollout.rows, rollout.logps):
+        assert sum(row.mask) == (logps != 0).sum() <= cfg.answer_tokens
         assert tiny.tok.im_end not in row.ids[:-1]
 
 
@@ -258,12 +261,46 @@ def test_a_reply_that_does_not_end_is_the_worst_of_its_step(tiny, reward):
     rollout, cfg = rolled(tiny, reward, answer_tokens=3)
     judge, _ = train_rl.load_reward_model(reward, ALONE)
     ended = torch.tensor([row.ids[-1] == tiny.tok.im_end for row in rollout.rows])
-    normed = ((rollout.raw - judge.mean) / judge.std).clamp(-5, 5)
+    figures = rollout.figures
+    normed = ((figures["raw"] - judge.mean) / judge.std).clamp(-5, 5)
     assert not ended.all()
-    assert_close(rollout.rewards[~ended], (normed.min() - 1).expand(int((~ended).sum())))
-    assert_close(rollout.rewards[ended], normed[ended])
-    assert_close(rollout.advantage, train_rl.advantages(
-        (rollout.rewards - cfg.beta * rollout.kl).view(2, 4), "rloo").flatten())
+    assert_close(figures["reward"][~ended], (normed.min() - 1).expand(int((~ended).sum())))
+    assert_close(figures["reward"][ended], normed[ended])
+    assert_close(rollout.R, figures["reward"] - cfg.beta * figures["kl"])
+
+
+def test_a_validation_has_the_j_that_is_learnt_from(tiny, reward, tmp_path):
+    """It left out what not ending costs: J rose while fewer and fewer replies ended."""
+    cfg = settings("rl", tiny, tmp_path, reward, answer_tokens=3, eval_prompts=6)
+    judge, _ = train_rl.load_reward_model(reward, ALONE)
+    val = load_examples(cfg.data, "prompt", tiny.tok, 200, str(tmp_path / "rows"))["train"]
+    roll = partial(train_rl.roll_out, tiny.model, tiny.model, judge, tiny.tok.im_end, cfg, ALONE)
+    found, rewards = train_rl.evaluate(roll, val, tiny.tok, cfg)
+    assert found["ended"] < 1 and len(rewards) == 6
+    assert found["J"] == pytest.approx(float(rewards.mean()) - cfg.beta * found["kl"], abs=1e-6)
+    assert found["reward"] < (found["raw"] - float(judge.mean)) / float(judge.std) - 0.1
+
+
+def test_the_clip_is_counted_where_it_changes_a_loss(tiny, reward):
+    """Never in the first update. After the policy has moved, for the replies whose ratio has left
+    the range on the side that their advantage asks for."""
+    rollout, cfg = rolled(tiny, reward, eps_low=0.01, eps_high=0.02)
+    model, _ = load_model(tiny.pt, torch.device("cpu"), torch.float32)
+    A = torch.tensor([1.0, -1.0] * 4)
+
+    def losses(**change):
+        return train_rl.reply_losses(model, model, rollout, A, list(range(8)),
+                                     replace(cfg, **change), ALONE)
+    for kind in ("rloo", "grpo"):
+        loss, clipped = losses(advantage=kind)
+        assert_close(loss, -A, atol=1e-4, rtol=0)
+        assert not clipped.any()
+    with torch.no_grad():
+        model.norm.weight *= 1.05
+    logps = row_logps(model, rollout.rows, 8, ALONE)
+    ratio = (logps - rollout.logps).sum(1).exp()
+    want = torch.where(A > 0, ratio > 1.02, ratio < 0.99)
+    assert 0 < want.sum() < 8 and torch.equal(losses()[1], want)
 
 
 def test_reference_and_reward_model_stay_as_they_are(tiny, reward, tmp_path, monkeypatch):
@@ -289,12 +326,12 @@ def test_the_other_ways_run_and_are_finite(tiny, reward, tmp_path, change):
     rows = [json.loads(line) for line in open(f"{cfg.out_dir}/log.jsonl")]
     steps = [row for row in rows if "loss" in row]
     assert len(steps) == 4 and all(np.isfinite(row["loss"]) for row in steps)
-    assert all(0 <= row["clipped"] <= 1 and row["k3"] >= -1e-6 for row in steps)
+    assert all(0 <= row["clipped"] <= 1 and 0 <= row["equal"] <= 1 for row in steps)
 
 
 def test_replies_learn_to_end(tiny, reward, tmp_path, monkeypatch):
     """With equal scores for all, the price of not ending is all there is to learn."""
-    monkeypatch.setattr(train_rl, "score", lambda judge, rows, cfg, dist: torch.zeros(len(rows)))
+    monkeypatch.setattr(train_rl, "row_scores", lambda judge, rows, *rest: torch.zeros(len(rows)))
     cfg = settings("rl", tiny, tmp_path / "run", reward, max_steps=40, learning_rate=3e-3, beta=0.0,
                    prompts_per_step=8, group=8, batch_size=64, rollout_size=64, eval_every=40,
                    save_every=40, eval_prompts=16)
@@ -306,17 +343,18 @@ def test_replies_learn_to_end(tiny, reward, tmp_path, monkeypatch):
 
 def test_warnings_of_rl():
     fine = {"kl": 0.5, "kl_error": 0.1, "ended": 1.0, "length": 20.0}
-    cfg, mean = train_rl.Config(kl_budget=1.0), {"mismatch": 0.0}
-    assert not train_rl.warnings(fine, fine, mean, cfg, ALONE)
+    mean = {"mismatch": 0.0, "equal": 0.2}
+    assert not train_rl.warnings(fine, fine, mean, 1.0, ALONE)
     assert not train_rl.warnings(fine, fine | {"J": 1.3, "J_error": 0.03, "best": 1.2,
-                                               "best_error": 0.04}, mean, cfg, ALONE)
+                                               "best_error": 0.04}, mean, 1.0, ALONE)
     for now, seen, words in (({"kl": 1.5}, mean, "over the budget"),
                              ({"kl": -0.4}, mean, "below 0"), ({"ended": 0.9}, mean, "90%"),
                              ({"length": 5.0}, mean, "20 to 5"),
                              ({"J": 1.4, "J_error": 0.03, "best": 1.2, "best_error": 0.04}, mean,
                               "J 1.40 is over the 1.20"),
-                             ({}, {"mismatch": 0.1}, "disagree")):
-        found = train_rl.warnings(fine, fine | now, seen, cfg, ALONE)
+                             ({}, mean | {"mismatch": 0.1}, "disagree"),
+                             ({}, mean | {"equal": 0.6}, "60% of the groups")):
+        found = train_rl.warnings(fine, fine | now, seen, 1.0, ALONE)
         assert len(found) == 1 and words in found[0]
 
 

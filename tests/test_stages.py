@@ -22,7 +22,7 @@ import train_rl
 import train_rm
 import train_sft
 from faults.lab import Run, places
-from generate import load_model
+from plumbing.loading import load_model
 
 ROOT = Path(train_sft.__file__).parent
 forks = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
@@ -158,11 +158,10 @@ def test_another_tokenizer_is_refused(tiny, reward, tmp_path):
     ("dpo", dict(loss="simpo", label_smoothing=0.1), "means nothing with loss simpo"),
     ("dpo", dict(label_smoothing=0.5), "must be less than 0.5"),
     ("dpo", dict(max_len=20), "pairs dropped: too long: 120"),
-    ("rl", dict(group=1, batch_size=1), "group must be at least 2"),
     ("rl", dict(batch_size=3), "must be a multiple of batch_size"),
     ("rl", dict(answer_tokens=256), "leave no room for a prompt"),
     ("rl", dict(answer_tokens=250), "prompts dropped: too long: 120"),
-    ("rl", dict(beta=-1.0), "not negative"), ("rl", dict(warmup_steps=4), "less than max_steps"),
+    ("rl", dict(warmup_steps=4), "less than max_steps"),
     ("rl", dict(val_fraction=0.0), "no prompt fell into the held-out part")])
 def test_a_mistake_is_one_line_before_any_work(stage, change, message, tiny, reward, tmp_path):
     cfg = settings(stage, tiny, tmp_path / "run", reward, **change)
@@ -184,7 +183,10 @@ def test_a_number_out_of_range_is_one_line_before_anything_starts(stage, setting
     ("rm", "center_coef=-1.0", "float at least 0"),
     ("rm", "curriculum=1.5", "float between 0 and 1"),
     ("dpo", "beta=0.0", "float above 0"), ("dpo", "nll_coef=-1.0", "float at least 0"),
-    ("dpo", "val_fraction=-0.1", "float between 0 and 1")])
+    ("dpo", "val_fraction=-0.1", "float between 0 and 1"),
+    ("sft", "lora_rank=-1", "int at least 0"), ("sft", "epochs=0.0", "float above 0"),
+    ("sft", "eval_rows=0", "int at least 1"), ("rl", "group=1", "int at least 2"),
+    ("rl", "beta=-1.0", "float at least 0"), ("rl", "eps_high=0.0", "float above 0")])
 def test_so_is_a_number_of_one_stage(stage, setting, wanted, capsys):
     check_refused(stage, setting, wanted, capsys)
 

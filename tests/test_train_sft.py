@@ -13,12 +13,12 @@ from plumbing import checkpoint
 from plumbing import runtime
 import train_sft
 from plumbing.costs import lora_parameters
-from data import IGNORE, Packed
+from data import Packed
 from plumbing.examples import Row, load_examples, pad_right, window_batch
-from generate import load_model
-from model import ModelConfig, Transformer
+from plumbing.loading import load_model
+from model import ModelConfig, Transformer, token_logps
 from tokenizer import render
-from train_sft import LowRank, add_lora, sft_loss, weights
+from train_sft import LowRank, add_lora, merge_lora, sft_loss
 
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)
 LENGTH = 64
@@ -42,10 +42,10 @@ def rows(seed: int = 0, n: int = 8) -> list[Row]:
 
 
 def loss_and_grads(model, bins, length=LENGTH, n=None):
-    idx, targets, segments = window_batch(bins, length)
+    tokens, mask, segments = window_batch(bins, length)
     model.zero_grad()
-    loss = sft_loss(model(idx, hidden=True, segments=segments), model.lm_head.weight, targets)
-    loss = loss / (n or int((targets != IGNORE).sum()))
+    hidden = model(tokens, hidden=True, segments=segments)
+    loss = sft_loss(hidden, model.lm_head.weight, tokens, mask) / (n or int(mask.sum()))
     loss.backward()
     return loss.item(), [p.grad.clone() for p in model.parameters()]
 
@@ -86,14 +86,15 @@ def test_a_packed_neighbour_changes_not_one_bit(model):
 
 
 def test_what_is_not_supervised_has_no_gradient(model):
-    """Any target where the mask is 0: the same loss and gradients, bit for bit."""
-    idx, targets, segments = window_batch([rows(3, 2)], LENGTH)
-    hidden = model(idx, hidden=True, segments=segments).detach().requires_grad_()
-    sft_loss(hidden, model.lm_head.weight, targets).backward()
-    assert not hidden.grad[targets == IGNORE].any()
-    assert hidden.grad[targets != IGNORE].any(-1).all()
-    nothing = torch.full_like(targets, IGNORE)
-    assert sft_loss(hidden, model.lm_head.weight, nothing) == 0.0  # and not nan
+    """A state has a gradient if the next token is supervised, and else exactly none."""
+    tokens, mask, segments = window_batch([rows(3, 2)], LENGTH)
+    hidden = model(tokens, hidden=True, segments=segments).detach().requires_grad_()
+    sft_loss(hidden, model.lm_head.weight, tokens, mask).backward()
+    next_is_supervised = F.pad(mask[:, 1:], (0, 1))
+    assert not hidden.grad[~next_is_supervised].any()
+    assert hidden.grad[next_is_supervised].any(-1).all()
+    nothing = torch.zeros_like(mask)
+    assert sft_loss(hidden, model.lm_head.weight, tokens, nothing) == 0.0  # and not nan
 
 
 def test_several_turns_cost_what_they_cost_one_by_one(model, tiny):
@@ -134,16 +135,16 @@ def test_lora_starts_as_the_model_and_merges_into_it():
     idx = torch.randint(260, (2, 20))
     before = model(idx).detach()
     names = set(model.state_dict())
-    add_lora(model, 4, 8.0)
+    add_lora(model, 16)
     assert torch.equal(model(idx), before)
     learnt = [name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad]
     thin = [m for m in model.modules() if isinstance(m, LowRank)]
     assert sorted(learnt) == 14 * ["a"] + 14 * ["b"] + 10 * ["weight"] and len(thin) == 14
-    assert model.embed_tokens.weight.requires_grad and lora_parameters(model.config, 4) == sum(
+    assert model.embed_tokens.weight.requires_grad and lora_parameters(model.config, 16) == sum(
         p.numel() for p in model.parameters() if p.requires_grad)
     for m in thin:
         torch.nn.init.normal_(m.b)
-    state = weights(model, model.state_dict())["model"]
+    state = merge_lora(model, model.state_dict())["model"]
     merged = Transformer(model.config)
     merged.load_state_dict(state)
     assert set(state) == names
@@ -153,9 +154,9 @@ def test_lora_starts_as_the_model_and_merges_into_it():
 
 def config(tiny, out_dir, **changes) -> train_sft.Config:
     return replace(train_sft.Config(
-        tiny.pt, tiny.chat, out_dir=str(out_dir), val_fraction=0.2, max_len=128, batch_tokens=1024,
-        batch_size=4, learning_rate=3e-3, max_steps=6, warmup_steps=1, eval_every=3, save_every=3,
-        log_every=2, eval_answers=2, answer_tokens=8), **changes)
+        init_from=tiny.pt, data=tiny.chat, out_dir=str(out_dir), val_fraction=0.2, max_len=128,
+        batch_tokens=1024, batch_size=4, learning_rate=3e-3, max_steps=6, warmup_steps=1,
+        eval_every=3, save_every=3, log_every=2, eval_answers=2, answer_tokens=8), **changes)
 
 
 def test_ten_chats_are_learnt_by_heart(tiny, tmp_path, capsys):
@@ -199,12 +200,26 @@ def test_forgetting_is_the_loss_of_ordinary_text(tiny, tmp_path, capsys):
                              str(tmp_path / "data"), val_fraction=0.5, workers=1), Progress())
     cfg = config(tiny, tmp_path / "run", pt_data=str(tmp_path / "data"))
     model, tok = load_model(tiny.pt, torch.device("cpu"), torch.float32)
-    found = train_sft.forgetting(model, cfg, tok, ALONE)
+    found = train_sft.forgetting(model, tok, cfg, ALONE)
     ids = torch.from_numpy(data.open_data(cfg.pt_data)[1]["val"][0].ids.astype("int64"))
     T = model.config.max_seq_len
     nats = [F.cross_entropy(model(ids[None, i:i + T])[0, :len(ids) - 1 - i], ids[i + 1:i + T + 1],
                             reduction="sum").item() for i in range(0, len(ids) - 1, T)]
-    assert found["en"] == pytest.approx(sum(nats) / (len(ids) - 1), rel=1e-4)
+    loss, bits = found["en"]
+    assert loss == pytest.approx(sum(nats) / (len(ids) - 1), rel=1e-4)
+    n_bytes = len(tok.decode_bytes([i for i in ids[1:].tolist() if i != tok.endoftext]))
+    assert bits == pytest.approx(sum(nats) / math.log(2) / n_bytes, rel=1e-4)
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_counted(tiny, tmp_path, capsys):
+    """With long prompts the validation answered fewer chats than --eval_answers and said nothing;
+    with none left it has nothing to report, and must not divide by their number."""
+    for answer_tokens, left in ((170, True), (250, False)):
+        train_sft.train(config(tiny, tmp_path / f"{answer_tokens}", max_steps=1, warmup_steps=0,
+                               eval_answers=100, answer_tokens=answer_tokens), ALONE)
+        out = capsys.readouterr().out
+        assert "held-out prompts are not answered: they leave fewer than" in out
+        assert ("answers at step 1 |" in out) == left and "val at step 1 | en" in out
 
 
 def test_density_of_packing_is_printed(tiny, tmp_path, capsys):
@@ -219,8 +234,7 @@ def test_density_of_packing_is_printed(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize("change, message", [
     (dict(batch_tokens=1000), "try 1024"), (dict(max_len=999), "256 tokens that the model reads"),
-    (dict(lora_rank=-1), "lora_rank"), (dict(warmup_steps=9), "less than the 6 steps"),
-    (dict(epochs=0.0), "positive"), (dict(eval_rows=0), "at least 1"),
+    (dict(max_len=1), "between 2 and"), (dict(warmup_steps=9), "less than the 6 steps"),
     (dict(data="nowhere.jsonl"), "no such file"), (dict(init_from="nowhere"), "no such file")])
 def test_a_mistake_is_one_line(tiny, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
@@ -228,18 +242,11 @@ def test_a_mistake_is_one_line(tiny, tmp_path, change, message):
     assert not list(Path(tmp_path).glob("run/step*"))
 
 
-def test_unpacked_windows_learn_the_same_rows(tiny, tmp_path):
-    """pack=False: one chat in a window; the first losses are of other windows but near ln V."""
-    train_sft.train(config(tiny, tmp_path / "run", pack=False, max_steps=1, warmup_steps=0), ALONE)
-    state, _ = checkpoint.load(str(tmp_path / "run"))
-    assert state["step"] == 1 and math.isfinite(float(state["model"]["norm.weight"].sum()))
-
-
 def test_pad_right_gives_each_row_what_it_gives_alone(model):
     """The evaluation pads where training packs: the same loss."""
     some = rows(5)
     idx, targets, _ = pad_right(some, 3)
-    padded = sft_loss(model(idx, hidden=True), model.lm_head.weight, targets)
-    alone = sum(sft_loss(model(i, hidden=True), model.lm_head.weight, t)
-                for i, t, _ in (pad_right([row], 0) for row in some))
+    padded = -token_logps(model(idx, hidden=True), model.lm_head.weight, targets, "sum")
+    alone = sum(sft_loss(model(tokens, hidden=True), model.lm_head.weight, tokens, mask)
+                for tokens, mask, _ in (window_batch([[row]], len(row.ids)) for row in some))
     assert padded.item() == pytest.approx(alone.item(), rel=1e-9)
