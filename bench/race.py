@@ -51,6 +51,10 @@ class Race:
                 break
         self.seconds = {k: float(np.median(v)) if v else torch.nan for k, v in self.good.items()}
 
+    def speed(self, name: str, amount: float, unit: str, **notes: float) -> None:
+        """`row` of how much of something a call does in a second."""
+        self.row(name, amount / self.seconds[name], unit, **notes)
+
     def row(self, name: str, value: float, unit: str, **notes: float) -> None:
         """Print one figure, and keep it for the JSON lines."""
         notes |= {"x": next(iter(self.seconds.values())) / self.seconds[name],
