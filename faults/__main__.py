@@ -335,7 +335,7 @@ def write_report(path: str, board: dict[int, str]) -> None:
 
 def main() -> None:
     cfg = configure(Config)
-    if sys.platform != "linux":
+    if not hasattr(os, "pidfd_open"):
         fail("python -m faults needs Linux: it forks the scripts and looks into /proc")
     names = [row.__name__ for row, *_ in ROWS]
     wanted = cfg.only.split(",") if cfg.only else names
