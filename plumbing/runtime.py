@@ -10,7 +10,6 @@ import faulthandler
 import json
 import math
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -299,6 +298,7 @@ def of_process(key: str) -> float:
         status = Path("/proc/self/status").read_text()
         return 1024.0 * int(status.split(f"{key}:")[1].split()[0])
     except OSError:
+        import resource
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
