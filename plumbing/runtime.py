@@ -298,7 +298,10 @@ def of_process(key: str) -> float:
         status = Path("/proc/self/status").read_text()
         return 1024.0 * int(status.split(f"{key}:")[1].split()[0])
     except OSError:
-        import resource
+        try:
+            import resource
+        except ImportError:
+            return 0.0
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

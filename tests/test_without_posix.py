@@ -25,6 +25,8 @@ for name in ("SIGHUP", "pidfd_send_signal"):
 multiprocessing.set_start_method("spawn")
 real = open
 def windows_open(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, **more):
+    if str(file).startswith("/proc/"):
+        raise FileNotFoundError(2, "No such file or directory", file)
     if newline is None and set(mode) & set("wax") and not set(mode) & set("b+"):
         newline = "\\r\\n"
     return real(file, mode, buffering, encoding, errors, newline, **more)
