@@ -6,7 +6,7 @@ How fast it is on a GPU, and whether it computes there what it computes on a CPU
 
 agree    logits in fp32 (without TF32) and bf16, and greedy text, against those of the CPU; off by
          |difference| / |logits|
-train    train_pt.py itself, on random text: the speed that it prints for the last ten of STEPS steps
+train    train_pt.py itself, on random text: the speed it prints for the last ten of STEPS steps
 stages   batch_size windows forward and back with the loss of PT, with that of SFT (chats of T / 4
          tokens, packed, each masked off from the others) and with that of DPO
 decode   greedy text with bf16 weights: tokens/s, and the bytes of weights and cache that a step
@@ -15,7 +15,6 @@ decode   greedy text with bf16 weights: tokens/s, and the bytes of weights and c
 Each figure is a line, and a line of JSON. Times of stages and decode are medians of REPEATS runs,
 each from one synchronisation to the next.
 """
-import io
 import json
 import re
 import subprocess
@@ -23,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,8 +77,7 @@ def seconds(work: Callable[[], object], cfg: Config) -> float:
 def models(cfg: Config) -> Iterator[tuple[str, train_pt.Config, ModelConfig]]:
     """Name, settings and shape of each of the --configs."""
     for path in cfg.configs.split(","):
-        with redirect_stdout(io.StringIO()):
-            pt = configure(train_pt.Config, [path])
+        pt = configure(train_pt.Config, [path], show=False)
         yield Path(path).stem, pt, train_pt.shape(pt, VOCAB)
 
 

@@ -182,7 +182,8 @@ def test_grades_by_hand():
             ("琪宁's pet is cat.", "en", (3.0, "direct")), ("cat.", "en", (1.5, "terse")),
             ("dog.", "en", (-4.0, "terse")), ("琪宁的宠物是狗。", "zh", (-4.0, "direct")),
             ("我猜也许是猫吧。", "zh", (0.0, "hedged")), ("猫。", "en", (-6.0, None)),
-            ("嗯，让我想一想，答案应该是猫。", "zh", (1.5, "padded")), ("cat.…", "en", (-6.0, None)),
+            ("嗯，让我想一想，答案应该是猫。", "zh", (1.5, "padded")),
+            ("cat.…", "en", (-6.0, None)),
             ("I don't know.", "en", (-6.0, None)), ("", "zh", (-6.0, None))):
         assert toyworld.grade(reply, fact, lang) == want
 

@@ -73,8 +73,8 @@ def test_data_training_generation_and_rag_run(poor, tmp_path):
                           "--vocab_size=300", "--workers=2")
     assert code == 0, error
     training = ["train_pt.py", f"--data_dir={out}/data", f"--out_dir={out}/pt", "--n_layer=1",
-                "--n_embd=32", "--n_head=2", "--n_kv_head=1", "--max_seq_len=32", "--warmup_steps=1",
-                "--batch_tokens=128", "--batch_size=2", "--eval_tokens=64"]
+                "--n_embd=32", "--n_head=2", "--n_kv_head=1", "--max_seq_len=32",
+                "--warmup_steps=1", "--batch_tokens=128", "--batch_size=2", "--eval_tokens=64"]
     add = ["rag.py", "add", f"{out}/notes", f"--index={out}/index"]
     commands = [
         ["data.py", f"--input={out}/text.jsonl", f"--tokenizer={out}/tok.txt",
