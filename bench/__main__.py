@@ -166,7 +166,7 @@ def train(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     c = shape(T)
     x, y = torch.randint(VOCAB, (2, B, T))
     ours, plain, hf = Transformer(c), PlainLlama(c), huggingface(Transformer(c))
-    entries = {  # model, loss, optimizer
+    entries: dict[str, tuple] = {  # model, loss, optimizer
         "ours": (ours, lambda net: train_pt.pt_loss(net(x, hidden=True), ours.lm_head.weight, y)
                  / y.numel(), None),
         "plain Llama": (plain, lambda net: nn.functional.cross_entropy(
@@ -210,10 +210,10 @@ def decode(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
         for rows in (1, 8):
             idx = torch.randint(model.config.vocab_size, (rows, 16))
             contenders = {"ours": lambda: list(generate(model, idx.tolist(), n, temperature=0.0))}
-            for kind in ("dynamic", "static") if hf is not None else ():
-                contenders[f"transformers, {kind} cache"] = partial(
+            if hf is not None:
+                contenders |= {f"transformers, {kind} cache": partial(
                     hf.generate, idx, attention_mask=torch.ones_like(idx), max_new_tokens=n,
-                    do_sample=False, cache_implementation=kind)
+                    do_sample=False, cache_implementation=kind) for kind in ("dynamic", "static")}
             race = Race("decode", contenders | {"limit": torch.ones(READ // 4).sum}, cfg)
             bound = rows * READ / race.seconds["limit"] / size
             for name in contenders:
@@ -237,7 +237,7 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     alike = examples.pad_right(rows[3 * B:4 * B], 0)  # as micro_batches puts pairs together
     full = torch.randint(VOCAB, (2, B, T))
     prompts, nothing = torch.randint(VOCAB, (64, 16)).tolist(), torch.zeros(B // 2)
-    judge, reference = (Transformer(c).requires_grad_(False) for _ in range(2))
+    reference, judge = Transformer(c), RewardModel(Transformer(c)).requires_grad_(False)
     of_rl, shares = train_rl.Config(answer_tokens=32, group=8, batch_size=64, rollout_size=64), []
 
     def sft(x: Tensor, y: Tensor, segments: Tensor | None, net: Transformer) -> Tensor:
@@ -246,22 +246,25 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
 
     def dpo(net: Transformer) -> Tensor:
         logps, n = train_dpo.reply_logps(net, net, *alike[:2], alone)
-        return train_dpo.dpo_loss(*logps.chunk(2), nothing, nothing, *n.chunk(2)).mean()
+        (chosen, rejected), (more, less) = logps.chunk(2), n.chunk(2)
+        return train_dpo.dpo_loss(chosen, rejected, nothing, nothing, more, less).mean()
 
     def rm(net: RewardModel) -> Tensor:
-        return train_rm.rm_loss(*net(alike[0], alike[2]).chunk(2), nothing, 0.01).mean()
+        chosen, rejected = net(alike[0], alike[2]).chunk(2)
+        return train_rm.rm_loss(chosen, rejected, nothing, 0.01).mean()
 
     def rl(net: Transformer) -> Tensor:
         nobody = -1  # no token ends a reply: all have 32
-        rollout = train_rl.roll_out(net, reference, RewardModel(judge), prompts[:8], list(range(8)),
-                                    nobody, of_rl, alone)
+        rollout = train_rl.roll_out(net, reference, judge, prompts[:8], list(range(8)), nobody,
+                                    of_rl, alone)
         shares.append(rollout.figures["seconds"])
         return train_rl.reply_losses(net, net, rollout, range(64), of_rl, alone)[0].mean()
 
     def learnt(targets: Tensor) -> float:
         return float((targets >= 0).float().mean())
 
-    losses = {  # loss, tokens, share of them that is learnt (RM: one number of a row)
+    # loss, tokens, share of them that is learnt (RM: one number of a row)
+    losses: dict[str, tuple[Callable, int, float | None]] = {
         "PT": (lambda net: train_pt.pt_loss(net(full[0], hidden=True), net.lm_head.weight, full[1])
                / full[1].numel(), full[0].numel(), 1.0),
         "SFT, packed": (partial(sft, *packed[:3]), int((packed[2] > 0).sum()), learnt(packed[1])),
@@ -326,7 +329,7 @@ def prepare(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     def with_workers(n: int) -> None:
         shutil.rmtree(paths[2], ignore_errors=True)
         with redirect_stdout(io.StringIO()):
-            data.prepare(data.Config(*paths, workers=n), Progress())
+            data.prepare(data.Config(paths[0], paths[1], paths[2], workers=n), Progress())
 
     race = Race("data", {f"prepare, {n} worker(s)": partial(with_workers, n) for n in (1, 2)} | {
         "tiktoken alone, 1 thread": partial(encode, texts, num_threads=1)}, cfg)

@@ -132,7 +132,7 @@ def train(cfg: Config) -> None:
                          "--warmup_steps=1", "--log_every=10", "--eval_tokens=1",
                          "--sample_every=0", "--save_every=1000000", f"--device={cfg.device}"],
                         cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-                    for line in process.stdout:
+                    for line in process.stdout or ():
                         if line.startswith(("memory", "step")):
                             print(line, end="", flush=True)
                         if line.startswith(f"step {STEPS:>6,}/"):
@@ -163,7 +163,8 @@ def stages(cfg: Config) -> None:
 
         def dpo_loss() -> Tensor:
             logps, n = train_dpo.reply_logps(net, model, idx, targets, here)
-            return train_dpo.dpo_loss(*logps.chunk(2), zero, zero, *n.chunk(2)).mean()
+            (chosen, rejected), (more, less) = logps.chunk(2), n.chunk(2)
+            return train_dpo.dpo_loss(chosen, rejected, zero, zero, more, less).mean()
 
         def learn(loss: Callable[[], Tensor]) -> None:
             with here.autocast():

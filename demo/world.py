@@ -388,7 +388,8 @@ def show(seed: int) -> str:
 def main() -> None:
     cfg = configure(Config, show=False)
     if cfg.show:
-        return print(show(cfg.seed))
+        print(show(cfg.seed))
+        return
     data, n_all = generate(cfg), sum(map(len, NAMES.values()))
     floor = {"pt": floors(data["pt"], "train", len(NAMES["train"])),
              "pt_heldout": floors(data["pt_heldout"], "test", len(NAMES["test"])),
