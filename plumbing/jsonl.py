@@ -19,6 +19,8 @@ BOM = b"\xef\xbb\xbf"
 MAX_LINE = 16 << 20  # bytes; a longer line is a bad one
 MAX_DEPTH = 100  # of brackets in a line; json itself gives up at a depth that varies
 MAX_BAD = 0.01  # of the lines; more bad ones are no accident
+TO_LINES = ("make lines of a list: python -c 'import json, sys; [print(json.dumps(x)) for x in "
+            "json.load(sys.stdin)]' < LIST.json > LINES.jsonl")
 
 
 @dataclass
@@ -106,14 +108,16 @@ def parse_object(line: str) -> dict:
     try:
         record = _decoder.decode(line)
     except json.JSONDecodeError as error:
-        raise LineError(error.colno, "not JSON", error.msg) from None
+        a_list = f"; {TO_LINES}" if line.lstrip().startswith("[") else ""
+        raise LineError(error.colno, "not JSON", error.msg + a_list) from None
     except (ValueError, RecursionError) as error:
         inspect(line)
         raise LineError(1, "not JSON", str(error)) from None
     if line.count("[") + line.count("{") > MAX_DEPTH:  # perhaps in strings only
         inspect(line)
     if not isinstance(record, dict):
-        raise LineError("", "not an object", f"but {type(record).__name__}")
+        raise LineError("", "not an object", TO_LINES if isinstance(record, list) else
+                        f"but {type(record).__name__}")
     return record
 
 
