@@ -52,11 +52,11 @@ def find_files(paths: str) -> list[str]:
     for path in split_paths(paths):
         if path.startswith("out/toyworld/") and not os.path.exists(path):
             raise ValueError(f"{path}: no such file or folder; make it with: python -m demo.world")
-        inside = find(path, lambda name: "" if kind_of(name) else f"not one of {kinds}" + (
-            f"; {jsonl.TO_LINES}" if name.endswith(".json") else ""))
+        inside = find(path, lambda name: "" if kind_of(name) else f"not one of {kinds}")
         if all(one.why for one in inside):
-            raise ValueError(f"{printable(path)}: " + (f"no {kinds} file in this folder" if
-                             os.path.isdir(path) else inside[0].why))
+            why = f"no {kinds} file in this folder" if os.path.isdir(path) else inside[0].why
+            why += f"; {jsonl.TO_LINES}" if path.endswith(".json") else ""
+            raise ValueError(f"{printable(path)}: {why}")
         found += inside
     if not found:
         raise ValueError(f"{paths!r} names no file or folder")

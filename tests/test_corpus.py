@@ -80,8 +80,9 @@ def test_damaged_lines_of_chats_and_pairs_are_placed_too(tmp_path):
             assert (good, last) == (1, 2)
 
 
-@pytest.mark.parametrize("text, where", [('[{"text": "x"},\n{"text": "y"}]', "1:16"),
-                                         ('[\n  {"text": "x"}]', "1:2"), ('[{"text": "x"}]', "1:1")])
+@pytest.mark.parametrize("text, where", [
+    ('[{"text": "x"},\n{"text": "y"}]', "1:16"), ('[\n  {"text": "x"}]', "1:2"),
+    ('[{"text": "x"}]', "1:1")])
 def test_a_list_in_place_of_lines_is_refused_with_the_command_that_makes_lines(
         tmp_path, text, where):
     """Most public chats come as one JSON list: "Expecting value" did not help."""
@@ -195,7 +196,8 @@ def test_folders_are_searched_and_what_is_passed_over_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("paths, message", [
     ("nowhere", "nowhere: no such file or folder$"), ("x.csv", "x.csv: not one of .txt, "),
-    ("empty", "empty: no .txt, .txt.gz, .* file in this folder"), (",", "',' names no file or folder"),
+    ("empty", "empty: no .txt, .txt.gz, .* file in this folder"),
+    (",", "',' names no file or folder"),
     ("x.json", "x.json: not one of .*; make lines of a list: python -c 'import json"),
     ("out/toyworld/pt.jsonl", "make it with: python -m demo.world")])
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, paths, message):
