@@ -5,11 +5,12 @@ Text -> token files, and token files -> batches.
 
 Each language and split becomes one file, DIR/train_zh.bin and so on: a 256-byte header, then the
 token ids of all documents, each closed by <|endoftext|>. A document belongs to the validation split
-by a hash of its text, so copies of it never stand on both sides. The work is spread over processes,
-does not depend on how many, takes constant memory, and goes on where it was stopped.
+by a hash of its text, so copies of it never are on both sides. Several processes share the work,
+and how many does not change the result. A run that was stopped goes on where it was.
 
-Training reads windows of a fixed length straight from the mapped files. Which windows make up a
-batch is a pure function of (seed, index): a run resumes from one integer, on any number of ranks.
+Pre-training reads windows of a fixed length straight from the mapped files; fine-tuning reads
+chats that were packed into windows. Which windows make up a batch is a pure function of (seed,
+index): a run resumes from one integer, on any number of ranks.
 """
 import hashlib
 import os
@@ -17,7 +18,6 @@ from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from itertools import islice
@@ -211,38 +211,38 @@ def prepare(cfg: Config, progress: Progress) -> None:
     files, tok = find_files(cfg.input), load_tokenizer(cfg.tokenizer)
     job = {"inputs": describe(files), "tokenizer": tok.sha256,
            "settings": [cfg.val_fraction]}
-    with closing(TokenFolder(cfg.out_dir, job)) as out:
-        if out.finished:
-            open_data(cfg.out_dir)  # raises ValueError if it has been damaged since
-            print(f"{cfg.out_dir} is up to date")
-            return
-        work = partial(encode_batch, tokenizer=cfg.tokenizer, val_fraction=cfg.val_fraction)
-        todo = islice(read_batches(files), out.state["batches"], None)
-        bad_lines = BadLines(cfg.on_bad_line, progress, out.state["bad"])
-        start, first_share, n_read, literal = time(), out.state["share"], 0, 0
-        for parts, bad, n_literal, n_bytes, share in parallel(work, todo, cfg.workers):
-            bad_lines.add(bad)
-            for (split, lang), part in parts.items():
-                out.add(split, lang, *part)
-            out.end_batch(share, bad_lines.kinds)
-            n_read, literal = n_read + n_bytes, literal + n_literal
-            seconds = max(time() - start, 1e-9)
-            left = (1 - share) / max(share - first_share, 1e-9) * seconds
-            progress.show(f"{share:6.1%} | {n_read / 1e6:,.0f} MB | "
-                          f"{n_read / seconds / 1e6:.1f} MB/s | eta {left:,.0f} s")
-        progress.end()
-        print(f"read {n_read / 1e6:,.1f} MB in {time() - start:.1f} s")
-        if literal:
-            print(f"documents that hold the letters {ENDOFTEXT}: {literal:,}. They are learnt as "
-                  "letters; for documents that end there, write each as a line of a .jsonl file")
-        bad_lines.finish(sum(file.n_docs for file in out.files.values()))
-        if describe(files) != job["inputs"]:
-            raise ValueError(f"{cfg.input}: changed while it was read; give the command again")
-        for split in ("train", "val"):
-            if not any(name.startswith(split) for name in out.files):
-                raise ValueError(f"{cfg.input}: no document fell into the {split} split: give more "
-                                 f"text or another --val_fraction than {cfg.val_fraction}")
-        out.finish(tok, cfg.input)
+    out = TokenFolder(cfg.out_dir, job)
+    if out.finished:
+        open_data(cfg.out_dir)  # raises ValueError if it has been damaged since
+        print(f"{cfg.out_dir} is up to date")
+        return
+    work = partial(encode_batch, tokenizer=cfg.tokenizer, val_fraction=cfg.val_fraction)
+    todo = islice(read_batches(files), out.state["batches"], None)
+    bad_lines = BadLines(cfg.on_bad_line, progress, out.state["bad"])
+    start, first_share, n_read, literal = time(), out.state["share"], 0, 0
+    for parts, bad, n_literal, n_bytes, share in parallel(work, todo, cfg.workers):
+        bad_lines.add(bad)
+        for (split, lang), part in parts.items():
+            out.add(split, lang, *part)
+        out.end_batch(share, bad_lines.kinds)
+        n_read, literal = n_read + n_bytes, literal + n_literal
+        seconds = max(time() - start, 1e-9)
+        left = (1 - share) / max(share - first_share, 1e-9) * seconds
+        progress.show(f"{share:6.1%} | {n_read / 1e6:,.0f} MB | "
+                      f"{n_read / seconds / 1e6:.1f} MB/s | eta {left:,.0f} s")
+    progress.end()
+    print(f"read {n_read / 1e6:,.1f} MB in {time() - start:.1f} s")
+    if literal:
+        print(f"documents that hold the letters {ENDOFTEXT}: {literal:,}. They are learnt as "
+              "letters; for documents that end there, write each as a line of a .jsonl file")
+    bad_lines.finish(sum(file.n_docs for file in out.files.values()))
+    if describe(files) != job["inputs"]:
+        raise ValueError(f"{cfg.input}: changed while it was read; give the command again")
+    for split in ("train", "val"):
+        if not any(name.startswith(split) for name in out.files):
+            raise ValueError(f"{cfg.input}: no document fell into the {split} split: give more "
+                             f"text or another --val_fraction than {cfg.val_fraction}")
+    out.finish(tok, cfg.input)
 
 
 def main() -> None:

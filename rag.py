@@ -31,7 +31,8 @@ from bench import rag as rag_eval
 from configurator import configure, fail
 from plumbing.corpus import language
 from search.documents import Cut, as_utf8, count_pieces, find_documents, read_document, update
-from generate import generate, load_model
+from generate import generate
+from plumbing.loading import load_model
 from search.index import Hit, Index, Mode
 from model import Transformer
 from search.segment import split

@@ -37,8 +37,8 @@ def needed(names: list[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue  # needed on another system or Python only
         found[name] = package.version
-        names += [re.match(r"[\w.-]+", need)[0] for need in package.requires or []
-                  if "extra ==" not in need]
+        names += [name for need in package.requires or [] if "extra ==" not in need
+                  for name in re.findall(r"^[\w.-]+", need)]
     return found
 
 

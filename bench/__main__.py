@@ -5,16 +5,16 @@ How fast it is: beside the limits of the machine, and beside other code that doe
     python -m bench --only=train --nanogpt=../nanoGPT      one job, your clone of nanoGPT beside it
     python -m bench --only=decode --decode_1b              also 1.1B parameters (needs 10 GB)
 
-How samples are taken, and which count: race.py. Figures are medians; "x": calls per second relative
-to the first contender.
+race.py says how samples are taken and which count. Figures are medians; "x" is calls per second
+relative to the first contender.
 
     FLOPs per token = 6 (parameters - those only looked up) + 12 layers (heads x head_dim) T
 
-counts training, for everybody's model; "looked up" are embeddings that are no output head. "mfu":
-FLOP/s over those of a matrix product that took turns with the models. "of_bound": tokens/s over
-those of a program that only reads the weights, as fast as an array whose sum took turns too.
+is counted for everybody's model when it trains; "looked up" are embeddings that are no output head.
+"mfu" is FLOP/s over those of a matrix product that took turns with the models. "of_bound" is
+tokens/s over those of a program that only reads the weights, as fast as an array whose sum took
+turns too.
 """
-import copy
 import io
 import json
 import os
@@ -34,47 +34,44 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench import search as bench_search
-from plumbing import checkpoint
 import data
-from plumbing import examples
-from plumbing import runtime
 import train_dpo
 import train_pt
 import train_rl
 import train_rm
 import train_sft
-from configurator import configure, fail
-from plumbing.jobs import Progress
-from plumbing.examples import Row
+from bench.race import Race
+from bench.search import search
+from configurator import Count, FilePath, NotNegative, configure, fail
+from demo.world import pt_document
 from generate import generate, replies
 from model import ModelConfig, RewardModel, Transformer, rope_table, rotate
-from bench.race import Race
+from plumbing import checkpoint, examples, loading, runtime, terminal
+from plumbing.examples import Row
+from plumbing.jobs import Progress
+from plumbing.log import describe_run
+from plumbing.optim import make_optimizers
 from tokenizer import PATTERN, SPECIALS, count_pieces, dump, load_tokenizer, train_bpe
-from demo.world import pt_document
 
 READ = 256 << 20  # bytes of the array whose sum measures the memory: more than caches hold
+MATMUL = 1024  # rows of the square matrices; twice as many are tried too
+VOCAB, N_LAYER, N_EMBD = 8192, 6, 256  # of the model that is trained; heads are 64 wide
+T, B = 256, 16  # tokens in a window, windows in a batch
+DECODE_EMBD, WRITTEN = 512, 64  # the model that writes has 8 layers; tokens after a prompt of 16
+LR = 1e-5  # so small that no loss reaches 0: tiny numbers are slow on a CPU
 
 
 @dataclass(frozen=True)
 class Config:
     only: str = "limits,train,decode,stages,loader,data,resume,search"  # jobs, comma-separated
-    repeats: int = 7  # good samples of each contender
-    sample_s: float = 1.0  # seconds that a sample lasts at least; below 0.3 others go unnoticed
-    max_foreign: float = 0.1  # part of a core that others may use during a good sample
+    repeats: Count = 7  # good samples of each contender
+    sample_s: NotNegative = 1.0  # least seconds of a sample; below 0.3 others go unnoticed
+    max_foreign: NotNegative = 0.1  # part of a core that others may use during a good sample
     compile: bool = True  # also time compiled models (needs a C++ compiler)
-    nanogpt: str = ""  # folder of a clone of nanoGPT, to train its model too
-    matmul: int = 1024  # rows of the square matrices; twice as many are tried too
-    n_layer: int = 6  # of the model that is trained
-    n_embd: int = 256  # of the model that is trained; heads are 64 wide
-    vocab_size: int = 8192  # of all models, and of the tokenizer that encodes
-    seq_len: int = 256  # tokens in a window of the training batch
-    batch_size: int = 16  # windows in the training batch
-    decode_embd: int = 512  # of the model that writes; it has 8 layers
-    decode_tokens: int = 64  # tokens written behind a prompt of 16
+    nanogpt: FilePath = ""  # folder of a clone of nanoGPT, to train its model too
     decode_1b: bool = False  # also write with 1.1B parameters
-    data_mb: int = 24  # text to encode
-    chunks: int = 100_000  # in the index that is searched
+    data_mb: Count = 24  # text to encode
+    chunks: Count = 100_000  # in the index that is searched
 
 
 class PlainLlama(nn.Module):
@@ -136,122 +133,129 @@ def multiplying(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p not in tables or id(p) in heads)
 
 
-def limits(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
-    squares = {f"matmul {n} {kind}": torch.randn(n, n).to(getattr(torch, kind))
-               for kind in ("float32", "bfloat16") for n in (cfg.matmul, 2 * cfg.matmul)}
-    race = Race("limits", {name: partial(torch.mm, a, a) for name, a in squares.items()}
-                | {"read": torch.ones(READ // 4).sum}, cfg)
-    for name, a in squares.items():
-        race.row(name, 2 * len(a)**3 / race.seconds[name] / 1e9, "GF/s")
-    race.row("read", READ / race.seconds["read"] / 1e9, "GB/s")
-    yield race
+def learner(net: nn.Module, loss: Callable[[nn.Module], Tensor],
+            optimizer: torch.optim.Optimizer | None = None) -> Callable[[], None]:
+    """A training step: forward, backward, clipping, AdamW."""
+    optimizer = optimizer or make_optimizers(net, train_pt.Config(learning_rate=LR))[0]
 
-
-def train(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
-    """Forward, backward, clipping and AdamW step on one batch of random ids, over and over."""
-    V, L, C, T, heads = cfg.vocab_size, cfg.n_layer, cfg.n_embd, cfg.seq_len, cfg.n_embd // 64
-    c = ModelConfig(V, L, heads, max(1, heads // 2), C, 64, 4 * C, T, tied=False)
-    x, y = torch.randint(V, (2, cfg.batch_size, T))
-    lr = 1e-5  # so small that the loss does not reach 0: tiny numbers are slow on a CPU
-    ours, plain, hf = Transformer(c), PlainLlama(c), huggingface(Transformer(c))
-    entries = {  # model, loss, optimizer
-        "ours": (ours, lambda net: train_pt.pt_loss(net(x, hidden=True), ours.lm_head.weight, y)
-                 / y.numel(), train_pt.make_optimizers(ours, train_pt.Config(learning_rate=lr))[0]),
-        "plain Llama": (plain, lambda net: nn.functional.cross_entropy(
-            net(x).flatten(0, 1), y.flatten()), torch.optim.AdamW(plain.parameters(), lr))}
-    if cfg.nanogpt:
-        with redirect_stdout(io.StringIO()):
-            their = runpy.run_path(f"{cfg.nanogpt}/model.py")
-            gpt = their["GPT"](their["GPTConfig"](T, V, L, heads, C, dropout=0.0, bias=False))
-            optimizer = gpt.configure_optimizers(0.1, lr, (0.9, 0.95), "cpu")
-        entries["nanoGPT"] = gpt, lambda net: net(x, y)[1], optimizer
-    if hf is not None:
-        entries["transformers Qwen3"] = (hf, lambda net: net(input_ids=x, labels=x).loss,
-                                         torch.optim.AdamW(hf.parameters(), lr))
-
-    def step(net: nn.Module, loss: Callable[[nn.Module], Tensor], optimizer) -> None:
+    def step() -> None:
         loss(net).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+    return step
 
+
+def shape(max_seq_len: int) -> ModelConfig:
+    """Of the model that is trained."""
+    heads = N_EMBD // 64
+    return ModelConfig(VOCAB, N_LAYER, heads, max(1, heads // 2), N_EMBD, 64, 4 * N_EMBD,
+                       max_seq_len, tied=False)
+
+
+def limits(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+    squares = {f"matmul {n} {kind}": torch.randn(n, n).to(getattr(torch, kind))
+               for kind in ("float32", "bfloat16") for n in (MATMUL, 2 * MATMUL)}
+    race = Race("limits", {name: partial(torch.mm, a, a) for name, a in squares.items()}
+                | {"read": torch.ones(READ // 4).sum}, cfg)
+    for name, a in squares.items():
+        race.speed(name, 2 * len(a)**3 / 1e9, "GF/s")
+    race.speed("read", READ / 1e9, "GB/s")
+    yield race
+
+
+def train(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+    """A training step on one batch of random ids, over and over."""
+    c = shape(T)
+    x, y = torch.randint(VOCAB, (2, B, T))
+    ours, plain, hf = Transformer(c), PlainLlama(c), huggingface(Transformer(c))
+    entries: dict[str, tuple] = {  # model, loss, optimizer
+        "ours": (ours, lambda net: train_pt.pt_loss(net(x, hidden=True), ours.lm_head.weight, y)
+                 / y.numel(), None),
+        "plain Llama": (plain, lambda net: nn.functional.cross_entropy(
+            net(x).flatten(0, 1), y.flatten()), torch.optim.AdamW(plain.parameters(), LR))}
+    if cfg.nanogpt:
+        with redirect_stdout(io.StringIO()):
+            their = runpy.run_path(f"{cfg.nanogpt}/model.py")
+            gpt = their["GPT"](their["GPTConfig"](T, VOCAB, c.n_layer, c.n_head, c.n_embd,
+                                                  dropout=0.0, bias=False))
+            optimizer = gpt.configure_optimizers(0.1, LR, (0.9, 0.95), "cpu")
+        entries["nanoGPT"] = gpt, lambda net: net(x, y)[1], optimizer
+    if hf is not None:
+        entries["transformers Qwen3"] = (hf, lambda net: net(input_ids=x, labels=x).loss,
+                                         torch.optim.AdamW(hf.parameters(), LR))
     if cfg.compile and not (cxx := shutil.which(os.environ.get("CXX", "g++"))):
         print("train   compiled models skipped: no C++ compiler; install g++ or set CXX")
     contenders = {}
     for name, (model, *rest) in entries.items():
-        contenders[f"{name}, eager"] = partial(step, model, *rest)
+        contenders[f"{name}, eager"] = learner(model, *rest)
         if cfg.compile and cxx and name in ("ours", "nanoGPT"):
-            contenders[f"{name}, compiled"] = partial(step, torch.compile(model), *rest)
-    limit = partial(torch.mm, *torch.randn(2, cfg.matmul, cfg.matmul))
+            contenders[f"{name}, compiled"] = learner(torch.compile(model), *rest)
+    limit = partial(torch.mm, *torch.randn(2, MATMUL, MATMUL))
     race = Race("train", contenders | {"limit": limit}, cfg)
     for name in contenders:
-        model, seconds = entries[name.partition(",")[0]][0], race.seconds[name]
-        flops = (6 * multiplying(model) + 12 * L * C * T) * y.numel() / seconds
-        race.row(name, y.numel() / seconds, "tok/s", gflops=flops / 1e9,
-                 mfu=flops * race.seconds["limit"] / (2 * cfg.matmul**3),
-                 params=sum(p.numel() for p in model.parameters()))
+        model = entries[name.partition(",")[0]][0]
+        flops = 6 * multiplying(model) + 12 * c.n_layer * c.n_embd * T
+        flops *= y.numel() / race.seconds[name]
+        race.speed(name, y.numel(), "tok/s", gflops=flops / 1e9,
+                   mfu=flops * race.seconds["limit"] / (2 * MATMUL**3),
+                   params=sum(p.numel() for p in model.parameters()))
     yield race
 
 
 def decode(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
-    """Greedy text behind prompts of 16 tokens: tokens/s of all rows, reading them included."""
-    V, C, n, heads = cfg.vocab_size, cfg.decode_embd, cfg.decode_tokens, cfg.decode_embd // 64
-    shapes = [(V, 8, heads, heads, C, 64, 5 * C // 2), (32_000, 24, 32, 4, 2048, 64, 5632)]
-    for shape in shapes[:1 + cfg.decode_1b]:
-        model = Transformer(ModelConfig(*shape, max_seq_len=16 + n)).eval()
+    """Greedy text after prompts of 16 tokens: tokens/s of all rows, reading them included."""
+    C, n, heads = DECODE_EMBD, WRITTEN, DECODE_EMBD // 64
+    shapes = [(VOCAB, 8, heads, heads, C, 64, 5 * C // 2), (32_000, 24, 32, 4, 2048, 64, 5632)]
+    for sizes in shapes[:1 + cfg.decode_1b]:
+        model = Transformer(ModelConfig(*sizes, max_seq_len=16 + n)).eval()
+        loading.read_weights_with_all_threads(model)
         hf, size = huggingface(model), 4 * multiplying(model)
-        for B in (1, 8):
-            idx = torch.randint(model.config.vocab_size, (B, 16))
+        for rows in (1, 8):
+            idx = torch.randint(model.config.vocab_size, (rows, 16))
             contenders = {"ours": lambda: list(generate(model, idx.tolist(), n, temperature=0.0))}
-            for kind in ("dynamic", "static") if hf is not None else ():
-                contenders[f"transformers, {kind} cache"] = partial(
+            if hf is not None:
+                contenders |= {f"transformers, {kind} cache": partial(
                     hf.generate, idx, attention_mask=torch.ones_like(idx), max_new_tokens=n,
-                    do_sample=False, cache_implementation=kind)
+                    do_sample=False, cache_implementation=kind) for kind in ("dynamic", "static")}
             race = Race("decode", contenders | {"limit": torch.ones(READ // 4).sum}, cfg)
-            bound = B * READ / race.seconds["limit"] / size
+            bound = rows * READ / race.seconds["limit"] / size
             for name in contenders:
-                speed = B * n / race.seconds[name]
-                race.row(name, speed, "tok/s", batch=B, of_bound=speed / bound, mb=size / 1e6)
+                race.speed(name, rows * n, "tok/s", batch=rows, mb=size / 1e6,
+                           of_bound=rows * n / race.seconds[name] / bound)
             yield race
 
 
 def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     """A training step of each stage, in real tokens: rows of T / 8 to T tokens, the second half to
-    be learnt. `learnt`: of the tokens the model reads, padding included. A step of RL writes,
-    scores and learns from 64 replies of 32 tokens to prompts of 16; `writing`: the share of the
+    be learnt. `learnt`: of the tokens that the model reads, padding included. A step of RL writes,
+    scores and learns from 64 replies of 32 tokens to prompts of 16; `writing` is the share of the
     time in which they are written. Then such replies alone, 64 at once and one by one."""
-    V, C, T, B, r = cfg.vocab_size, cfg.n_embd, cfg.seq_len, cfg.batch_size, Random(0)
-    c = ModelConfig(V, cfg.n_layer, C // 64, max(1, C // 128), C, 64, 4 * C, T + 48, tied=False)
-    alone = runtime.setup("cpu", "float32")
+    r, c, alone = Random(0), shape(T + 48), runtime.setup("cpu", "float32")
     sizes = sorted(r.randint(T // 8, T) for _ in range(8 * B))
-    rows = [Row([r.randrange(V) for _ in range(n)], [0] * (n // 2) + [1] * (n - n // 2))
+    rows = [Row([r.randrange(VOCAB) for _ in range(n)], [0] * (n // 2) + [1] * (n - n // 2))
             for n in sizes]
     packed = examples.window_batch([[rows[i] for i in one]
                                     for one in data.pack(sizes, T)[:B]], T)
     padded = examples.window_batch([[row] for row in r.sample(rows, B)], T)
     alike = examples.pad_right(rows[3 * B:4 * B], 0)  # as micro_batches puts pairs together
-    full = torch.randint(V, (2, B, T))
-    prompts, nothing = torch.randint(V, (64, 16)).tolist(), torch.zeros(B // 2)
+    full = torch.randint(VOCAB, (2, B, T))
+    prompts, nothing = torch.randint(VOCAB, (64, 16)).tolist(), torch.zeros(B // 2)
+    reference, judge = Transformer(c), RewardModel(Transformer(c)).requires_grad_(False)
+    of_rl, shares = train_rl.Config(answer_tokens=32, group=8, batch_size=64, rollout_size=64), []
 
-    def trained(make_loss: Callable[[nn.Module], Tensor], net: nn.Module) -> Callable[[], None]:
-        optimizer = train_pt.make_optimizers(net, train_pt.Config(learning_rate=1e-5))[0]
-
-        def step() -> None:
-            make_loss(net).backward()
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        return step
+    def sft(x: Tensor, mask: Tensor, segments: Tensor | None, net: Transformer) -> Tensor:
+        hidden = net(x, hidden=True, segments=segments)
+        return train_sft.sft_loss(hidden, net.lm_head.weight, x, mask) / 1000
 
     def dpo(net: Transformer) -> Tensor:
         logps, n = train_dpo.reply_logps(net, net, *alike[:2], alone)
-        return train_dpo.dpo_loss(*logps.chunk(2), nothing, nothing, *n.chunk(2)).mean()
+        (chosen, rejected), (more, less) = logps.chunk(2), n.chunk(2)
+        return train_dpo.dpo_loss(chosen, rejected, nothing, nothing, more, less).mean()
 
     def rm(net: RewardModel) -> Tensor:
-        return train_rm.rm_loss(*net(alike[0], alike[2]).chunk(2), nothing, 0.01).mean()
-
-    judge, of_rl, shares = RewardModel(Transformer(c)).requires_grad_(False), train_rl.Config(
-        answer_tokens=32, group=8, batch_size=64, rollout_size=64), []
+        chosen, rejected = net(alike[0], alike[2]).chunk(2)
+        return train_rm.rm_loss(chosen, rejected, nothing, 0.01).mean()
 
     def timed_replies(*args, **settings) -> list[list[int]]:
         begin = perf_counter()
@@ -268,58 +272,58 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
         A = train_rl.advantages(rollout.R.view(8, 8), "rloo").flatten()
         return train_rl.reply_losses(net, net, rollout, A, list(range(64)), of_rl, alone)[0].mean()
 
-    losses = {
+    def share(mask: Tensor) -> float:
+        return float(mask.float().mean())
+
+    # loss, tokens, share of them that is learnt (RM: one number of a row)
+    losses: dict[str, tuple[Callable, int, float | None]] = {
         "PT": (lambda net: train_pt.pt_loss(net(full[0], hidden=True), net.lm_head.weight, full[1])
                / full[1].numel(), full[0].numel(), 1.0),
-        "SFT, packed": (lambda net: train_sft.sft_loss(
-            net(packed[0], hidden=True, segments=packed[2]), net.lm_head.weight, *packed[:2])
-            / 1000, int((packed[2] > 0).sum()), float(packed[1].float().mean())),
-        "SFT, padded": (lambda net: train_sft.sft_loss(
-            net(padded[0], hidden=True), net.lm_head.weight, *padded[:2]) / 1000,
-            int((padded[2] > 0).sum()), float(padded[1].float().mean())),
-        "DPO, reference kept": (dpo, int(alike[2].sum()), float((alike[1] >= 0).float().mean())),
-        "RM": (rm, int(alike[2].sum()), None),  # one number of a row
+        "SFT, packed": (partial(sft, *packed), int((packed[2] > 0).sum()), share(packed[1])),
+        "SFT, padded": (partial(sft, *padded[:2], None), int((padded[2] > 0).sum()),
+                        share(padded[1])),
+        "DPO, reference kept": (dpo, int(alike[2].sum()), share(alike[1] >= 0)),
+        "RM": (rm, int(alike[2].sum()), None),
         "RL": (rl, 64 * 48, 32 / 48)}
-    nets = {name: Transformer(c) for name in losses}
-    reference = copy.deepcopy(nets["RL"]).requires_grad_(False)
-    nets["RM"] = RewardModel(nets["RM"])
-    race = Race("stages", {name: trained(make, nets[name])
-                           for name, (make, *_) in losses.items()}, cfg)
-    speed = {name: tokens / race.seconds[name] for name, (_, tokens, _) in losses.items()}
+    race = Race("stages", {
+        name: learner(RewardModel(Transformer(c)) if name == "RM" else Transformer(c), loss)
+        for name, (loss, *_) in losses.items()}, cfg)
+    pt = losses["PT"][1] / race.seconds["PT"]
     for name, (_, tokens, learnt) in losses.items():
         more = {} if learnt is None else {"learnt": learnt}
         if name == "RL":
             more["writing"] = float(np.median(shares)) / race.seconds[name]
-        race.row(name, speed[name], "tok/s", of_pt=speed[name] / speed["PT"], **more)
+        race.speed(name, tokens, "tok/s", of_pt=tokens / race.seconds[name] / pt, **more)
     yield race
     net = Transformer(c).eval()
+    loading.read_weights_with_all_threads(net)
     race = Race("stages", {f"{n} replies at once": partial(
         lambda n: list(generate(net, prompts[:n], 32)), n) for n in (1, 64)}, cfg)
     for (name, seconds), n in zip(race.seconds.items(), (1, 64)):
-        race.row(name, 32 * n / seconds, "tok/s",
-                 of_one=n * race.seconds["1 replies at once"] / seconds)
+        race.speed(name, 32 * n, "tok/s", of_one=n * race.seconds["1 replies at once"] / seconds)
     yield race
 
 
 def loader(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     """Making a batch of inputs and targets; share: of the time our eager model trains on it."""
-    path, V = f"{folder}/random.bin", cfg.vocab_size
-    np.random.default_rng(0).integers(0, V, 20_000_000, np.uint16).tofile(path)
-    file = data.TokenFile(path, np.memmap(path, np.uint16, "r"), V, 0, 0, "", "", "en")
+    path = f"{folder}/random.bin"
+    np.random.default_rng(0).integers(0, VOCAB, 20_000_000, np.uint16).tofile(path)
+    file = data.TokenFile(path, np.memmap(path, np.uint16, "r"), VOCAB, 0, 0, "", "", "en")
     speed = (done["train"].rows[0]["value"] if "train" in done else None) or torch.nan
-    for B, T in ((12, 64), (16, 256), (12, 1024)):
-        windows, starts = data.Windows([file], T, seed=0), iter(range(0, 1 << 62, B))
 
-        def random_crops() -> list[Tensor]:  # a new map, each row cut out and cast by itself
-            ids = np.memmap(path, np.uint16, "r")
-            at = torch.randint(len(ids) - T, (B,)).tolist()
-            return [torch.stack([torch.from_numpy(ids[i + j:i + j + T].astype(np.int64))
-                                 for i in at]) for j in (0, 1)]
+    def random_crops(rows: int, size: int) -> list[Tensor]:
+        ids = np.memmap(path, np.uint16, "r")  # a new map; each row is cut out and cast by itself
+        at = torch.randint(len(ids) - size, (rows,)).tolist()
+        return [torch.stack([torch.from_numpy(ids[i + j:i + j + size].astype(np.int64))
+                             for i in at]) for j in (0, 1)]
 
-        race = Race("loader", {f"Windows.batch {B}x{T}": lambda: windows.batch(next(starts), B),
-                               f"nanoGPT's way {B}x{T}": random_crops}, cfg)
+    for rows, size in ((12, 64), (16, 256), (12, 1024)):
+        windows, starts = data.Windows([file], size, seed=0), iter(range(0, 1 << 62, rows))
+        race = Race("loader", {
+            f"Windows.batch {rows}x{size}": lambda: windows.batch(next(starts), rows),
+            f"nanoGPT's way {rows}x{size}": partial(random_crops, rows, size)}, cfg)
         for name, seconds in race.seconds.items():
-            race.row(name, 1e6 * seconds, "us/batch", share=seconds * speed / (B * T))
+            race.row(name, 1e6 * seconds, "us/batch", share=seconds * speed / (rows * size))
         yield race
 
 
@@ -332,38 +336,37 @@ def prepare(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     paths = [f"{folder}/{name}" for name in ("text.jsonl", "tokenizer.txt", "data")]
     with open(paths[0], "w", encoding="utf-8") as f:
         f.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    ranks = train_bpe(count_pieces(texts[:1000]), cfg.vocab_size - len(SPECIALS))
+    ranks = train_bpe(count_pieces(texts[:1000]), VOCAB - len(SPECIALS))
     Path(paths[1]).write_text(dump(ranks, PATTERN))
     encode = load_tokenizer(paths[1]).encode_ordinary_batch
 
     def with_workers(n: int) -> None:
         shutil.rmtree(paths[2], ignore_errors=True)
         with redirect_stdout(io.StringIO()):
-            data.prepare(data.Config(*paths, workers=n), Progress())
+            data.prepare(data.Config(paths[0], paths[1], paths[2], workers=n), Progress())
 
     race = Race("data", {f"prepare, {n} worker(s)": partial(with_workers, n) for n in (1, 2)} | {
         "tiktoken alone, 1 thread": partial(encode, texts, num_threads=1)}, cfg)
-    for name, seconds in race.seconds.items():
-        race.row(name, size / 1e6 / seconds, "MB/s")
+    for name in race.seconds:
+        race.speed(name, size / 1e6, "MB/s")
     yield race
 
 
 def resume(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     """Checking and loading a checkpoint in the page cache, and making the next batch."""
-    V, C, T = cfg.vocab_size, cfg.n_embd, cfg.seq_len
-    model = Transformer(ModelConfig(V, cfg.n_layer, 4, 4, C, 64, 4 * C, T))
-    optimizer = train_pt.make_optimizers(model, train_pt.Config())[0]
+    model = Transformer(shape(T))
+    optimizer = make_optimizers(model, train_pt.Config())[0]
     model(torch.zeros(1, 1, dtype=torch.long)).sum().backward()
     optimizer.step()  # makes the moments
     saved = {"format": 1, "model": model.state_dict(), "optimizer": [optimizer.state_dict()]}
-    file = data.TokenFile("", np.zeros(1 << 20, np.uint16), V, 0, 0, "", "", "en")
+    file = data.TokenFile("", np.zeros(1 << 20, np.uint16), VOCAB, 0, 0, "", "", "en")
 
     def again(path: Path) -> None:
         os.utime(path)  # as in a new process: its hash has not been checked yet
         state, _ = checkpoint.load(str(path))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"][0])
-        data.Windows([file], T, seed=0).batch(state["step"] * cfg.batch_size, cfg.batch_size)
+        data.Windows([file], T, seed=0).batch(state["step"] * B, B)
 
     paths = {f"at step {n:,}": checkpoint.save(f"{folder}/{n}", n, saved | {"step": n})
              for n in (10, 1_000_000)}
@@ -374,19 +377,18 @@ def resume(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
 
 
 JOBS = {"limits": limits, "train": train, "decode": decode, "stages": stages, "loader": loader,
-        "data": prepare, "resume": resume, "search": bench_search.search}
+        "data": prepare, "resume": resume, "search": search}
 
 
 def main() -> None:
-    cfg, done = configure(Config), {}
+    cfg = configure(Config)
+    done: dict[str, Race] = {}
     if unknown := set(cfg.only.split(",")) - set(JOBS):
         fail(f"--only={cfg.only}: there is no {', '.join(unknown)} among {', '.join(JOBS)}")
     if cfg.nanogpt and not Path(cfg.nanogpt, "model.py").is_file():
         fail(f"--nanogpt={cfg.nanogpt}: no model.py there; give the folder of a clone")
-    if min(cfg.n_embd, cfg.decode_embd) < 64 or cfg.n_embd % 64 or cfg.decode_embd % 64:
-        fail("--n_embd and --decode_embd must be multiples of 64, the width of a head")
     formula = next(line.strip() for line in __doc__.splitlines() if "FLOPs per token" in line)
-    print(runtime.describe_run(runtime.setup("cpu", "float32")), formula, sep="\n")
+    print(describe_run(runtime.setup("cpu", "float32")), formula, sep="\n")
     with tempfile.TemporaryDirectory() as folder:
         for job in cfg.only.split(","):
             for race in JOBS[job](cfg, folder, done):
@@ -395,4 +397,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

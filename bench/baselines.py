@@ -3,9 +3,9 @@ What a language model must beat: counting bytes, and a general-purpose compresso
 
     python -m bench.baselines --data_dir=out/toyworld/data
 
-Both are scored like a model, in bits per byte of UTF-8 text over the whole validation split of each
-language, after reading the training split of that language. A document is its bytes and one symbol
-for its end, which costs bits and has no bytes of its own.
+Both read the training text of a language and are then scored like a model, in bits per byte of
+UTF-8 text over all of its validation text. A document is its bytes and one symbol for its end,
+which costs bits and has no bytes of its own.
 
 The n-gram is interpolated Kneser-Ney with the three discounts of Chen & Goodman (1999), over 257
 symbols. With h the last k symbols, h' all of them but the oldest, and c(hx) how often x follows h:
@@ -15,31 +15,34 @@ symbols. With h the last k symbols, h' all of them but the oldest, and c(hx) how
     D(0) = 0,  D(i) = i - (i + 1) Y n_{i+1} / n_i for i = 1, 2, 3,  D(c > 3) = D(3),
     Y = n_1 / (n_1 + 2 n_2),  n_i: how many hx of this length have c(hx) = i
 
-Below the longest length c(hx) is not how often hx occurs but how many different symbols precede it.
-Every D is 0.5 where one of n_1 … n_4 is 0, and 0.1 at least. m(h) is what the discounts took away,
-so each P_k sums to 1. The compressor is xz: size(training + validation) - size(training).
+Below the longest length c(hx) counts not how often hx occurs but how many different symbols come
+before it. Every D is at least 0.1, and 0.5 where one of n_1 … n_4 is 0. m(h) is what the discounts
+took away, so each P_k sums to 1. The compressor is xz, and its score is what the validation text
+adds to the size of the training text.
 """
 import json
 import lzma
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from configurator import configure, fail
+from configurator import FilePath, Natural, configure, fail
 from data import TokenFile, open_data
+from plumbing import terminal
 from tokenizer import Tokenizer
 
-END = 256  # the symbol behind the last byte of a document
-BASE = 257  # a context and the symbol behind it are one number, its digits to this base
+END = 256  # the symbol after the last byte of a document
+BASE = 257  # a context and the symbol after it are one number, its digits to this base
 CHUNK = 1 << 22  # symbols scored at once: bounds memory
 
 
 @dataclass(frozen=True)
 class Config:
-    data_dir: str = "out/toyworld/data"  # folder written by data.py
-    order: int = 5  # bytes the n-gram looks back
+    data_dir: FilePath = "out/toyworld/data"  # folder written by data.py
+    order: Natural = 5  # bytes the n-gram looks back, at most 6
     xz: bool = True  # also run the compressor, by far the slower of the two
 
 
@@ -61,9 +64,8 @@ def symbols(tok: Tokenizer, file: TokenFile) -> np.ndarray:
     return text
 
 
-@dataclass
-class Level:
-    """Counts for contexts of one length k. Arrays of the same line belong together."""
+class Level(NamedTuple):
+    """Counts for contexts of one length k."""
     grams: np.ndarray  # sorted numbers of k + 1 symbols: context, then the next symbol
     counts: np.ndarray  # c(hx)
     contexts: np.ndarray  # sorted numbers of k symbols
@@ -149,8 +151,8 @@ def xz_bits(train: np.ndarray, val: np.ndarray) -> float:
 
 def run(cfg: Config) -> None:
     """One line per language, then all of it as JSON. Raises ValueError for unusable data."""
-    if not 0 <= cfg.order <= 6:  # 257^8 does not fit in 64 bits
-        raise ValueError(f"--order={cfg.order} must lie between 0 and 6")
+    if cfg.order > 6:  # 257^8 does not fit in 64 bits
+        raise ValueError(f"--order={cfg.order} must be at most 6")
     tok, splits = open_data(cfg.data_dir)
     train_files = {f.lang: f for f in splits["train"]}
     results = {}
@@ -179,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -4,43 +4,43 @@ What a model of a config costs before anything is bought: memory of each stage, 
     python -m bench.estimate config/pt_1b.py
     python -m bench.estimate config/pt_7b.py --gpus=64 --mfu=0.45 --batch_size=2
 
-Settings of train_pt.py say how large the model and a batch are; those of this script (--help) what
-it runs on. Memory is per GPU, by the formulas of costs.py, and leaves out what CUDA and NCCL take
-for themselves (a few GB). Days are 20 tokens for each parameter (Hoffmann et al. 2022) at
+The settings of train_pt.py give the sizes of the model and of a batch, those of this script
+(--help) what it runs on. Memory is per GPU, by the formulas of costs.py; CUDA and NCCL take a few
+GB more.
+Days are the time for 20 tokens for each parameter (Hoffmann et al. 2022) at
 
     tokens / s = gpus x peak x mfu / FLOPs per token
 """
-import io
 import sys
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, fields
 
 import train_pt
-from configurator import configure, fail
-from plumbing.costs import (count_parameters, flops_per_token, judging_memory, lora_parameters,
-                   training_memory, writing_memory)
+from configurator import Count, Positive, configure, fail
 from model import ModelConfig
+from plumbing import terminal
+from plumbing.costs import (count_parameters, flops_per_token, judging_memory, lora_parameters,
+                            training_memory, writing_memory)
 
 STAGES = ("pt", "sft", "lora", "rm", "dpo", "rl")
 
 
 @dataclass(frozen=True)
 class Config:
-    vocab_size: int = 65_536  # tokens of the tokenizer
-    gpus: int = 8  # as many processes
-    gpu_gb: float = 80.0  # memory of one, in 10^9 bytes
-    peak_tflops: float = 989.0  # of one, 10^12 dense bf16 operations a second: H100
-    mfu: float = 0.4  # share of the peak that goes into the model
-    lora_rank: int = 16  # of the stage lora
-    rollout_size: int = 64  # replies that a GPU writes at once in RL
-    written: int = 1024  # tokens of a prompt and its reply, half of them each
+    vocab_size: Count = 65_536  # tokens of the tokenizer
+    gpus: Count = 8  # as many processes
+    gpu_gb: Positive = 80.0  # memory of one, in 10^9 bytes
+    peak_tflops: Positive = 989.0  # of one, 10^12 dense bf16 operations a second: H100
+    mfu: Positive = 0.4  # share of the peak that goes into the model
+    lora_rank: Count = 16  # of the stage lora
+    rollout_size: Count = 64  # replies that a GPU writes at once in RL
+    written: Count = 1024  # tokens of a prompt and its reply, half of them each
 
 
 def stage_memory(stage: str, config: ModelConfig, batch_size: int, cfg: Config, shards: int,
                  recompute: bool) -> int:
-    """Bytes on each GPU at the fullest moment of a stage in bf16 with AdamW, training or writing. Pairs are
-    two rows; DPO holds the reference while it is judged, RL the reference and a reward model of
-    the same size all the time."""
+    """Bytes on each GPU at the fullest moment of a stage in bf16 with AdamW, training or writing.
+    Pairs are two rows. DPO holds the reference while it is judged; RL holds the reference and a
+    reward model of the same size all the time."""
     rows = 2 * batch_size if stage in ("rm", "dpo") else batch_size
     learnt = lora_parameters(config, cfg.lora_rank) if stage == "lora" else None
     parts = training_memory(config, rows, config.max_seq_len, accumulate=2, width=2, trained=learnt,
@@ -87,17 +87,13 @@ def report(config: ModelConfig, batch_size: int, cfg: Config) -> str:
 def main() -> None:
     names = {f"--{f.name}" for f in fields(Config)} | {"--help", "-h"}
     own = [arg for arg in sys.argv[1:] if arg.partition("=")[0] in names]
-    quiet = nullcontext() if {"--help", "-h"} & set(own) else redirect_stdout(io.StringIO())
-    with quiet:
-        cfg = configure(Config, own)
-        trained = configure(train_pt.Config, [arg for arg in sys.argv[1:] if arg not in own])
+    cfg = configure(Config, own, show=False)
+    trained = configure(train_pt.Config, [a for a in sys.argv[1:] if a not in own], show=False)
     try:
-        if min(vars(cfg).values()) <= 0:
-            raise ValueError("every setting must be positive")
         print(report(train_pt.shape(trained, cfg.vocab_size), trained.batch_size, cfg))
     except ValueError as error:
         fail(f"{error}")
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -6,16 +6,15 @@ How fast it is on a GPU, and whether it computes there what it computes on a CPU
 
 agree    logits in fp32 (without TF32) and bf16, and greedy text, against those of the CPU; off by
          |difference| / |logits|
-train    train_pt.py itself, on random text: the speed it prints for the last ten of `steps` steps
-stages   a portion of batch_size windows forward and back with the loss of PT, with that of SFT
-         (chats of T / 4 tokens, packed, each masked off from the others) and with that of DPO
+train    train_pt.py itself, on random text: the speed it prints for the last ten of STEPS steps
+stages   batch_size windows forward and back with the loss of PT, with that of SFT (chats of T / 4
+         tokens, packed, each masked off from the others) and with that of DPO
 decode   greedy text with bf16 weights: tokens/s, and the bytes of weights and cache that a step
          reads, per second, beside those that a copy within the memory reads and writes
 
-Each figure is a line, and a line of JSON. Times of stages and decode are medians of `repeats` runs,
+Each figure is a line, and a line of JSON. Times of stages and decode are medians of REPEATS runs,
 each from one synchronisation to the next.
 """
-import io
 import json
 import re
 import subprocess
@@ -23,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,30 +31,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plumbing import runtime
-from plumbing import sharding
 import train_dpo
 import train_pt
 import train_sft
 from configurator import configure, fail
 from generate import generate
 from model import ModelConfig, Transformer
+from plumbing import runtime, sharding, terminal
+from plumbing.log import describe_run
 from tokenizer import PATTERN, SPECIALS, dump
 
-HERE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB = 65_536  # of all models: the single bytes, and most pairs of bytes
+STEPS, MICRO_STEPS = 30, 8  # of train_pt.py, a multiple of ten; micro-steps in each
+WRITTEN, AT_ONCE = 128, (1, 64)  # tokens after a prompt of 16; texts written at once
+REPEATS = 5  # timed runs of each figure
 
 
 @dataclass(frozen=True)
 class Config:
     only: str = "agree,train,stages,decode"  # jobs, comma-separated
     configs: str = "config/pt_124m.py,config/pt_1b.py"  # models, comma-separated
-    vocab_size: int = 65_536  # of all models; 65,796 at most
-    steps: int = 30  # optimizer steps that train_pt.py makes, a multiple of ten
-    micro_steps: int = 8  # portions of batch_size windows in an optimizer step of train_pt.py
     modes: str = "eager,compiled"  # of train, comma-separated; stages are compiled if it says so
-    decode_tokens: int = 128  # tokens written behind a prompt of 16
-    decode_rows: str = "1,64"  # texts written at once, comma-separated
-    repeats: int = 5  # timed runs of each figure
     device: Literal["cuda", "cpu"] = "cuda"  # where to compute; cpu: to try this program out
 
 
@@ -76,15 +72,14 @@ def seconds(work: Callable[[], object], cfg: Config) -> float:
         wait()
         return time.perf_counter() - start
     once()  # compiles, allocates
-    return float(np.median([once() for _ in range(cfg.repeats)]))
+    return float(np.median([once() for _ in range(REPEATS)]))
 
 
 def models(cfg: Config) -> Iterator[tuple[str, train_pt.Config, ModelConfig]]:
     """Name, settings and shape of each of the --configs."""
     for path in cfg.configs.split(","):
-        with redirect_stdout(io.StringIO()):
-            pt = configure(train_pt.Config, [path])
-        yield Path(path).stem, pt, train_pt.shape(pt, cfg.vocab_size)
+        pt = configure(train_pt.Config, [path], show=False)
+        yield Path(path).stem, pt, train_pt.shape(pt, VOCAB)
 
 
 def agree(cfg: Config) -> None:
@@ -112,44 +107,42 @@ def agree(cfg: Config) -> None:
     torch.set_float32_matmul_precision(precision)
 
 
-def write_text(cfg: Config, folder: str) -> None:
+def write_data(folder: str) -> None:
     """Random text, and a tokenizer for it whose tokens are all bytes and then pairs of bytes."""
     words = np.random.default_rng(0).integers(97, 123, (2000, 2000), np.uint8)
     with open(f"{folder}/text.jsonl", "w") as f:
         f.writelines(json.dumps({"text": bytes(w).decode()}) + "\n" for w in words)
     ranks = [bytes([a]) for a in range(256)] + [bytes([a, b]) for a in range(256)
                                                 for b in range(256)]
-    text = dump(ranks[:cfg.vocab_size - len(SPECIALS)], PATTERN)
-    Path(f"{folder}/tokenizer.txt").write_text(text)
+    Path(f"{folder}/tokenizer.txt").write_text(dump(ranks[:VOCAB - len(SPECIALS)], PATTERN))
     subprocess.run([sys.executable, "data.py", f"--input={folder}/text.jsonl",
-                    f"--tokenizer={folder}/tokenizer.txt", f"--out_dir={folder}/data"], cwd=HERE,
+                    f"--tokenizer={folder}/tokenizer.txt", f"--out_dir={folder}/data"], cwd=ROOT,
                    check=True, stdout=subprocess.DEVNULL)
 
 
 def train(cfg: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        write_text(cfg, folder)
+        write_data(folder)
         for path, (name, pt, _) in zip(cfg.configs.split(","), models(cfg)):
             for mode in cfg.modes.split(","):
-                tokens = pt.batch_size * pt.max_seq_len * cfg.micro_steps
-                process = subprocess.Popen(
-                    [sys.executable, "train_pt.py", path, f"--data_dir={folder}/data",
-                     f"--out_dir={folder}/out", f"--compile={mode == 'compiled'}",
-                     f"--batch_tokens={tokens}", f"--max_steps={cfg.steps + 1}",
-                     "--warmup_steps=1", "--log_every=10", "--eval_tokens=1", "--sample_every=0",
-                     "--save_every=1000000", f"--device={cfg.device}"],
-                    cwd=HERE, stdout=subprocess.PIPE, text=True)
-                line = ""
-                while not line.startswith(f"step {cfg.steps:>6,}/"):
-                    if not (line := process.stdout.readline()):
+                tokens = pt.batch_size * pt.max_seq_len * MICRO_STEPS
+                with subprocess.Popen(
+                        [sys.executable, "train_pt.py", path, f"--data_dir={folder}/data",
+                         f"--out_dir={folder}/out", f"--compile={mode == 'compiled'}",
+                         f"--batch_tokens={tokens}", f"--max_steps={STEPS + 1}",
+                         "--warmup_steps=1", "--log_every=10", "--eval_tokens=1",
+                         "--sample_every=0", "--save_every=1000000", f"--device={cfg.device}"],
+                        cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+                    for line in process.stdout or ():
+                        if line.startswith(("memory", "step")):
+                            print(line, end="", flush=True)
+                        if line.startswith(f"step {STEPS:>6,}/"):
+                            process.kill()  # before it saves: 1B parameters are 12 GB
+                            break
+                    else:
                         fail(f"train_pt.py {path}: ended early, see above")
-                    if line.startswith(("memory", "step")):
-                        print(line, end="", flush=True)
-                process.kill()  # before it saves: 1B parameters are 12 GB
-                process.wait()
-                speed, mfu = re.search(r"([\d,]+) tok/s \| mfu (\S+) ", line).groups()
-                row("train", f"{name}, {mode}", float(speed.replace(",", "")), "tok/s",
-                    mfu=mfu)
+                speed, mfu = re.findall(r"([\d,]+) tok/s \| mfu (\S+) ", line)[0]
+                row("train", f"{name}, {mode}", float(speed.replace(",", "")), "tok/s", mfu=mfu)
 
 
 def stages(cfg: Config) -> None:
@@ -161,7 +154,7 @@ def stages(cfg: Config) -> None:
         idx, targets = torch.randint(shape.vocab_size, (2, B, T), device=cfg.device)
         segments = (torch.arange(T, device=cfg.device) // (T // 4)).expand(B, -1) + 1
         mask = torch.arange(T, device=cfg.device).expand(B, -1) % (T // 4) > 0
-        zero = torch.zeros(B // 2, device=cfg.device)
+        zero, first = torch.zeros(B // 2, device=cfg.device), 0.0
 
         def pt_loss() -> Tensor:
             return train_pt.pt_loss(net(idx, hidden=True), model.lm_head.weight, targets)
@@ -172,7 +165,8 @@ def stages(cfg: Config) -> None:
 
         def dpo_loss() -> Tensor:
             logps, n = train_dpo.reply_logps(net, model, idx, targets, here)
-            return train_dpo.dpo_loss(*logps.chunk(2), zero, zero, *n.chunk(2)).mean()
+            (chosen, rejected), (more, less) = logps.chunk(2), n.chunk(2)
+            return train_dpo.dpo_loss(chosen, rejected, zero, zero, more, less).mean()
 
         def learn(loss: Callable[[], Tensor]) -> None:
             with here.autocast():
@@ -182,12 +176,12 @@ def stages(cfg: Config) -> None:
 
         for loss in (pt_loss, sft_loss, dpo_loss):
             speed = B * T / seconds(partial(learn, loss), cfg)
-            first = speed if loss is pt_loss else first
+            first = first or speed
             row("stages", f"{name}, {loss.__name__}", speed, "tok/s", of_pt=speed / first)
 
 
 def decode(cfg: Config) -> None:
-    """Time of `decode_tokens` steps less that of one, so that reading the prompt is not in it."""
+    """Time of WRITTEN steps less that of one, so that reading the prompt is not in it."""
     array = torch.ones(1 << 28, device=cfg.device)  # 1 GiB
     other = torch.empty_like(array)
     limit = 2 * 4 * len(array) / seconds(lambda: other.copy_(array), cfg)
@@ -196,13 +190,13 @@ def decode(cfg: Config) -> None:
         model = Transformer(shape).to(cfg.device, torch.bfloat16).eval()
         read = 2 * (sum(p.numel() for p in model.parameters())
                     - (0 if shape.tied else model.embed_tokens.weight.numel()))
-        for B in map(int, cfg.decode_rows.split(",")):
+        for B in AT_ONCE:
             prompts = torch.randint(shape.vocab_size, (B, 16)).tolist()
             took = [seconds(lambda: list(generate(model, prompts, n, temperature=0)), cfg)
-                    for n in (1, 1 + cfg.decode_tokens)]
-            step = (took[1] - took[0]) / cfg.decode_tokens
+                    for n in (1, 1 + WRITTEN)]
+            step = (took[1] - took[0]) / WRITTEN
             cached = 2 * 2 * B * shape.n_layer * shape.n_kv_head * shape.head_dim * (
-                16 + cfg.decode_tokens / 2)
+                16 + WRITTEN / 2)
             row("decode", f"{name}, {B} at once", B / step, "tok/s", gb_per_s=(read + cached)
                 / step / 1e9, of_copy=(read + cached) / step / limit, ms_per_step=1000 * step)
 
@@ -214,15 +208,13 @@ def main() -> None:
     cfg = configure(Config)
     if unknown := set(cfg.only.split(",")) - set(JOBS):
         fail(f"--only={cfg.only}: there is no {', '.join(unknown)} among {', '.join(JOBS)}")
-    if cfg.steps < 10 or cfg.steps % 10 or cfg.vocab_size > 256 + 65_536 + len(SPECIALS):
-        fail("--steps must be a multiple of ten, and --vocab_size at most 65,796")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         fail("--device=cuda: no CUDA device here; python -m bench measures a CPU")
-    print(runtime.describe_run(runtime.setup(cfg.device)))
+    print(describe_run(runtime.setup(cfg.device)))
     list(models(cfg))  # a mistake in a config is told before anything is measured
     for job in cfg.only.split(","):
         JOBS[job](cfg)
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -1,13 +1,11 @@
 """
-Timing on a machine that does other things too: contenders take turns, and a sample during which
-somebody else computed does not count.
+Timing on a machine that does other things too.
 
 The contenders of a job take turns (A B A B …) in one process. A sample is work repeated for
-`sample_s` seconds; one during which other processes used more than `max_foreign` of a core is
-thrown away and counted. Figures are medians; "x": calls per second relative to the first.
+`sample_s` seconds. One during which other processes used more than `max_foreign` of a core is
+thrown away and counted. Figures are medians; "x" is calls per second relative to the first.
 """
 import os
-import resource
 import time
 from collections.abc import Callable
 
@@ -18,14 +16,13 @@ import torch
 def used_by_others() -> float:
     """CPU seconds used so far by all processes but this one and its children that have ended; 0
     where there is no /proc/stat: then every sample is good."""
-    own = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     try:
         with open("/proc/stat") as f:
             user, nice, system, _, _, irq, softirq, steal = map(int, f.readline().split()[1:9])
     except OSError:
         return 0.0
     ticks = user + nice + system + irq + softirq + steal  # all but idle and iowait
-    return ticks / os.sysconf("SC_CLK_TCK") - sum(u.ru_utime + u.ru_stime for u in own)
+    return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 class Race:
@@ -50,6 +47,10 @@ class Race:
             if min(map(len, self.good.values())) >= cfg.repeats:
                 break
         self.seconds = {k: float(np.median(v)) if v else torch.nan for k, v in self.good.items()}
+
+    def speed(self, name: str, amount: float, unit: str, **notes: float) -> None:
+        """`row` of how much of something a call does in a second."""
+        self.row(name, amount / self.seconds[name], unit, **notes)
 
     def row(self, name: str, value: float, unit: str, **notes: float) -> None:
         """Print one figure, and keep it for the JSON lines."""

@@ -35,7 +35,7 @@ import numpy as np
 
 from plumbing.corpus import find_files, read_batches
 from plumbing.jobs import Progress
-from plumbing.jsonl import FieldError, parse_records
+from plumbing.jsonl import LineError, parse_records
 from search.documents import PIECE, count_pieces
 from search.embed import Embed
 from plumbing.examples import evenly_spaced
@@ -93,7 +93,7 @@ def read_records(paths: str, what: str) -> list[dict]:
         for field in FIELDS[what]:
             kind = list if field == "answers" else str
             if not isinstance(row.get(field), kind):
-                raise FieldError(field, "field missing or of a wrong type",
+                raise LineError(field, "field missing or of a wrong type",
                                  f"'{field}' must be a {kind.__name__}")
         return row
 

@@ -3,7 +3,7 @@ How fast documents are split, indexed and searched: the rows `search` of `python
 
     python -m bench --only=search
 """
-import resource
+import mmap
 import shutil
 import time
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def write_note(rng: np.random.Generator, lang: str, paragraphs: int) -> str:
 def resident() -> float:
     """Bytes of this process in memory; nan where there is no /proc."""
     try:
-        return float(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        return float(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
     except OSError:
         return torch.nan
 

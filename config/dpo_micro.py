@@ -1,13 +1,13 @@
 """
-The demo's preference optimisation, on pairs of the reward model's world. 2 CPU cores, about
-3 minutes.
-
-Of the pairs 40 % differ in the value, and there the loss never has enough: the wrong one is pushed
-down without end, and what is near it in the vocabulary with it, so that 5 % of the replies are
-garbled (seed 0, beta 0.3). label_smoothing is the cure: no pair is worth more than a margin of
-logit(0.9) = 2.2, and beta can be low enough for the styles, whose margins are small.
+The demo's preference optimisation, on pairs drawn like the rankings of the reward model. 2 CPU
+cores, about 3 minutes.
 
     python train_dpo.py config/dpo_micro.py
+
+In 40 % of the pairs the rejected reply has a wrong value, and there plain DPO never has enough: it
+pushes the wrong value down without end, and similar words with it, until 5 % of the replies are
+garbled (seed 0, beta 0.3). label_smoothing is the cure. It makes no margin worth more than
+logit(0.9) = 2.2, so that beta can be low enough for the styles, whose margins are small.
 """
 init_from = "out/demo/sft"
 data = "out/demo/world/pairs.jsonl"

@@ -4,10 +4,10 @@ The demo's reward model: 24,000 rankings of four replies, whose order was drawn 
 
     python train_rm.py config/rm_micro.py
 
-The styles are learnt within 100 steps. That a value is wrong can only be seen by comparing it with
-the context, and from plain pairs over contexts of all lengths that was not learnt at all (51 %
-after 1,000 steps). Short contexts first and three wrong-against-right comparisons for each context
-make it form.
+The model learns the styles within 100 steps. To see that a value is wrong it must compare the reply
+with the context. From plain pairs over contexts of all lengths it did not learn that at all: 51 %
+right after 1,000 steps. It learns it when short contexts come first (curriculum) and when each
+context brings three comparisons of a right value with a wrong one (rankings).
 """
 init_from = "out/demo/sft"
 data = "out/demo/world/rankings.jsonl"

@@ -4,9 +4,9 @@ The demo's fine-tuning: questions about facts in the context, in two languages a
 
     python train_sft.py config/sft_micro.py
 
-What a chat teaches about reading its context is the value in each answer, one token of twenty:
-with one question to a context 800 steps left 20 % of the answers wrong, with up to six questions
-2,000 steps leave 2 %, at a level rate near that of pre-training. At half of it 9 % were wrong.
+Only the value in an answer teaches the model to read its context, and that is one token of twenty.
+With one question to a context, 800 steps left 20 % of the answers wrong; with up to six questions,
+2,000 steps leave 2 %. The rate is level and near that of pre-training: half of it left 9 % wrong.
 """
 init_from = "out/demo/pt"
 data = "out/demo/world/chat.jsonl"

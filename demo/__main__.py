@@ -3,11 +3,11 @@ The whole ladder on a laptop: makes the toy world, climbs PT -> SFT -> RM -> DPO
 
     make demo        or        python -m demo [--out_dir=out/demo]
 
-Each stage is a script of this folder, run by the command line that is printed before it; the same
-command again goes on where it was stopped. The report, with curves where matplotlib is installed,
-judges every stage on names that are in no training file (world.py), by a program that knows the
-right answers and not by the reward model; gates were fixed before the runs and stand beside the
-figures, with controls and ceilings.
+Each stage is a script of this project. The command line that runs it is printed first, and the same
+`python -m demo` again goes on where it was stopped. The report judges every stage on names that are
+in no training file (world.py), by a program that knows the right answers and not by the reward
+model. Its gates were fixed before the runs and stand beside the figures, with controls and
+ceilings. It has curves where matplotlib is installed.
 """
 import json
 import os
@@ -20,19 +20,22 @@ from pathlib import Path
 
 import torch
 
-from configurator import configure, fail
-from plumbing.files import write_text
+from configurator import Count, FilePath, Share, configure, fail
 from demo.curves import draw
-from generate import load_model
-from demo.judge import (judge_answers, judge_chats, judge_pt, judge_rag, judge_rl, judge_rm, samples)
+from demo.judge import (judge_answers, judge_chats, judge_pt, judge_rag, judge_rl, judge_rm,
+                        samples, table)
+from demo.world import show
+from plumbing.loading import load_model
+from plumbing import terminal
+from plumbing.files import write_text
 
 
 @dataclass(frozen=True)
 class Config:
-    out_dir: str = "out/demo"  # everything the demo makes goes here
+    out_dir: FilePath = "out/demo"  # everything that the demo makes goes here
     seed: int = 0  # of the world and of the training
-    n_train: int = 100_000  # documents of the world to train on
-    share: float = 1.0  # of the steps of every stage; less, with less data, is to try things out
+    n_train: Count = 100_000  # documents of the world to train on
+    share: Share = 1.0  # of the steps of every stage; less, with less data, is to try things out
 
 
 STAGES = ("pt", "sft", "rm", "dpo", "rl", "rag")
@@ -40,7 +43,7 @@ WRITERS = ("pt", "sft", "dpo", "rl")  # the stages whose model can answer
 
 
 def run(*words: str) -> None:
-    """Run a command of this folder as a user would; its failure ends the demo with its exit code."""
+    """Run a command as a user would; its failure ends the demo with its exit code."""
     print(f"\n$ python {' '.join(words)}", flush=True)
     child = subprocess.Popen([sys.executable, *words])
     try:
@@ -54,7 +57,7 @@ def run(*words: str) -> None:
 
 
 def keep_settings(cfg: Config) -> None:
-    """Settings of the runs in out_dir; a run with others would go on with what they made."""
+    """Note the settings in out_dir; a run with others would go on with what these have made."""
     path = Path(cfg.out_dir) / "settings.json"
     ours = {"seed": cfg.seed, "n_train": cfg.n_train, "share": cfg.share}
     try:
@@ -70,45 +73,41 @@ def keep_settings(cfg: Config) -> None:
 
 def report(cfg: Config, start: float) -> str:
     """Judge all stages; the report as Markdown, its gates first."""
-    out = Path(cfg.out_dir)
+    out, n = Path(cfg.out_dir), max(20, round(1000 * cfg.share))
     world = out / "world"
     models = {stage: load_model(str(out / stage), torch.device("cpu"), torch.float32)
               for stage in WRITERS}
-    lines, gates = judge_pt(world, *models["pt"], cfg.seed)
-    n = max(20, round(1000 * cfg.share))
-    said, found = judge_answers(world, models, n, cfg.seed)
-    lines, gates = [*lines, *said, *judge_chats(world, models, n)], gates + found
-    for part, found in (judge_rm(out, world), judge_rl(out, runpy.run_path("config/rl_micro.py")),
-                        judge_rag(out, min(n, 240), models["sft"], cfg.seed)):
-        lines, gates = lines + part, gates + found
-    gates.sort(key=lambda gate: STAGES.index(gate.stage.lower()))
-    table = ["# What the demo learnt", "",
-             "| stage | figure | measured | gate | passed | beside it |",
-             "|---|---|---|---|---|---|"]
-    for g in gates:
-        passed = "yes" if g.low <= g.value <= g.high else "NO"
-        table.append(f"| {g.stage} | {g.what} | {g.value:.3f} | {g.low:.2f} … {g.high:.2f} | "
-                     f"{passed} | {g.note} |")
-    lines = [*table, "", *lines, *samples(world, models, cfg.seed),
-             f"Up to here this command took {(time.time() - start) / 60:.1f} minutes on "
-             f"{os.cpu_count()} cores; seed {cfg.seed}, {cfg.share:.0%} of the steps.", ""]
-    return "\n".join(lines)
+    parts = [judge_pt(world, *models["pt"], cfg.seed), judge_answers(world, models, n, cfg.seed),
+             (judge_chats(world, models, n), []), judge_rm(out, world),
+             judge_rl(out, runpy.run_path("config/rl_micro.py")),
+             judge_rag(out, min(n, 240), models["sft"], cfg.seed)]
+    gates = sorted((gate for _, gates in parts for gate in gates),
+                   key=lambda gate: STAGES.index(gate.stage.lower()))
+    head, *lines = table("What the demo learnt", "", ["stage", "figure", "measured", "gate",
+                                                      "passed", "beside it"], [
+        [g.stage, g.what, f"{g.value:.3f}", f"{g.low:.2f} … {g.high:.2f}",
+         "yes" if g.low <= g.value <= g.high else "NO", g.note] for g in gates])
+    return "\n".join([
+        head.removeprefix("#"), *lines, *(line for lines, _ in parts for line in lines),
+        *samples(world, models, cfg.seed),
+        f"Up to here this command took {(time.time() - start) / 60:.1f} minutes on "
+        f"{os.cpu_count()} cores; seed {cfg.seed}, {cfg.share:.0%} of the steps.", ""])
 
 
 def main() -> None:
     cfg = configure(Config)
-    if not 0 < cfg.share <= 1:
-        fail(f"--share={cfg.share} must lie between 0 and 1")
     os.chdir(Path(__file__).resolve().parent.parent)
     keep_settings(cfg)
+    print("Every document of this world invents new facts, so the model must copy from what it "
+          "reads.\nAsk it like this, context and question together:\n\n" + show(cfg.seed))
     start = time.time()
     world, data, tok = (os.path.join(cfg.out_dir, n) for n in ("world", "data", "tokenizer.txt"))
     text = f"{world}/pt.jsonl"
     if not os.path.exists(f"{world}/floor.json"):
         less = [] if cfg.share == 1 else ["--n_chat=4000", "--n_pairs=2000", "--n_rankings=2000",
                                           f"--n_val={max(300, round(2000 * cfg.share))}"]
-        run("-m", "demo.world", f"--out_dir={world}", f"--seed={cfg.seed}", f"--n_train={cfg.n_train}",
-            *less)
+        run("-m", "demo.world", f"--out_dir={world}", f"--seed={cfg.seed}",
+            f"--n_train={cfg.n_train}", *less)
     if not os.path.exists(tok):
         run("tokenizer.py", f"--input={text},{world}/chat.jsonl", "--vocab_size=512",
             f"--out={tok}")
@@ -149,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -1,12 +1,11 @@
 """
 The curves of the demo: what each stage's log.jsonl says, beside what it can reach at best.
 
-    python -m demo.curves [--out_dir=out/demo]
+    python -m demo.curves [--out_dir=out/demo]      writes curves.png there; pip install matplotlib
 
-One picture, curves.png, a panel for each stage that has a log. Dashed lines are known before the
-run: the entropy of the text (no model gets below it), log 2 (a model that cannot tell two replies
-apart), the best log-loss that the drawn labels allow, the budget of the KL. Needs matplotlib:
-pip install matplotlib; without it a line says so and nothing is drawn.
+The picture has a panel for each stage that has a log. Dashed lines are known before the run: the
+entropy of the text (no model gets below it), log 2 (the loss of a model that cannot tell two
+replies apart), the best log-loss that the drawn labels allow, the budget of the KL.
 """
 import json
 import math
@@ -16,56 +15,48 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from configurator import configure, fail
+from configurator import FilePath, configure, fail
+from plumbing import terminal
 
 Points = dict[str, tuple[list[float], list[float]]]  # name of a curve: steps, values
 
 
 @dataclass(frozen=True)
 class Config:
-    out_dir: str = "out/demo"  # of the demo; the picture goes there too
+    out_dir: FilePath = "out/demo"  # of the demo; the picture goes there too
 
 
 def read(path: Path, figures: Callable[[dict], dict[str, float]]) -> Points:
     """The curves of a log: `figures` gives for a record the values it has, by name of the curve."""
     found: Points = {}
-    with open(path, encoding="utf-8") as f:
-        for record in map(json.loads, f):
-            for name, value in figures(record).items():
-                steps, values = found.setdefault(name, ([], []))
-                steps.append(record["step"])
-                values.append(value)
+    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        for name, value in figures(record).items():
+            steps, values = found.setdefault(name, ([], []))
+            steps.append(record["step"])
+            values.append(value)
     return found
-
-
-def of_languages(key: str | None) -> Callable[[dict], dict[str, float]]:
-    """Held-out figures of each language: `key` of each, or the number itself."""
-    return lambda record: {lang: value if key is None else value[key]
-                           for lang, value in record.get("val", {}).items()}
 
 
 def panels(out: Path) -> list[tuple[str, str, Points, dict[str, float]]]:
     """(title, unit, curves, dashed lines) of the stages that have a log."""
-    floor = {}
-    if (out / "world/floor.json").exists():
-        floor = json.loads((out / "world/floor.json").read_text(encoding="utf-8"))
-    entropy = {f"floor {lang}": bits for lang, bits in floor.get("pt", {}).items()
-               if lang != "all"}
-    bayes = floor.get("pairs_heldout_bayes")
+    floor, file = {}, out / "world/floor.json"
+    if file.exists():
+        floor = json.loads(file.read_text(encoding="utf-8"))
+    entropy = {f"floor {lang}": bits for lang, bits in floor.get("pt", {}).items() if lang != "all"}
+    best = {"Bayes": floor["pairs_heldout_bayes"]["loss"]} if floor else {}
     budget = runpy.run_path(str(Path(__file__).parent.parent / "config/rl_micro.py"))["kl_budget"]
     stages = [
-        ("pt", "PT", "bits / byte", of_languages("bits_per_byte"), entropy),
-        ("sft", "SFT", "nats / supervised token", of_languages(None), {}),
-        ("rm", "RM", "log-loss", lambda r: {k: v["log_loss"] for k, v in r.get("val", {}).items()
-                                            if k == "all"},
-         {"cannot tell: log 2": math.log(2)} | ({"Bayes": bayes["loss"]} if bayes else {})),
-        ("dpo", "DPO", "loss", lambda r: {"training": r["loss"]} if "loss" in r else
-         {"held out": r["val"]["pairs"]["all"]["loss"]},
-         {"the start: log 2": math.log(2)}),
+        ("pt", "PT", "bits / byte", lambda r: {
+            lang: v["bits_per_byte"] for lang, v in r.get("val", {}).items()}, entropy),
+        ("sft", "SFT", "nats / supervised token", lambda r: r.get("val", {}), {}),
+        ("rm", "RM", "log-loss", lambda r: {
+            key: v["log_loss"] for key, v in r.get("val", {}).items() if key == "all"},
+         {"cannot tell: log 2": math.log(2)} | best),
+        ("dpo", "DPO", "loss", lambda r: {"training": r["loss"]} if "loss" in r else {
+            "held out": r["val"]["pairs"]["all"]["loss"]}, {"the start: log 2": math.log(2)}),
         ("rl", "RL", "sd, nats / reply", lambda r: {
             name + (", held out" if "val" in r else ""): r.get("val", r)[key]
-            for name, key in (("reward", "reward"), ("KL", "kl"))},
-         {"budget of the KL": budget})]
+            for name, key in (("reward", "reward"), ("KL", "kl"))}, {"budget of the KL": budget})]
     return [(title, unit, read(out / name / "log.jsonl", figures), lines)
             for name, title, unit, figures, lines in stages if (out / name / "log.jsonl").exists()]
 
@@ -73,7 +64,7 @@ def panels(out: Path) -> list[tuple[str, str, Points, dict[str, float]]]:
 def draw(out: Path) -> Path | None:
     """Draw the curves into `out`/curves.png; where it is, or None and a line that says why not."""
     if not find_spec("matplotlib"):
-        print("no curves: matplotlib is not installed; pip install matplotlib, python -m demo.curves")
+        print("no curves: pip install matplotlib, then python -m demo.curves")
         return None
     import matplotlib
     matplotlib.use("agg")  # a file, no window
@@ -107,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -1,8 +1,8 @@
 """
-What each stage of the demo has learnt, on names that are in no training file (world.py), judged
-by a program that knows the right answers. Every function gives lines of the report, as Markdown,
-and gates: figures with bounds that were set before the first run (the upper ones of DPO and of J
-are ceilings that the run measures).
+What each stage of the demo has learnt. The questions are about names that are in no training file
+(world.py), and a program that knows the right answers judges the replies. Every function returns
+lines of the report, as Markdown, and gates: figures with bounds that were set before the first run
+(the run itself measures the ceilings of DPO's wins and of J).
 """
 import json
 import math
@@ -20,16 +20,17 @@ import torch.nn.functional as F
 
 import rag
 from configurator import fail
+from demo.world import (ABSTAIN, LANGS, SPACE, STYLES, Fact, asked, fact_text, facts, grade,
+                        read_fact, restated_values, wrong)
+from generate import replies
+from model import Transformer
 from plumbing.files import write_text
 from search.documents import update
-from generate import replies
 from search.index import Index
-from model import Transformer
 from search.segment import Chunk, split
 from tokenizer import Tokenizer, render
-from demo.world import (ABSTAIN, LANGS, SPACE, STYLES, Fact, asked, fact_text, facts, grade,
-                      read_fact, restated_values, wrong)
 
+Models = dict[str, tuple[Transformer, Tokenizer]]  # by stage
 CHUNK_TOKENS = 64  # of the notes: a paragraph of three facts, seldom two
 MIN_COVERAGE = 0.5  # of a question's idf in its note, below which nothing is answered
 
@@ -43,13 +44,23 @@ class Gate(NamedTuple):
     note: str  # control, baseline or ceiling
 
 
+def table(title: str, note: str, head: list[str], rows: list[list[str]]) -> list[str]:
+    """A section of the report."""
+    return [f"## {title}", *["", note][:2 * bool(note)], "", f"| {' | '.join(head)} |",
+            "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def mean(values: list) -> float:
+    return sum(values) / len(values)
+
+
 @torch.inference_mode()
 def judge(model: Transformer, tok: Tokenizer, documents: list[dict],
           first_half: bool = True) -> dict[str, float]:
     """Bits per byte of the documents, and the share of restated values whose tokens are all the
-    most likely ones. Without `first_half` the model does not see the facts: the control, which
-    can only guess."""
-    bits = n_bytes = right = total = 0
+    most likely ones. Without `first_half` the model does not see the facts and can only guess:
+    the control."""
+    bits, n_bytes, right = 0.0, 0, []
     for at in range(0, len(documents), 64):
         texts = [d["text"] for d in documents[at:at + 64]]
         cuts = [0 if first_half else text.index("\n") + 1 for text in texts]
@@ -67,9 +78,8 @@ def judge(model: Transformer, tok: Tokenizer, documents: list[dict],
             starts = torch.cat((torch.zeros(1, dtype=torch.long), ends[:-1]))
             for begin, end in restated_values(text):
                 b, e = len(text[cut:begin].encode()), len(text[cut:end].encode())
-                right += bool(hit[i, :len(row)][(starts < e) & (ends > b)].all())
-                total += 1
-    return {"bits_per_byte": bits / n_bytes, "values": right / total, "n": total}
+                right.append(bool(hit[i, :len(row)][(starts < e) & (ends > b)].all()))
+    return {"bits_per_byte": bits / n_bytes, "values": mean(right), "n": len(right)}
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -79,7 +89,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def answers(model: Transformer, tok: Tokenizer, prompts: list[list[dict]],
             temperature: float = 0.0, seed: int = 0) -> list[str]:
-    """The reply to each prompt; one that does not end within 48 tokens has a … behind it."""
+    """The reply to each prompt; one that does not end within 48 tokens gets a … at its end."""
     found = []
     for at in range(0, len(prompts), 64):
         ids = [render(tok, p, add_generation_prompt=True)[0] for p in prompts[at:at + 64]]
@@ -89,110 +99,92 @@ def answers(model: Transformer, tok: Tokenizer, prompts: list[list[dict]],
     return found
 
 
-def plus_minus(share: float, n: int) -> str:
-    """A share with its 95 % interval."""
+def plus_minus(values: list) -> str:
+    """The share of what is true (or half true), with its 95 % interval."""
+    share, n = mean(values), len(values)
     return f"{share:.1%} ± {1.96 * math.sqrt(share * (1 - share) / n):.1%}"
 
 
-def judge_pt(world: Path, model: Transformer, tok: Tokenizer, seed: int) -> tuple[list, list]:
-    """(lines of the report, gates) of pre-training."""
+def judge_pt(world: Path, model: Transformer, tok: Tokenizer,
+             seed: int) -> tuple[list[str], list[Gate]]:
+    """(lines, gates) of pre-training."""
     floor = read_rows(world / "floor.json")[0]["pt_heldout_all_names"]
     documents = read_rows(world / "pt_heldout.jsonl")
     torch.manual_seed(seed)
     untrained = Transformer(model.config).eval()
-    lines = ["## Pre-training: values restated in a document's second half", "",
-             "In the control the model does not see the first half and can only guess. The floor "
-             "is the entropy of the documents to a reader who knows how they are made but not "
-             "which names are held out.", "",
-             "| language | bits/byte before | after | floor | after / floor | values before "
-             "| after | control |", "|---|---|---|---|---|---|---|---|"]
-    gates = []
+    rows, gates = [], []
     for lang in (*LANGS, "all"):
         docs = [d for d in documents if lang in (d["lang"], "all")]
         before, after = judge(untrained, tok, docs[:200]), judge(model, tok, docs)
         control = judge(model, tok, docs, first_half=False)
-        ratio = after["bits_per_byte"] / floor[lang]
-        cells = [lang, f"{before['bits_per_byte']:.2f}", f"{after['bits_per_byte']:.3f}",
-                 f"{floor[lang]:.3f}", f"{ratio:.2f}", f"{before['values']:.1%}",
-                 plus_minus(after["values"], after["n"]), f"{control['values']:.1%}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        ratio, right = after["bits_per_byte"] / floor[lang], after["values"]
+        rows.append([lang, f"{before['bits_per_byte']:.2f}", f"{after['bits_per_byte']:.3f}",
+                     f"{floor[lang]:.3f}", f"{ratio:.2f}", f"{before['values']:.1%}",
+                     plus_minus([right] * after["n"]), f"{control['values']:.1%}"])
         if lang == "all":
             gates.append(Gate("PT", "bits/byte over the floor", ratio, 1.0, 1.45,
                               "below 1 would be a leak"))
         else:
-            gates.append(Gate("PT", f"values restated right, {lang}", after["values"], 0.9, 1.0,
+            gates.append(Gate("PT", f"values restated right, {lang}", right, 0.9, 1.0,
                               f"control {control['values']:.1%}"))
-    return [*lines, ""], gates
+    return table(
+        "Pre-training: values restated in a document's second half",
+        "In the control the model does not see the first half and can only guess. The floor is the "
+        "entropy of the documents to a reader who knows how they are made but not which names are "
+        "held out.", ["language", "bits/byte before", "after", "floor", "after / floor",
+                      "values before", "after", "control"], rows), gates
 
 
-def judge_chats(world: Path, models: dict[str, tuple[Transformer, Tokenizer]],
-                n: int) -> list[str]:
-    """Lines of the report: the tasks of the chats, answered greedily by each stage."""
-    rows = [r for r in read_rows(world / "chat_heldout.jsonl") if r["task"] != "qa"][:n]
-    tasks = sorted({row["task"] for row in rows})
-    lines = ["## Other tasks, word for word right", "",
-             "| stage | language | " + " | ".join(tasks) + " |", "|---" * (2 + len(tasks)) + "|"]
+def judge_chats(world: Path, models: Models, n: int) -> list[str]:
+    """Lines: the tasks of the chats, answered greedily by each stage."""
+    chats = [r for r in read_rows(world / "chat_heldout.jsonl") if r["task"] != "qa"][:n]
+    tasks, rows = sorted({chat["task"] for chat in chats}), []
     for stage, (model, tok) in models.items():
-        said = answers(model, tok, [row["messages"][:-1] for row in rows])
+        said = answers(model, tok, [chat["messages"][:-1] for chat in chats])
         for lang in LANGS:
-            cells = []
-            for task in tasks:
-                right = [a == row["messages"][-1]["content"] for a, row in zip(said, rows)
-                         if (row["lang"], row["task"]) == (lang, task)]
-                cells.append(plus_minus(sum(right) / len(right), len(right)) if right else "–")
-            lines.append(f"| {stage} | {lang} | {' | '.join(cells)} |")
-    return [*lines, ""]
+            right = [[a == chat["messages"][-1]["content"] for a, chat in zip(said, chats)
+                      if (chat["lang"], chat["task"]) == (lang, task)] for task in tasks]
+            rows.append([stage, lang, *(plus_minus(r) if r else "–" for r in right)])
+    return table("Other tasks, word for word right", "", ["stage", "language", *tasks], rows)
 
 
-def judge_answers(world: Path, models: dict[str, tuple[Transformer, Tokenizer]], n: int,
+def judge_answers(world: Path, models: Models, n: int,
                   seed: int) -> tuple[list[str], list[Gate]]:
-    """n questions about held-out names: greedily, for the values, and sampled, for the styles.
-    (lines, gates)."""
+    """n questions about held-out names, answered greedily, for the values, and sampled, for the
+    styles: (lines, gates)."""
     rows = read_rows(world / "prompts_heldout.jsonl")[:n]
-    fact_of = [read_fact(row) for row in rows]
-    prompts = [row["prompt"] for row in rows]
     figures: dict[str, dict] = {}
     for stage, (model, tok) in models.items():
-        def graded(temperature: float) -> list[tuple[float, str | None]]:
-            said = answers(model, tok, prompts, temperature, seed)
-            return [grade(a, fact, row["lang"]) for a, fact, row in zip(said, fact_of, rows)]
-        greedy, sampled = graded(0.0), graded(1.0)
-        figures[stage] = {"gold": [g for g, _ in sampled], "styles": [s for _, s in sampled]} | {
+        greedy, sampled = ([grade(a, read_fact(row), row["lang"]) for a, row in zip(answers(
+            model, tok, [row["prompt"] for row in rows], temperature, seed), rows)]
+            for temperature in (0.0, 1.0))
+        figures[stage] = {"gold": [g for g, _ in sampled], "styles": [s for _, s in sampled],
+                          "right": [g >= 0 for g, _ in greedy],
+                          "right sampled": [g >= 0 for g, _ in sampled]} | {
             f"right {lang}": [g >= 0 for (g, _), row in zip(greedy, rows) if row["lang"] == lang]
-            for lang in LANGS} | {"right sampled": [g >= 0 for g, _ in sampled]}
-    sft = figures["sft"]
+            for lang in LANGS}
+    sft, dpo, rl = (figures[stage] for stage in ("sft", "dpo", "rl"))
     for f in figures.values():
         f["win"] = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(f["gold"], sft["gold"])]
-
-    def mean(values: list) -> float:
-        return sum(values) / len(values)
-
-    lines = ["## Questions about facts in the context", "",
-             "Right: the value that the context gives, in any of the four styles, ended. Styles "
-             "and score are those of sampled replies; the score is the program's, which was not "
-             "asked in training: 3 direct, 1.5 terse or padded, 0 hedged, -4 a wrong value, -6 "
-             "neither. A win is a higher score than the SFT model's reply to the same question, "
-             "a tie half of one.", "",
-             "| stage | right en | right zh | right sampled | " + " | ".join(STYLES)
-             + " | score | wins |", "|---" * 10 + "|"]
-    for stage, f in figures.items():
-        shares = [f"{mean([s == style for s in f['styles']]):.0%}" for style in STYLES]
-        cells = [stage, *(plus_minus(mean(f[key]), len(f[key]))
-                          for key in ("right en", "right zh", "right sampled")), *shares,
-                 f"{mean(f['gold']):.2f}", plus_minus(mean(f["win"]), len(rows))]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = table(
+        "Questions about facts in the context",
+        "Right: the value that the context gives, in any of the four styles, ended. Styles and "
+        "score are those of sampled replies; the score is the program's, which was not asked in "
+        "training: 3 direct, 1.5 terse or padded, 0 hedged, -4 a wrong value, -6 neither. A win is "
+        "a higher score than the SFT model's reply to the same question, a tie half of one.",
+        ["stage", "right en", "right zh", "right sampled", *STYLES, "score", "wins"],
+        [[stage, *(plus_minus(f[key]) for key in ("right en", "right zh", "right sampled")),
+          *(f"{mean([s == style for s in f['styles']]):.0%}" for style in STYLES),
+          f"{mean(f['gold']):.2f}", plus_minus(f["win"])] for stage, f in figures.items()])
+    ceiling = mean([0.5 * (g == 3.0) + (g < 3.0) for g in sft["gold"]])
     gates = [Gate("SFT", f"answers right, {lang}", mean(sft[f"right {lang}"]), 0.9, 1.0,
                   f"before: {mean(figures['pt'][f'right {lang}']):.1%}") for lang in LANGS]
-    ceiling = mean([0.5 * (g == 3.0) + (g < 3.0) for g in sft["gold"]])
-    gates.append(Gate("DPO", "wins against SFT", mean(figures["dpo"]["win"]), 0.78, ceiling + 0.03,
-                      f"50 % before, {ceiling:.1%} if always direct and right"))
-    for stage in ("dpo", "rl"):
-        drop = mean([a for lang in LANGS for a in sft[f"right {lang}"]]) - mean(
-            [a for lang in LANGS for a in figures[stage][f"right {lang}"]])
-        gates.append(Gate(stage.upper(), "right answers lost", drop, -1.0, 0.02, "greedy"))
-    gates.append(Gate("RL", "score by the program", mean(figures["rl"]["gold"]), 2.6, 3.0,
-                      f"before: {mean(sft['gold']):.2f}"))
-    return [*lines, ""], gates
+    gates += [Gate("DPO", "wins against SFT", mean(dpo["win"]), 0.78, ceiling + 0.03,
+                   f"50 % before, {ceiling:.1%} if always direct and right")]
+    gates += [Gate(stage, "right answers lost", mean(sft["right"]) - mean(f["right"]), -1.0, 0.02,
+                   "greedy") for stage, f in (("DPO", dpo), ("RL", rl))]
+    return lines, [*gates, Gate("RL", "score by the program", mean(rl["gold"]), 2.6, 3.0,
+                                f"before: {mean(sft['gold']):.2f}")]
 
 
 def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
@@ -220,23 +212,20 @@ def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
         if row["kind"] != "value":
             gaps.setdefault(abs(d), []).append((score["chosen"] - score["rejected"])
                                                * (1 if d > 0 else -1 if d < 0 else 1))
-    lines = ["## Reward model on held-out pairs", "",
-             "Labels were drawn with probability sigmoid(difference of scores), so the best "
-             "possible log-loss and the true gaps are known.", "",
-             "| | measured | known or control |", "|---|---|---|"]
-    for key, credits in strict.items():
-        share = sum(credits) / len(credits)
-        lines.append(f"| ordered as the known scores, {key} | {plus_minus(share, len(credits))} "
-                     f"| longer is better: {log['longer_is_better']:.1%} |" if key == "all" else
-                     f"| … {key} | {plus_minus(share, len(credits))} | |")
-    for d, values in sorted(gaps.items()):
-        lines.append(f"| gap of scores where it should be {d} | {sum(values) / len(values):.2f} "
-                     f"| {d} |")
-    lines += [f"| log-loss | {log['log_loss']:.3f} | {bayes['loss']:.3f} |",
-              f"| calibration error (ECE) | {log['ece']:.3f} | 0 |",
-              f"| corr(score, length) | {log['length_correlation']:+.2f} | |", ""]
-    share = sum(strict["all"]) / len(strict["all"])
-    return lines, [Gate("RM", "pairs in the right order", share, 0.95, 1.0, "50 % by chance")]
+    control = {"all": f"longer is better: {log['longer_is_better']:.1%}"}
+    lines = table(
+        "Reward model on held-out pairs",
+        "Labels were drawn with probability sigmoid(difference of scores), so the best possible "
+        "log-loss and the true gaps are known.", ["", "measured", "known or control"],
+        [[f"ordered as the known scores, {key}", plus_minus(credits), control.get(key, "")]
+         for key, credits in strict.items()]
+        + [[f"gap of scores where it should be {d}", f"{mean(values):.2f}", f"{d}"]
+           for d, values in sorted(gaps.items())]
+        + [["log-loss", f"{log['log_loss']:.3f}", f"{bayes['loss']:.3f}"],
+           ["calibration error (ECE)", f"{log['ece']:.3f}", "0"],
+           ["corr(score, length)", f"{log['length_correlation']:+.2f}", ""]])
+    return lines, [Gate("RM", "pairs in the right order", mean(strict["all"]), 0.95, 1.0,
+                        "50 % by chance")]
 
 
 def judge_rl(out: Path, config: dict) -> tuple[list[str], list[Gate]]:
@@ -244,22 +233,21 @@ def judge_rl(out: Path, config: dict) -> tuple[list[str], list[Gate]]:
     above J* (`best_possible` in train_rl.py), which the run itself estimates, at its start."""
     val = [r["val"] for r in read_rows(out / "rl" / "log.jsonl") if "val" in r]
     a, b = val[0], val[-1]
-    lines = ["## Reinforcement learning", "", "| | reward (sd) | KL (nats/reply) | J | tokens | "
-             "end |", "|---|---|---|---|---|---|"]
-    for name, v in (("before", a), ("after", b)):
-        lines.append(f"| {name} | {v['reward']:+.2f} | {v['kl']:.2f} | "
-                     f"{v['reward'] - config['beta'] * v['kl']:+.2f} | {v['length']:.1f} | "
-                     f"{v['ended']:.1%} |")
-    gates = []
+    lines = table(
+        "Reinforcement learning", "", ["", "reward (sd)", "KL (nats/reply)", "J", "tokens", "end"],
+        [[name, f"{v['reward']:+.2f}", f"{v['kl']:.2f}",
+          f"{v['reward'] - config['beta'] * v['kl']:+.2f}", f"{v['length']:.1f}",
+          f"{v['ended']:.1%}"] for name, v in (("before", a), ("after", b))])
+    gates: list[Gate] = []
     if "best" in b:
         error = math.hypot(b["best_error"], b["J_error"])
-        lines += ["", f"J = reward - {config['beta']:g} KL is at most J* = {b['best']:+.2f} "
+        lines += [f"J = reward - {config['beta']:g} KL is at most J* = {b['best']:+.2f} "
                   f"(standard error {b['best_error']:.2f}): beta log of the mean of exp(r / beta) "
                   "over the SFT model's own replies to these questions. J after: "
-                  f"{b['J']:+.2f} ({b['J_error']:.2f})."]
+                  f"{b['J']:+.2f} ({b['J_error']:.2f}).", ""]
         gates = [Gate("RL", "J, no policy can exceed J*", b["J"], -math.inf, b["best"] + 3 * error,
                       f"J* = {b['best']:.3f} ± {b['best_error']:.3f}; gate: J* + 3 s.e. of both")]
-    return [*lines, ""], [*gates,
+    return lines, [*gates,
         Gate("RL", "reward, in sd", b["reward"], 0.9, 5.0, f"before: {a['reward']:+.2f}"),
         Gate("RL", "KL in nats per reply", b["kl"], -3 * b["kl_error"], 1.59,
              "log 4 + 0.2: all mass on one of four styles"),
@@ -281,10 +269,10 @@ def judge_rag(out: Path, n: int, model: tuple[Transformer, Tokenizer],
     """Questions about the facts of n held-out names in notes, and about n names that are in no
     note, all through rag.answer: (lines, gates)."""
     cfg = rag.Config(template="short", n_sources=1, max_tokens=48, min_coverage=MIN_COVERAGE)
-    tok, shares = model[1], {}
+    shares: dict[str, list[list[bool]]] = {}
 
     def cut(text: str, name: str) -> list[Chunk]:
-        return split(text, name, CHUNK_TOKENS, count=lambda t: len(tok.encode_ordinary(t)))
+        return split(text, name, CHUNK_TOKENS, count=lambda t: len(model[1].encode_ordinary(t)))
 
     for lang in LANGS:
         r = Random(f"{seed}/rag/{lang}")
@@ -333,18 +321,21 @@ def judge_rag(out: Path, n: int, model: tuple[Transformer, Tokenizer],
                     a.text == ABSTAIN[lang] for a in opened],
                 "value changed in the note: followed": right([a.text for a in followed], changed),
                 }.items():
-            shares.setdefault(what, []).append(sum(hits) / n)
-    lines = ["## Answers from notes", "",
-             f"{n} names in each language that no training file holds, each with one fact in the "
-             "notes, and as many that are in no note.", "", "| | en | zh |", "|---|---|---|"]
-    lines += [f"| {what} | {' | '.join(plus_minus(share, n) for share in both)} |"
-              for what, both in shares.items()]
-    guessed = f"closed book {max(shares['closed book: right']):.1%}"
-    return [*lines, ""], [Gate("RAG", what, min(shares[what]), 0.8, 1.0, note) for what, note in (
-        ("open book: right", guessed), ("value changed in the note: followed", "so it reads"))]
+            shares.setdefault(what, []).append(hits)
+    lines = table(
+        "Answers from notes",
+        f"{n} names in each language that no training file holds, each with one fact in the notes, "
+        "and as many that are in no note.", ["", *LANGS],
+        [[what, *map(plus_minus, both)] for what, both in shares.items()])
+
+    def least(what: str, note: str) -> Gate:
+        return Gate("RAG", what, min(map(mean, shares[what])), 0.8, 1.0, note)
+    guessed = max(map(mean, shares["closed book: right"]))
+    return lines, [least("open book: right", f"closed book {guessed:.1%}"),
+                   least("value changed in the note: followed", "so it reads")]
 
 
-def samples(world: Path, models: dict[str, tuple[Transformer, Tokenizer]], seed: int) -> list[str]:
+def samples(world: Path, models: Models, seed: int) -> list[str]:
     """Five sampled answers of each stage in each language."""
     lines = ["## Five answers, sampled"]
     rows = read_rows(world / "prompts_heldout.jsonl")[-100:]

@@ -1,60 +1,64 @@
 """
 A tiny bilingual world in which every fact holds for one document only: to answer is to read.
 
-A pre-training document states K facts about K names and, on a second line, restates them. How
-surprising its text is to a reader who knows the generator is known exactly:
+    python -m demo.world --show                    a document, a question and its answers
+    python -m demo.world --out_dir=out/toyworld    pt, chat, rankings, pairs, prompts .jsonl, all
+                                                   but rankings _heldout on test names; floor.json
+
+A pre-training document states K facts about K names and, on a second line, restates them. A reader
+who knows this program knows exactly how surprising its text is:
 
     -log2 P(text) =  1 + 1 + log2 #K                              language, form, how many facts
                   +  sum over i < K of  log2(N - i) + log2 5 + log2 |values of attribute i|
                   -  log2( (1 - e) / (4 K!)  +  e [second half == first half] )
 
-N is the number of names; one is drawn once per document, in order, while attributes and values may
-coincide. A form is drawn per half, not per fact. The second half is an exact repeat with
-probability e, 0 in held-out files, else in random order (K!), either language and form (4), and so
-a repeat by chance.
-The text gives all of this away, so no path is missing from P; where a document ends is no surprise.
-The sum over a file divided by its UTF-8 bytes is its floor: a model that has not seen the file
-undercuts the sum by b bits with probability <= 2^-b (Markov's inequality). One language alone may
-be undercut, by at most 1 bit a document: by a model that always expects that language.
-The held-out floor knows the list of test names. A model that cannot tell them from the others
-pays log2 of all names for each: `pt_heldout_all_names` in floor.json, the fair yardstick.
+N is the number of names. They are drawn in order, none twice; attributes and values may coincide. A
+form is drawn for each half, not for each fact. The second half is an exact repeat with probability
+e (0 in held-out files), else it has a random order (K!) and either language and form (4), and may
+be a repeat by chance. The text gives all of this away, so no path is missing from P. Where a
+document ends is no surprise.
 
-Preferences are drawn, too: a reply has a known score (GOLD), and of two replies the one that scores
-d more is chosen with probability sigmoid(d). So the Bradley-Terry model is right, the differences
-of scores that a reward model should find are known, and so is the best it can do.
+The sum over a file, divided by its UTF-8 bytes, is its floor. A model that has not seen the file
+undercuts the sum by b bits with probability at most 2^-b (Markov's inequality). One language alone
+may be undercut by up to 1 bit a document, by a model that always expects that language. The floor
+of the held-out file is for a reader who knows the list of test names. A model cannot tell them from
+the others and pays log2 of all names for each: `pt_heldout_all_names`, the fair yardstick.
 
-    python -m demo.world --out_dir=out/toyworld        pt, chat, rankings, pairs, prompts .jsonl, and
-                                                     all but rankings _heldout, on test names;
-                                                     floor.json
+Preferences are drawn, too. A reply has a known score (GOLD), and of two replies the one that scores
+d more is chosen with probability sigmoid(d). So the Bradley-Terry model is right, and we know which
+differences of scores a reward model should find, and the best it can do.
 """
 import json
 import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, factorial, log, log1p, log2
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from configurator import configure, fail
+from configurator import Count, FilePath, configure, fail
+from plumbing import terminal
+from plumbing.files import write_text
+
+MIN_FACTS, MAX_FACTS = 1, 4  # facts in a pre-training document, each about a name of its own
+EXACT_REPEAT = 0.3  # share of pt.jsonl with an exact repeat as second half
+MAX_CHAT_FACTS = 6  # facts in the context of a question are 1 to this many
 
 
 @dataclass(frozen=True)
 class Config:
-    out_dir: str = "out/toyworld"  # where the files go
-    seed: int = 0                  # same seed and settings, same bytes
-    n_train: int = 100_000         # pre-training documents
-    n_chat: int = 40_000           # chats for supervised fine-tuning
-    n_pairs: int = 16_000          # pairs of replies for DPO
-    n_rankings: int = 24_000       # rankings of four replies for the reward model
-    n_prompts: int = 4_000         # questions for reinforcement learning
-    n_val: int = 2_000             # rows in each held-out file, on test names only
-    min_facts: int = 1             # fewest facts in a pre-training document
-    max_facts: int = 4             # most facts in a pre-training document, each on its own name
-    exact_repeat: float = 0.3      # share of pt.jsonl with an exact repeat as second half
-    max_chat_facts: int = 6        # a chat's context holds 1 to this many facts
+    out_dir: FilePath = "out/toyworld"  # where the files go
+    show: bool = False  # print what the world looks like, and write nothing
+    seed: int = 0  # same seed and settings, same bytes
+    n_train: Count = 100_000  # pre-training documents
+    n_chat: Count = 40_000  # chats for supervised fine-tuning
+    n_pairs: Count = 16_000  # pairs of replies for DPO
+    n_rankings: Count = 24_000  # rankings of four replies for the reward model
+    n_prompts: Count = 4_000  # questions for reinforcement learning
+    n_val: Count = 2_000  # rows in each held-out file, on test names only
 
 
 LANGS = ("en", "zh")
@@ -73,7 +77,8 @@ VALUES: dict[Pair, list[Pair]] = {
     ("fruit", "水果"): _pairs("apple 苹果 pear 梨 grape 葡萄 lemon 柠檬 melon 甜瓜 cherry 樱桃 "
                             "mango 芒果 banana 香蕉 orange 橙子 plum 李子 fig 无花果 kiwi 猕猴桃"),
     ("job", "工作"): _pairs("doctor 医生 teacher 老师 farmer 农民 driver 司机 cook 厨师 nurse 护士 "
-                          "singer 歌手 writer 作家 painter 画家 lawyer 律师 baker 面包师 pilot 飞行员"),
+                          "singer 歌手 writer 作家 painter 画家 lawyer 律师 baker 面包师 "
+                          "pilot 飞行员"),
     ("number", "号码"): [(str(n), str(n)) for n in range(10, 100)],
 }
 WORDS = [pair for attribute, pairs in VALUES.items() if attribute[0] != "number" for pair in pairs]
@@ -84,7 +89,7 @@ UNFIT = "Dago Kike Nazi Nude Pedo Puta Puto Rape".split()  # words nobody wants 
 
 
 def split_of(text: str) -> str:
-    """Where a name (or a pair of words) may be used. A hash, so that nobody has to keep a list."""
+    """Where a name (or a pair of words) may be used. A hash decides: nobody has to keep a list."""
     return {0: "test", 1: "val"}.get(zlib.crc32(text.encode()) % 10, "train")
 
 
@@ -145,10 +150,6 @@ def fact_text(fact: Fact, lang: str, form: int) -> str:
     return _fill(FACTS[lang][form], lang, fact)
 
 
-def question(fact: Fact, lang: str, form: int) -> str:
-    return _fill(QUESTIONS[lang][form], lang, fact)
-
-
 def answer(fact: Fact, lang: str, style: str) -> str:
     return _fill(ANSWERS[lang][style], lang, fact)
 
@@ -183,7 +184,7 @@ def restated_values(text: str) -> list[tuple[int, int]]:
 
 
 def asked(r: Random, lang: str, about: Fact) -> str:
-    return question(about, lang, r.choice((0, 1)))
+    return _fill(r.choice(QUESTIONS[lang]), lang, about)
 
 
 def wrong(r: Random, fact: Fact) -> Fact:
@@ -199,8 +200,8 @@ def prompt(r: Random, lang: str, context: list[Fact], about: Fact) -> str:
 
 
 def _qa(r: Random, split: str, lang: str, max_facts: int) -> list[str]:
-    """Up to six questions about the same context, which stands before the first, and answers. Some
-    of those behind the first ask for what the context does not say."""
+    """Up to six questions about the same context, which stands before the first, and their answers.
+    Some of the later ones ask for what the context does not say."""
     *fs, absent = facts(r, split, 1 + r.randint(1, max_facts))
     about = r.choice(fs)
     said = [prompt(r, lang, fs, about), answer(about, lang, r.choice(STYLES))]
@@ -228,7 +229,7 @@ def _copy(r: Random, split: str, lang: str, task: str) -> list[str]:
 
 
 def _translate(r: Random, split: str, lang: str) -> list[str]:
-    """Two words into the other language. No name is in it, so the split is by pair of words."""
+    """Two words into the other language. It holds no name, so the pair of words has a split."""
     words = r.sample(WORDS, 2)
     while split_of(" ".join(sorted(en for en, _ in words))) != split:
         words = r.sample(WORDS, 2)
@@ -240,14 +241,10 @@ def _translate(r: Random, split: str, lang: str) -> list[str]:
 def chat(r: Random, split: str, max_facts: int) -> dict:
     """{"messages": one question and its reply, or several, "lang" of the questions, "task"}."""
     lang, task = r.choice(LANGS), r.choices(list(TASKS), list(TASKS.values()))[0]
-    if task == "qa":
-        said = _qa(r, split, lang, max_facts)
-    elif task == "abstain":
-        said = _abstain(r, split, lang, max_facts)
-    elif task == "translate":
-        said = _translate(r, split, lang)
+    if task in ("qa", "abstain"):
+        said = (_qa if task == "qa" else _abstain)(r, split, lang, max_facts)
     else:
-        said = _copy(r, split, lang, task)
+        said = _translate(r, split, lang) if task == "translate" else _copy(r, split, lang, task)
     messages = [{"role": ("user", "assistant")[i % 2], "content": text}
                 for i, text in enumerate(said)]
     return {"messages": messages, "lang": lang, "task": task}
@@ -344,91 +341,71 @@ def floors(docs: list[dict], split: str, n_names: int) -> dict[str, float]:
 
 
 def write_files(out_dir: str, files: dict[str, list[dict]]) -> None:
-    """JSON lines under a temporary name, renamed when all files are complete and on the disk."""
+    """JSON lines, written aside first: a full disk leaves the old files as they are."""
     os.makedirs(out_dir, exist_ok=True)
-    names = {os.path.join(out_dir, name): os.path.join(out_dir, f"{name}.{os.getpid()}.tmp")
-             for name in files}
-    try:
-        for tmp, rows in zip(names.values(), files.values()):
-            with open(tmp, "w", encoding="utf-8", newline="\n") as f:
-                f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                f.flush()
-                os.fsync(f.fileno())
-        for name, tmp in names.items():
-            os.replace(tmp, name)
-    finally:
-        for tmp in filter(os.path.exists, names.values()):
-            os.remove(tmp)
-
-
-def check(cfg: Config) -> None:
-    """Raises ValueError for what cannot be generated."""
-    names = min(map(len, NAMES.values()))
-    lowest = dict.fromkeys(("n_train", "n_chat", "n_pairs", "n_rankings", "n_prompts", "n_val",
-                            "min_facts", "max_chat_facts"), 1)
-    lowest |= {"max_facts": cfg.min_facts, "exact_repeat": 0}
-    highest = {"max_facts": names, "max_chat_facts": names - 1, "exact_repeat": 1}
-    for key, low in lowest.items():
-        if getattr(cfg, key) < low:
-            raise ValueError(f"{key} {getattr(cfg, key)} must be at least {low}")
-    for key, high in highest.items():
-        if getattr(cfg, key) > high:  # a chat that abstains asks for one name more
-            raise ValueError(f"{key} {getattr(cfg, key)} must be at most {high}")
+    with TemporaryDirectory(dir=out_dir) as aside:
+        for name, rows in files.items():
+            write_text(os.path.join(aside, name), "".join(
+                json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        for name in files:
+            os.replace(os.path.join(aside, name), os.path.join(out_dir, name))
 
 
 def generate(cfg: Config) -> dict[str, list[dict]]:
     """The rows of every file. Each file has a random generator of its own, so that its rows stay
     the same when another one changes or is added."""
-    check(cfg)
+    def document(r: Random, split: str, most: int) -> dict:
+        return pt_document(r, split, MIN_FACTS, MAX_FACTS, EXACT_REPEAT * (split == "train"))
 
-    def rows(name: str, n: int, make: Callable[..., dict], *args) -> list[dict]:
-        r = Random(f"{cfg.seed}/{name}")
-        return [make(r, *args) for _ in range(n)]
-
-    sizes, most = (cfg.min_facts, cfg.max_facts), cfg.max_chat_facts
-    return {"pt": rows("pt", cfg.n_train, pt_document, "train", *sizes, cfg.exact_repeat),
-            "pt_heldout": rows("pt_heldout", cfg.n_val, pt_document, "test", *sizes, 0.0),
-            "chat": rows("chat", cfg.n_chat, chat, "train", most),
-            "chat_heldout": rows("chat_heldout", cfg.n_val, chat, "test", most),
-            "pairs": rows("pairs", cfg.n_pairs, pair, "train", most),
-            "rankings": rows("rankings", cfg.n_rankings, ranking, "train", most),
-            "pairs_heldout": rows("pairs_heldout", cfg.n_val, pair, "test", most),
-            "prompts": rows("prompts", cfg.n_prompts, rl_prompt, "train", most),
-            "prompts_heldout": rows("prompts_heldout", cfg.n_val, rl_prompt, "test", most)}
+    found = {}
+    for name, n, make in (("pt", cfg.n_train, document), ("chat", cfg.n_chat, chat),
+                          ("pairs", cfg.n_pairs, pair), ("rankings", cfg.n_rankings, ranking),
+                          ("prompts", cfg.n_prompts, rl_prompt)):
+        for file, split, size in (name, "train", n), (f"{name}_heldout", "test", cfg.n_val):
+            r = Random(f"{cfg.seed}/{file}")
+            found[file] = [make(r, split, MAX_CHAT_FACTS) for _ in range(size)]
+    del found["rankings_heldout"]  # the pairs judge the reward model
+    return found
 
 
-def report(data: dict[str, list[dict]], floor: dict[str, dict[str, float]]) -> None:
-    """What was written, with samples to read."""
+def show(seed: int) -> str:
+    """In both languages a document, a question with its context, and a reply of each kind."""
+    r, lines = Random(f"{seed}/show"), []
+    for lang in LANGS:
+        fs = facts(r, "train", 2)
+        about = fs[1]
+        replies = [(answer(about, lang, style), style, gold) for style, gold in GOLD.items()]
+        replies.append((answer(wrong(r, about), lang, "direct"), "wrong", WRONG))
+        for what, texts in (
+                ("a document", [_half(fs, lang, 1), _half(fs[::-1], lang, 0)]),
+                ("a question", prompt(r, lang, fs, about).split("\n")),
+                ("its answers", [f"{t}  ({style}: {gold:g})" for t, style, gold in replies])):
+            lines += [f"{label:<14}{t}" for label, t in zip([what, *[""] * len(texts)], texts)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    cfg = configure(Config, show=False)
+    if cfg.show:
+        print(show(cfg.seed))
+        return
+    data, n_all = generate(cfg), sum(map(len, NAMES.values()))
+    floor = {"pt": floors(data["pt"], "train", len(NAMES["train"])),
+             "pt_heldout": floors(data["pt_heldout"], "test", len(NAMES["test"])),
+             "pt_heldout_all_names": floors(data["pt_heldout"], "test", n_all),
+             "pairs_heldout_bayes": bayes(data["pairs_heldout"])}
+    files = {f"{name}.jsonl": rows for name, rows in data.items()} | {"floor.json": [floor]}
+    try:
+        write_files(cfg.out_dir, files)
+    except OSError as error:
+        fail(str(error))
     for name, rows in data.items():
-        texts = [row["text"] if "text" in row else "\n".join(
-            [m["content"] for m in row.get("messages") or row["prompt"]]
-            + [f"{k}: {row[k]}" for k in ("chosen", "rejected") if k in row]
-            + [f"{i}. {text}" for i, text in enumerate(row.get("ranking", ()), 1)]) for row in rows]
-        print(f"\n{name}: {len(rows):,} documents, {sum(len(t.encode()) for t in texts):,} bytes")
-        for lang in LANGS:
-            samples = [text for text, row in zip(texts, rows) if row["lang"] == lang][:2]
-            print(*(f"  {lang} | " + text.replace("\n", "\n     | ") for text in samples), sep="\n")
-    print()
+        print(f"{cfg.out_dir}/{name}.jsonl: {len(rows):,} lines")
     for name, by_lang in floor.items():
         columns = " | ".join(f"{key} {value:.4f}" for key, value in by_lang.items())
         print(f"floor of {name:<20} | {columns}" + " bits/byte" * ("all" in by_lang))
 
 
-def main() -> None:
-    cfg = configure(Config)
-    try:
-        data = generate(cfg)
-        n_all = sum(map(len, NAMES.values()))
-        floor = {"pt": floors(data["pt"], "train", len(NAMES["train"])),
-                 "pt_heldout": floors(data["pt_heldout"], "test", len(NAMES["test"])),
-                 "pt_heldout_all_names": floors(data["pt_heldout"], "test", n_all),
-                 "pairs_heldout_bayes": bayes(data["pairs_heldout"])}
-        files = {f"{name}.jsonl": rows for name, rows in data.items()} | {"floor.json": [floor]}
-        write_files(cfg.out_dir, files)
-    except (ValueError, OSError) as error:
-        fail(str(error))
-    report(data, floor)
-
-
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

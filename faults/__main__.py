@@ -117,7 +117,7 @@ def signals(lab: Lab, moments: int = 20) -> Result:
     for i in range(moments):
         stage, number = STAGES[i % 5], (signal.SIGTERM, signal.SIGINT)[i // 5 % 2]
         out, (expected, seconds) = lab.new("signal"), whole[stage]
-        settings = dict(max_steps=8, resume=True, save_every=3)
+        settings: dict = dict(max_steps=8, resume=True, save_every=3)
         if i % 3 == 0:
             run: Child = importing(f"train_{stage}.py", lab.arguments(stage, out, **settings),
                                    lab.new("said"))
@@ -335,7 +335,7 @@ def write_report(path: str, board: dict[int, str]) -> None:
 
 def main() -> None:
     cfg = configure(Config)
-    if sys.platform != "linux":
+    if not hasattr(os, "pidfd_open"):
         fail("python -m faults needs Linux: it forks the scripts and looks into /proc")
     names = [row.__name__ for row, *_ in ROWS]
     wanted = cfg.only.split(",") if cfg.only else names

@@ -87,9 +87,9 @@ def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
             change(folder)
             return good and found(folder) == both[1] and len(contents(folder)) == len(contents(new))
         reset(new)
-        both = [found(new)] if old else [None]
+        before = found(new) if old else None
         change(new)
-        both.append(found(new))
+        both = before, found(new)
         return crash_everywhere(partial(change, folder), right, reset, every)
 
     def of_checkpoint() -> tuple[int, int]:

@@ -223,7 +223,7 @@ def hostile_files(lab: Lab) -> Result:
             run.wait(20)  # else it is killed
         return run, (run.peak - base) / 1e6, time.perf_counter() - begin
 
-    fine = start(checkpoint.list_checkpoints(lab.folder / "base")[0])[0].code == 0
+    fine = start(checkpoint.list_checkpoints(str(lab.folder / "base"))[0])[0].code == 0
     refused = ran = 0
     most, slowest = 0.0, 0.0
     with contextlib.redirect_stderr(io.StringIO()):

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from demo import world
-from plumbing import checkpoint, runtime
+from plumbing import checkpoint, log, runtime
 from tokenizer import PATTERN, dump
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ Result = tuple[str, bool]  # of a row: what was measured, and whether it is what
 STAGES = ("pt", "sft", "rm", "dpo", "rl")
 SHORT = dict(warmup_steps=1, eval_every=1000, save_every=1, log_every=1, learning_rate=1e-3)
 LATER = dict(answer_tokens=4, val_fraction=0.2, batch_size=2)
-SETTINGS = {
+SETTINGS: dict[str, dict] = {
     "pt": dict(n_layer=1, n_embd=16, n_head=2, n_kv_head=1, max_seq_len=32, batch_tokens=256,
                batch_size=4, eval_tokens=100, sample_every=0),
     "sft": LATER | dict(max_len=256, batch_tokens=1024, eval_answers=1, eval_rows=2),
@@ -57,7 +57,8 @@ class Child:
         """What the child prints goes to the file `said`; without one, where ours goes."""
         if said:
             said.write_bytes(b"")  # a reader may come before the child writes
-        self.said, self.code, self.peak = said, None, 0  # peak: most bytes in memory, at its end
+        self.said, self.peak = said, 0  # peak: most bytes in memory, known at its end
+        self.code: int | None = None
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid:
@@ -103,7 +104,7 @@ class Child:
             self.send(signal.SIGKILL)
             self.ends(10)
             raise TimeoutError(f"{sys.argv[0]} still ran after {seconds} s: {self.text[-500:]}")
-        return self.code
+        return self.code or 0
 
     def send(self, number: int) -> None:
         if self.code is None:
@@ -123,7 +124,7 @@ class Run(Child):
         def main() -> None:
             os.environ.update(environ)
             sys.argv = [f"{script}.py", *arguments]
-            runtime.peak_flops = lambda dist: None
+            log.peak_flops = lambda dist: None
             for change in before:
                 change()
             importlib.import_module(script).main()
@@ -279,10 +280,10 @@ def damaged(out_dir: Path) -> list[Path]:
     return [path for path in checkpoint.list_checkpoints(str(out_dir)) if checkpoint.damage(path)]
 
 
-def die_at(number: int, torn: bool) -> None:
-    """From now on the process ends, as by a power switch, instead of its call `number` that touches
-    the disk: open, write, flush, close, fsync, replace, unlink, mkdir and their kin. `torn`: half
-    of a last write still reaches the file."""
+def die_at(number: int, torn: bool, operation: Callable[[], object]) -> None:
+    """Do the operation, but end, as by a power switch, instead of call `number` that touches the
+    disk: open, write, flush, close, fsync, replace, unlink, mkdir and their kin. `torn`: half of a
+    last write still reaches the file."""
     left, plain_open = iter(range(number)), builtins.open
 
     def step(real, *args, **more):
@@ -301,10 +302,11 @@ def die_at(number: int, torn: bool) -> None:
             setattr(file, name, partial(step, getattr(file, name)))
         return file
 
-    builtins.open = io.open = opening
+    builtins.open = io.open = opening  # type: ignore[assignment]
     for name in ("replace rename fsync unlink remove mkdir rmdir open close truncate ftruncate "
                  "link symlink").split():
         setattr(os, name, partial(step, getattr(os, name)))
+    operation()
 
 
 def crash_everywhere(operation: Callable[[], object], right: Callable[[], bool],
@@ -318,7 +320,7 @@ def crash_everywhere(operation: Callable[[], object], right: Callable[[], bool],
     for torn in (False, True):
         for number in range(torn * (every // 2), 100_000, every):
             reset()
-            code = Child(lambda: (die_at(number, torn), operation()), Path(os.devnull)).wait()
+            code = Child(lambda: die_at(number, torn, operation), Path(os.devnull)).wait()
             if code == 0:
                 break
             crashes += 1

@@ -14,7 +14,7 @@ Read as well: ShareGPT ("conversations" of "from" and "value"), Alpaca ("instruc
 """
 from typing import NamedTuple
 
-from plumbing.jsonl import FieldError, check_text
+from plumbing.jsonl import LineError, check_text
 
 ROLES = ("system", "user", "assistant")
 SHAREGPT = {"human": "user", "gpt": "assistant"}
@@ -31,30 +31,30 @@ class Comparison(NamedTuple):
 
 
 def read_chat(record: dict) -> Messages:
-    """A chat that ends with a reply. Raises FieldError."""
+    """A chat that ends with a reply. Raises LineError."""
     field = next((name for name in CHATS if name in record), "messages")
     return ending(field, read_messages(record, field), "assistant")
 
 
 def read_prompt(record: dict) -> Messages:
-    """Messages up to a user's. Raises FieldError."""
+    """Messages up to a user's. Raises LineError."""
     field = next((name for name in PROMPTS if name in record), "prompt")
     return ending(field, read_messages(record, field), "user")
 
 
 def read_comparison(record: dict) -> Comparison:
-    """A pair or ranking. Raises FieldError."""
+    """A pair or ranking. Raises LineError."""
     margin = record.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-        raise FieldError("margin", "field of a wrong type", "'margin' must be a number")
+        raise LineError("margin", "field of a wrong type", "'margin' must be a number")
     if not abs(margin) <= MARGIN:
-        raise FieldError("margin", "number too large", f"'margin' must lie between -{MARGIN} and "
+        raise LineError("margin", "number too large", f"'margin' must lie between -{MARGIN} and "
                          f"{MARGIN}: it is a difference of rewards")
     if "ranking" in record:
         replies = record["ranking"]
         if not isinstance(replies, list) or len(replies) < 2 or not all(
                 isinstance(reply, str) for reply in replies):
-            raise FieldError("ranking", "field of a wrong type",
+            raise LineError("ranking", "field of a wrong type",
                              "'ranking' must be a list of at least two strings, best first")
         return Comparison(read_prompt(record), [check_text(r, "ranking") for r in replies], margin)
     sides = [read_reply(record, side) for side in ("chosen", "rejected")]
@@ -63,7 +63,7 @@ def read_comparison(record: dict) -> Comparison:
         n += 1
     for side, messages in zip(("chosen", "rejected"), sides):
         if len(messages) != n + 1 or messages[n]["role"] != "assistant":
-            raise FieldError(side, "bad message", "chosen and rejected must differ in one message, "
+            raise LineError(side, "bad message", "chosen and rejected must differ in one message, "
                              "the assistant's at the end")
     prompt = sides[0][:n]
     if not n or any(name in record for name in PROMPTS):
@@ -75,7 +75,7 @@ def read_comparison(record: dict) -> Comparison:
 
 def said_in(record: dict) -> str | None:
     """All that is said in a chat, pair, ranking or prompt, one message a line, as text to train a
-    tokenizer on; None if the record is none of them. Raises FieldError for a damaged one."""
+    tokenizer on; None if the record is none of them. Raises LineError for a damaged one."""
     if any(name in record for name in ("chosen", "ranking")):
         prompt, replies, _ = read_comparison(record)
     elif field := next((name for name in (*CHATS, *PROMPTS) if name in record), ""):
@@ -86,13 +86,13 @@ def said_in(record: dict) -> str | None:
 
 
 def read_messages(record: dict, field: str) -> Messages:
-    """The messages in a field, and in those that go with it. Raises FieldError."""
+    """The messages in a field, and in those that go with it. Raises LineError."""
     given = record.get(field)
     if field == "prompt" and isinstance(given, str):
         given = [{"role": "user", "content": given}]
     elif field == "instruction" and isinstance(given, str):
         if record.get("history"):
-            raise FieldError("history", "bad message", "'history' is not read: write the line as "
+            raise LineError("history", "bad message", "'history' is not read: write the line as "
                              '{"messages": […]}')
         more = record.get("input") or ""
         text = f"{given}\n\n{more}" if isinstance(more, str) and more else more or given
@@ -100,7 +100,7 @@ def read_messages(record: dict, field: str) -> Messages:
         if "output" in record:
             given.append({"role": "assistant", "content": record["output"]})
     if not isinstance(given, list) or not given:
-        raise FieldError(field, "field missing" if field not in record else "field of a wrong type",
+        raise LineError(field, "field missing" if field not in record else "field of a wrong type",
                          f"'{field}' must be a list of messages" + advice(record))
     messages = [read_message(message, field, f"{field}[{i}]") for i, message in enumerate(given)]
     system = record.get("system")
@@ -110,41 +110,41 @@ def read_messages(record: dict, field: str) -> Messages:
 
 
 def read_message(message: object, field: str, where: str) -> dict[str, str]:
-    """Role and content of a message, whatever else is in it. Raises FieldError."""
+    """Role and content of a message, whatever else is in it. Raises LineError."""
     given = message if isinstance(message, dict) else {}
     role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
     role = SHAREGPT.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise FieldError(field, "bad message", f"{where} must be an object with a role of "
+        raise LineError(field, "bad message", f"{where} must be an object with a role of "
                          f"{', '.join(ROLES)}")
     if isinstance(content, list):  # in parts: pictures and sounds cannot be learnt here
         texts = [text for part in content if isinstance(part, dict)
                  and isinstance(text := part.get("text"), str)]
         content = "".join(texts) if len(texts) == len(content) else None
     if not isinstance(content, str):
-        raise FieldError(field, "bad message", f"{where}['content'] must be a string, or a list of "
+        raise LineError(field, "bad message", f"{where}['content'] must be a string, or a list of "
                          '{"type": "text", "text": "…"}')
     return {"role": role, "content": check_text(content, field)}
 
 
 def read_reply(record: dict, side: str) -> Messages:
     """The messages of one side of a pair, of which a string is the assistant's. Raises
-    FieldError."""
+    LineError."""
     given = record.get(side)
     if isinstance(given, str):
         given = [{"role": "assistant", "content": given}]
     elif isinstance(given, dict):
         given = [given]
     if not isinstance(given, list) or not given:
-        raise FieldError(side, "field missing" if side not in record else "field of a wrong type",
+        raise LineError(side, "field missing" if side not in record else "field of a wrong type",
                          f"'{side}' must be a string or a list of messages" + advice(record))
     return [read_message(message, side, f"{side}[{i}]") for i, message in enumerate(given)]
 
 
 def ending(field: str, messages: Messages, last: str) -> Messages:
-    """The messages, which must end with one of role `last`. Raises FieldError."""
+    """The messages, which must end with one of role `last`. Raises LineError."""
     if messages[-1]["role"] != last:
-        raise FieldError(field, "bad message", f"{field} must end with a message of role '{last}', "
+        raise LineError(field, "bad message", f"{field} must end with a message of role '{last}', "
                          f"ends with '{messages[-1]['role']}'")
     return messages
 

@@ -26,7 +26,7 @@ from typing import Any
 from plumbing import jsonl
 from plumbing.chats import said_in
 from plumbing.files import Found, find, split_paths
-from plumbing.jsonl import Bad, BadLine, Batch, FieldError
+from plumbing.jsonl import BadLine, Batch, LineError
 from plumbing.terminal import printable
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
@@ -34,7 +34,6 @@ BATCH_BYTES = 4 << 20  # raw bytes handed to a worker at once
 TXT_BYTES = 8 << 10  # a .txt file is cut at the first line end after so many bytes
 LANG = re.compile(r"[a-z]{2,3}(-[a-z0-9]{2,8})?")
 HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-SHOWN = 20  # lines about what is passed over
 
 
 @dataclass
@@ -48,26 +47,25 @@ class Document:
 def find_files(paths: str) -> list[str]:
     """The text files of a comma-separated list of files and folders, in a fixed order; what is
     passed over in a folder is named on stderr. Raises ValueError for a path without any."""
-    once: dict[str, str] = {}
-    skipped: list[Found] = []
+    found: list[Found] = []
     kinds = ", ".join(SUFFIXES)
     for path in split_paths(paths):
         if path.startswith("out/toyworld/") and not os.path.exists(path):
             raise ValueError(f"{path}: no such file or folder; make it with: python -m demo.world")
         inside = find(path, lambda name: "" if kind_of(name) else f"not one of {kinds}")
-        usable = [one.path for one in inside if not one.why]
-        if not usable:
-            raise ValueError(f"{printable(path)}: " + (f"no {kinds} file in this folder" if
-                             os.path.isdir(path) else inside[0].why))
-        skipped += [one for one in inside if one.why]
-        for name in usable:
-            once.setdefault(os.path.realpath(name), name)
-    if not once:
-        raise ValueError("--input names no file")
-    for one in skipped[:SHOWN]:
-        print(one, file=sys.stderr)
-    if len(skipped) > SHOWN:
-        print(f"skipped {len(skipped) - SHOWN:,} more things", file=sys.stderr)
+        if all(one.why for one in inside):
+            why = f"no {kinds} file in this folder" if os.path.isdir(path) else inside[0].why
+            why += f"; {jsonl.TO_LINES}" if path.endswith(".json") else ""
+            raise ValueError(f"{printable(path)}: {why}")
+        found += inside
+    if not found:
+        raise ValueError(f"{paths!r} names no file or folder")
+    once: dict[str, str] = {}
+    for one in found:
+        if one.why:
+            print(one, file=sys.stderr)
+        else:
+            once.setdefault(os.path.realpath(one.path), one.path)
     return list(once.values())
 
 
@@ -108,13 +106,13 @@ def sampled(batches: Iterator[Batch], every: int) -> Iterator[Batch]:
 def _read_text(path: str) -> Iterator[tuple[Batch, int]]:
     with open(path, "rb") as raw:
         f = gzip.open(raw) if path.lower().endswith(".gz") else raw
-        batch = Batch(path, [], 0)
+        batch = Batch(path, [])
         for number, item, size in _pieces(f) if kind_of(path) == ".txt" else _lines(f):
             batch.items.append((number, item))
             batch.n_bytes += size
             if batch.n_bytes >= BATCH_BYTES:
                 yield batch, raw.tell()
-                batch = Batch(path, [], 0)
+                batch = Batch(path, [])
         if batch.items:
             yield batch, raw.tell()
 
@@ -188,26 +186,25 @@ def parse(batch: Batch, chats: bool = False) -> Iterator[Document | BadLine]:
             text = "" if raw is None else jsonl.decode(raw)
             if parquet or text.strip():
                 yield read_document({"text": text, "lang": lang})
-        except Bad as bad:
-            column, what, detail, below = bad.args
-            line = number if parquet else number + below  # of a parquet file it is the row
-            yield BadLine(f"{batch.path}:{line}:{column}", what, detail)
-        except FieldError as error:
-            yield BadLine(f"{batch.path}:{number}:1", *error.args[1:])
+        except LineError as error:
+            where, what, detail, *below = error.args
+            number += 0 if parquet else sum(below)  # of a parquet file it is the row
+            column = where if isinstance(where, int) else 1
+            yield BadLine(f"{batch.path}:{number}:{column}", what, detail)
 
 
 def read_document(record: dict, chats: bool = False) -> Document:
-    """The text of a record and its language. Raises FieldError."""
+    """The text of a record and its language. Raises LineError."""
     text, lang = record.get("text"), record.get("lang")
     if text is None and (not chats or (text := said_in(record)) is None):
-        raise FieldError("text", "field missing", "'text'" + " or a chat" * chats)
+        raise LineError("text", "field missing", "'text'" + " or a chat" * chats)
     if not isinstance(text, str):
-        raise FieldError("text", "field of a wrong type",
+        raise LineError("text", "field of a wrong type",
                          f"'text' must be a string, is {type(text).__name__}")
     if not jsonl.check_text(text, "text").strip():
-        raise FieldError("text", "empty text", "")
+        raise LineError("text", "empty text", "")
     if lang is not None and not (isinstance(lang, str) and LANG.fullmatch(lang)):
-        raise FieldError("lang", "unknown language", f"{lang!r:.40}, wanted like 'en'")
+        raise LineError("lang", "unknown language", f"{lang!r:.40}, wanted like 'en'")
     return Document(text, lang or language(text))
 
 

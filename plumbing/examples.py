@@ -1,12 +1,12 @@
 """
-Chats, preference pairs and prompts as rows of token ids: JSON lines -> rows on disk, mapped from
-there, so that a corpus of any size works. plumbing/chats.py says what a line may hold; how rows are
-made and kept may be skipped.
+Chats, pairs and prompts as rows of token ids, and rows as batches; how rows are made of JSON lines
+and kept on disk may be skipped. plumbing/chats.py shows what a line may hold.
 
-A row is what `render` makes of a chat: token ids, and for each whether it is to be learnt. A pair
-is two rows, chosen and rejected, that end at the reply's <|im_end|>. A ranking is one row for each
-reply, best first, so that k replies are read once for their k (k - 1) / 2 pairs; a pair is a
-ranking of two. Rows are made once, in a folder whose meta.json says from what.
+A row is what `render` makes of a chat: token ids, and for each of them whether it is to be learnt.
+A pair is two rows, chosen and rejected, which end at the reply's <|im_end|>. A ranking is one row
+for each reply, best first, so k replies are read once for their k (k - 1) / 2 pairs; a pair is a
+ranking of two. Rows are made once, in a folder whose meta.json says from what, and mapped from
+there: a corpus of any size works.
 """
 import glob
 import hashlib
@@ -28,19 +28,17 @@ from plumbing.chats import read_chat, read_comparison, read_prompt
 from plumbing.corpus import find_files, language, read_batches
 from plumbing.files import write_text
 from plumbing.jobs import Progress, parallel
-from plumbing.jsonl import BadLine, BadLines, Batch, FieldError, check_text, parse_records
+from plumbing.jsonl import BadLine, BadLines, Batch, LineError, check_text, parse_records
 from plumbing.order import draw_split, hash64
 from plumbing.runtime import print0
 from plumbing.tokenfiles import IGNORE, read_json
 from tokenizer import Tokenizer, load_tokenizer, render
 
 Kind = Literal["chat", "pair", "ranking", "prompt"]
-ROW = np.dtype([("end", "<i8"), ("lang", "S8"), ("margin", "<f4"), ("first", "?")])
-# end: place in .words; first: of the rows of an example
-LEARN = np.uint32(1 << 31)  # flag on a token id in .words: to be learnt
-
-
 SPLITS = ("train", "val")
+# of each row: where it ends in .words, language, margin, whether it is the first of its example
+ROW = np.dtype([("end", "<i8"), ("lang", "S8"), ("margin", "<f4"), ("first", "?")])
+LEARN = np.uint32(1 << 31)  # flag on a token id in .words: to be learnt
 cached_tokenizer = cache(load_tokenizer)  # once per worker
 
 
@@ -54,7 +52,7 @@ class Row(NamedTuple):
 def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str, list, Counter]:
     """What one record gives: the text that decides its split, [(lang, margin, rows)] with one row
     for a chat or prompt, two for a pair, as many as replies for a ranking, and how often something
-    was dropped or shortened. Raises FieldError."""
+    was dropped or shortened. Raises LineError."""
     counts: Counter = Counter()
     groups: list[tuple[float, list[Row]]] = []
     if kind == "chat":
@@ -78,18 +76,11 @@ def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str
                 counts["replies dropped from rankings"] += len(rows) - len(fitting)
             if len(fitting) > 1:
                 groups.append((float(margin), fitting))
-    lang = read_lang(record) or language(" ".join(m["content"] for m in messages))
+    lang = record.get("lang") or language(" ".join(m["content"] for m in messages))
+    if not isinstance(lang, str) or len(check_text(lang, "lang").encode()) > 8:  # see ROW
+        raise LineError("lang", "unknown language", "'lang' must be a string of at most 8 bytes "
+                        "like 'zh'")
     return json.dumps(messages), [(lang, margin, rows) for margin, rows in groups], counts
-
-
-def read_lang(record: dict) -> str | None:
-    """The language of a record, if it says one. Raises FieldError."""
-    lang = record.get("lang")
-    if lang is None or isinstance(lang, str) and len(check_text(lang, "lang").encode()) <= (
-            ROW["lang"].itemsize):
-        return lang
-    raise FieldError("lang", "unknown language", "'lang' must be a string of at most "
-                     f"{ROW['lang'].itemsize} bytes like 'zh'")
 
 
 def reply_end(mask: list[int]) -> int:
@@ -128,7 +119,8 @@ def fit_chat(tok: Tokenizer, messages: list[dict], max_len: int, counts: Counter
 # ---------------------------------------------------------------------------- preparing
 
 def encode_batch(batch: Batch, kind: Kind, tokenizer: str, max_len: int, val_fraction: float):
-    """A worker's share: {split: (words, rows)} as bytes, bad lines, counts, records."""
+    """A worker's share: {split: (words as bytes, rows)}, the bad lines, how often something was
+    dropped or shortened, the number of records, and how much was read."""
     tok = cached_tokenizer(tokenizer)
     parts: dict[str, tuple[list, list]] = {"train": ([], []), "val": ([], [])}
     bad, counts, n = [], Counter(), 0
@@ -163,8 +155,8 @@ class Rows:
 
     def _ends(self, i: int) -> list[int]:
         """Where the rows of example i start and end in .words: one more than there are rows."""
-        first, behind = self.firsts[i:i + 2]
-        ends = self.table["end"][max(first - 1, 0):behind].tolist()
+        first, after = self.firsts[i:i + 2]
+        ends = self.table["end"][max(first - 1, 0):after].tolist()
         return ends if first else [0, *ends]
 
     def example(self, i: int) -> list[Row]:
@@ -210,20 +202,23 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
     meta = read_json(os.path.join(folder, "meta.json"))
     if not meta or meta["job"] != job:
         meta = prepare(files, kind, tok, job, folder)
-    for name, sha256 in meta["sha256"].items():
-        if digest(path := os.path.join(folder, name)) != sha256:
-            raise ValueError(f"{path}: damaged: its contents do not match their sha256; delete "
-                             f"{folder}")
     found = {}
     for split in SPLITS:
-        words, table = (map_file(os.path.join(folder, f"{split}.{part}"), dtype)
-                        for part, dtype in (("words", np.dtype("<u4")), ("rows", ROW)))
-        data_id = hash64(*(meta["sha256"][f"{split}.{part}"] for part in ("words", "rows")))
-        found[split] = Rows(words, table, f"{paths} ({split})", data_id)
+        hashes, arrays = [], []
+        for part, dtype in (("words", np.dtype("<u4")), ("rows", ROW)):
+            path = os.path.join(folder, f"{split}.{part}")
+            hashes.append(sha256_of(path))
+            if hashes[-1] != meta["sha256"][f"{split}.{part}"]:
+                raise ValueError(f"{path}: damaged: its contents do not match their sha256; delete "
+                                 f"{folder}")
+            empty = not os.path.getsize(path)  # which cannot be mapped
+            arrays.append(np.zeros(0, dtype) if empty else np.memmap(path, dtype, "r"))
+        words, table = arrays
+        found[split] = Rows(words, table, f"{paths} ({split})", hash64(*hashes))
     return found
 
 
-def digest(path: str) -> str:
+def sha256_of(path: str) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -277,7 +272,7 @@ def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str
         by = f" ({val_fraction:.1%} by a hash of the {key})" if val_fraction else ""
         print(f"{n:,} records -> {many['train']:,} {kind}s to train on, {many['val']:,} held out"
               f"{by}{notes}")
-        meta = {"job": job, "sha256": {name: digest(os.path.join(temporary, name))
+        meta = {"job": job, "sha256": {name: sha256_of(os.path.join(temporary, name))
                                        for name in outs}}
         write_text(os.path.join(temporary, "meta.json"), json.dumps(meta, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
@@ -306,8 +301,8 @@ def window_batch(bins: list[list[Row]], length: int) -> tuple[Tensor, Tensor, Te
 
 
 def pad_right(rows: list[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and targets (B, T), and lengths (B,). What stands right of a row is never seen by
-    it, so `pad` can be any id: nothing compares ids with it."""
+    """Token ids and targets (B, T), and lengths (B,). A row never sees what is right of it, so
+    `pad` can be any id."""
     length = max(len(row.ids) for row in rows)
     idx, learn, _ = window_batch([[row] for row in rows], length)
     targets = torch.where(learn, idx, IGNORE).roll(-1, 1)  # position t predicts token t + 1
@@ -317,7 +312,7 @@ def pad_right(rows: list[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def prompt_of(row: Row) -> list[int]:
-    """The token ids in front of the last reply."""
+    """The token ids before the last reply."""
     end = reply_end(row.mask)
     while end and row.mask[end - 1]:
         end -= 1
@@ -377,4 +372,4 @@ def micro_batches(rows: Rows, chosen: list[int], size: int, rank: int, world: in
     """The examples of an optimizer step for one process, `size` at a time and of like length, so
     that little is padding."""
     ordered = sorted(chosen, key=lambda i: (rows.longest(i), i))
-    return list(in_batches(ordered, size))[rank::world]
+    return [list(some) for some in in_batches(ordered, size)][rank::world]

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 from plumbing.terminal import printable
 
+# in a folder with token files, rows of chats, checkpoints or a search index
+OURS = re.compile(r"(train|val)(_.*\.bin(\.part)?|\.words)|step\d+-[0-9a-f]+\.pt|starts-.*\.u64")
 CLUTTER = {"__MACOSX": "left by macOS in an archive", "__pycache__": "made by Python"}
 
 
@@ -65,8 +67,8 @@ def search(root: str, refuse: Callable[[str], str]) -> list[Found]:
         except OSError as error:
             found.append(Found(folder, root, error.strerror or "cannot be read"))
             continue
-        if folder != root and (maker := made_by(names)):
-            found.append(Found(folder, root, f"made by {maker}"))
+        if folder != root and any(map(OURS.fullmatch, names)):
+            found.append(Found(folder, root, "made by a script of this project"))
             continue
         for name in names:
             path = os.path.join(folder, name)
@@ -89,15 +91,6 @@ def unwanted(path: str, name: str, home: str) -> str:
     return "" if os.path.isfile(path) or os.path.isdir(path) else "not a file"
 
 
-def made_by(names: list[str]) -> str:
-    """Which script of ours wrote a folder with these names in it, or ""."""
-    if "tokenizer.txt" in names and ("meta.json" in names or "progress.json" in names):
-        return "data.py or a training script"
-    if any(re.fullmatch(r"step\d+-[0-9a-f]+\.pt", name) for name in names):
-        return "a training script"
-    return "rag.py" if any(re.fullmatch(r"starts-.*\.u64", name) for name in names) else ""
-
-
 def own_file(path: str) -> str:
     """Why a text file is one of ours and no text of its owner's, or ""."""
     try:
@@ -105,10 +98,9 @@ def own_file(path: str) -> str:
             head = f.read(20)
     except OSError as error:
         return error.strerror or "cannot be read"
-    if head.startswith(b'{"khaosz_tokenizer"'):
-        return "made by tokenizer.py"
     log = os.path.basename(path) == "log.jsonl" and head.startswith(b'{"step"')
-    return "the log of a training script" if log else ""
+    ours = log or head.startswith(b'{"khaosz_tokenizer"')
+    return "made by a script of this project" if ours else ""
 
 
 def write_text(path: str, text: str) -> None:

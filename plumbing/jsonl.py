@@ -19,13 +19,15 @@ BOM = b"\xef\xbb\xbf"
 MAX_LINE = 16 << 20  # bytes; a longer line is a bad one
 MAX_DEPTH = 100  # of brackets in a line; json itself gives up at a depth that varies
 MAX_BAD = 0.01  # of the lines; more bad ones are no accident
+TO_LINES = ("make lines of a list: python -c 'import json, sys; [print(json.dumps(x)) for x in "
+            "json.load(sys.stdin)]' < LIST.json > LINES.jsonl")
 
 
 @dataclass
 class Batch:
     path: str
     items: list[tuple[int, Any]]  # (line, its bytes); of a parquet file (row, (bytes, lang))
-    n_bytes: int  # of text, with the JSON around it
+    n_bytes: int = 0  # of text, with the JSON around it
     share: float = 0.0  # of all input that is read by the end of this batch
 
 
@@ -36,7 +38,12 @@ class BadLine:
     detail: str = ""
 
     def __str__(self) -> str:
-        return printable(f"{self.where}: {self.what}" + f": {self.detail}" * bool(self.detail))
+        return printable(": ".join(filter(None, (self.where, self.what, self.detail))))
+
+
+class LineError(Exception):
+    """LineError(where, what, detail): a line is not as it should be, where a field of its record
+    stands, or at a column."""
 
 
 class BadLines:
@@ -66,70 +73,61 @@ class BadLines:
                              "mend them, or take them out of the file")
 
 
-class FieldError(Exception):
-    """FieldError(field, what, detail): a field of a record is not as it should be."""
-
-
-class Bad(Exception):
-    """Bad(column, what, detail, lines further on): a line is not as it should be."""
-
-
 def parse_records(batch: Batch, read: Callable[[dict], Any]) -> Iterator[Any | BadLine]:
     """What `read` makes of each object of a batch of JSONL lines; a BadLine for everything else,
-    and for a record of which `read` raises FieldError. Empty lines are nothing."""
+    and for a record of which `read` raises LineError. Empty lines are nothing."""
     if not batch.path.lower().endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"{batch.path}: not a .jsonl or .jsonl.gz file")
     for number, raw in batch.items:
+        line = ""
         try:
             if raw is None:
-                raise Bad(1, "line too long", f"more than {MAX_LINE >> 20} MB")
-            if not raw.removeprefix(BOM).strip():
-                continue
-            record, line = parse_object(raw)
-            try:
+                raise LineError(1, "line too long", f"more than {MAX_LINE >> 20} MB")
+            line = decode(raw.removeprefix(BOM).rstrip(b"\r\n"))
+            if line.strip():
+                record = parse_object(line)
                 yield read({name: value for name, value in record.items() if value is not None})
-            except FieldError as error:
-                field, what, detail = error.args
-                raise Bad(column_of(line, field), what, detail) from None
-        except Bad as bad:
-            column, what, detail, *_ = bad.args
+        except LineError as error:
+            where, what, detail, *_ = error.args
+            column = where if isinstance(where, int) else column_of(line, where)
             yield BadLine(f"{batch.path}:{number}:{column}", what, detail)
 
 
-def parse_object(raw: bytes) -> tuple[dict, str]:
-    """The JSON object of a line, and the line. Raises Bad."""
-    line = decode(raw.removeprefix(BOM).rstrip(b"\r\n"))
-    try:
-        record = _decoder.decode(line)
-    except json.JSONDecodeError as error:
-        raise Bad(error.colno, "not JSON", error.msg) from None
-    except (ValueError, RecursionError) as error:
-        inspect(line)
-        raise Bad(1, "not JSON", str(error)) from None
-    if line.count("[") + line.count("{") > MAX_DEPTH:  # perhaps in strings only
-        inspect(line)
-    if not isinstance(record, dict):
-        raise Bad(column_of(line, ""), "not an object", f"but {type(record).__name__}")
-    return record, line
-
-
 def decode(raw: bytes) -> str:
-    """UTF-8 as text. Raises Bad."""
+    """UTF-8 as text. Raises LineError, with the number of line ends before the damage."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         good = raw[:error.start].decode()
-        raise Bad(len(good) - good.rfind("\n"), "not UTF-8", f"byte 0x{raw[error.start]:02x}",
-                  good.count("\n")) from None
+        raise LineError(len(good) - good.rfind("\n"), "not UTF-8",
+                        f"byte 0x{raw[error.start]:02x}", good.count("\n")) from None
+
+
+def parse_object(line: str) -> dict:
+    """Raises LineError."""
+    try:
+        record = _decoder.decode(line)
+    except json.JSONDecodeError as error:
+        a_list = f"; {TO_LINES}" if line.lstrip().startswith("[") else ""
+        raise LineError(error.colno, "not JSON", error.msg + a_list) from None
+    except (ValueError, RecursionError) as error:
+        inspect(line)
+        raise LineError(1, "not JSON", str(error)) from None
+    if line.count("[") + line.count("{") > MAX_DEPTH:  # perhaps in strings only
+        inspect(line)
+    if not isinstance(record, dict):
+        raise LineError("", "not an object", TO_LINES if isinstance(record, list) else
+                        f"but {type(record).__name__}")
+    return record
 
 
 def check_text(text: str, field: str) -> str:
-    """Raises FieldError for half a character (JSON can say \\ud800), which has no UTF-8."""
+    """Raises LineError for half a character (JSON can say \\ud800), which has no UTF-8."""
     try:
         text.encode()
         return text
     except UnicodeEncodeError as error:
-        raise FieldError(field, "lone surrogate", ascii(text[error.start])) from None
+        raise LineError(field, "lone surrogate", ascii(text[error.start])) from None
 
 
 def _constant(name: str) -> None:
@@ -156,21 +154,21 @@ def tokens_of(line: str) -> Iterator[tuple[int, str, int]]:
 
 
 def inspect(line: str) -> None:
-    """Raises Bad at the first thing that json lets pass, or refuses without saying where."""
+    """Raises LineError at the first thing that json lets pass, or refuses without saying where."""
     keys: dict[int, set] = {}  # of the object at each depth
     before, column_before = "", 0
     for column, token, depth in tokens_of(line):
         if depth > MAX_DEPTH:
-            raise Bad(column, "nested too deeply", f"more than {MAX_DEPTH} brackets")
+            raise LineError(column, "nested too deeply", f"more than {MAX_DEPTH} brackets")
         if token.startswith(("NaN", "Infinity", "-Infinity")):
-            raise Bad(column, "NaN or Infinity", "")
+            raise LineError(column, "NaN or Infinity", "")
         if re.fullmatch(r"-?\d{4301,}", token):  # int() refuses
-            raise Bad(column, "number too long", f"{len(token):,} characters")
+            raise LineError(column, "number too long", f"{len(token):,} characters")
         if token == "{":
             keys[depth] = set()
         elif token == ":":
             if (key := json.loads(before)) in keys[depth]:
-                raise Bad(column_before, "key given twice", f"{key!r:.40}")
+                raise LineError(column_before, "key given twice", f"{key!r:.40}")
             keys[depth].add(key)
         before, column_before = token, column
 

@@ -11,7 +11,6 @@ import os
 import struct
 import time
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,40 +166,37 @@ class TokenFolder:
     def __init__(self, folder: str, job: dict):
         """Goes on where an earlier run of the same job was stopped. Raises ValueError if the folder
         holds something else."""
-        self.folder, self.job, self.files = folder, job, {}
-        self.saved, self.journal = time.time(), os.path.join(folder, "progress.json")
+        self.folder, self.job, self.saved = folder, job, time.time()
+        self.files: dict[str, PartFile] = {}
+        self.journal = os.path.join(folder, "progress.json")
         os.makedirs(folder, exist_ok=True)
-        meta = read_json(os.path.join(folder, "meta.json"))
+        meta, state = read_json(os.path.join(folder, "meta.json")), read_json(self.journal)
         self.finished = bool(meta)
         if meta:
             if meta["job"] != job:
                 raise ValueError(f"{folder} holds data made from other input or settings: delete "
                                  "it, or give another --out_dir")
-            with suppress(FileNotFoundError):
-                os.unlink(self.journal)  # left by a run that was killed after its last step but one
+            if state:  # left by a run that was killed after its last step but one
+                os.unlink(self.journal)
             return
-        state = read_json(self.journal)
+        names = os.listdir(folder)
         if state and state["job"] == job:
             print(f"going on at {state['share']:.1%}, where an earlier run was stopped")
         else:
-            state = self._start(state)
+            if state:
+                print("input or settings have changed since an earlier run was stopped: starting "
+                      "again")
+            elif foreign := [name for name in names if name.endswith(".bin")]:
+                raise ValueError(f"{folder} holds {foreign[0]}, made by something else: give "
+                                 "another --out_dir")
+            for name in names:
+                if name.endswith(".bin.part"):
+                    os.unlink(os.path.join(folder, name))
+            state = {"job": job, "batches": 0, "share": 0.0, "bad": {}, "files": {}}
+            write_text(self.journal, json.dumps(state))  # now the folder is known as ours
         self.state = state
         for name, done in state["files"].items():
             self.files[name] = PartFile(os.path.join(folder, name), done)
-
-    def _start(self, old: dict | None) -> dict:
-        names = os.listdir(self.folder)
-        if old:
-            print("input or settings have changed since an earlier run was stopped: starting again")
-        elif foreign := [name for name in names if name.endswith(".bin")]:
-            raise ValueError(f"{self.folder} holds {foreign[0]}, made by something else: give "
-                             "another --out_dir")
-        for name in names:
-            if name.endswith(".bin.part"):
-                os.unlink(os.path.join(self.folder, name))
-        state = {"job": self.job, "batches": 0, "share": 0.0, "bad": {}, "files": {}}
-        write_text(self.journal, json.dumps(state))  # from here on the folder is known as ours
-        return state
 
     def add(self, split: str, lang: str, *part) -> None:
         """Append ids, and how many bytes of text and documents they stand for."""
@@ -232,7 +228,3 @@ class TokenFolder:
         write_text(os.path.join(self.folder, "meta.json"), json.dumps(
             {"input": source, "files": sorted(self.files), "job": self.job}, indent=1))
         os.unlink(self.journal)
-
-    def close(self) -> None:
-        for file in self.files.values():
-            file.file.close()

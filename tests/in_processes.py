@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # noqa: F401, once instead of in every child
 
+from plumbing.optim import make_optimizers
 from plumbing import checkpoint
 from plumbing import runtime
 from plumbing import sharding
@@ -37,7 +38,7 @@ def example(dist: runtime.Dist, shape: dict, optimizer: str = "adamw", shard: bo
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**shape))
     net = sharding.wrap(model, dist, shard)
-    optimizers = train_pt.make_optimizers(model, train_pt.Config(optimizer=optimizer))
+    optimizers = make_optimizers(model, train_pt.Config(optimizer=optimizer))
     for _ in range(2):
         net(torch.arange(8)[None] + dist.rank).square().mean().backward()
         norm = sharding.clip_gradients(net, 1.0)
@@ -62,7 +63,7 @@ def round_trip(dist: runtime.Dist, path: str, shard: bool, optimizer: str) -> di
     state, _ = checkpoint.load(path)
     model = Transformer(ModelConfig(**state["model_config"]))
     sharding.wrap(model, dist, shard)
-    optimizers = train_pt.make_optimizers(model, train_pt.Config(optimizer=optimizer))
+    optimizers = make_optimizers(model, train_pt.Config(optimizer=optimizer))
     sharding.load(model, optimizers, state)
     held = [v for o in optimizers for of_one in o.state.values() for v in of_one.values()]
     assert all(hasattr(v, "to_local") == shard for v in held if v.dim()), "moments not in parts"
@@ -84,7 +85,7 @@ def steps(dist: runtime.Dist, shape: dict, **how) -> list[float]:
     torch.manual_seed(0)
     model, norms = Transformer(ModelConfig(**shape)), []
     net = sharding.wrap(model, dist, **how)
-    optimizers = train_pt.make_optimizers(model, train_pt.Config())
+    optimizers = make_optimizers(model, train_pt.Config())
     for step in range(3):
         idx = torch.randint(96, (8, 16), generator=torch.Generator().manual_seed(step))
         with dist.autocast():
@@ -128,7 +129,7 @@ def grown(dist: runtime.Dist, shape: dict, batch_size: int, recompute: bool) -> 
         before = memory("VmRSS:")
         model = Transformer(ModelConfig(**shape | changes))
         net = sharding.wrap(model, dist, True, recompute)
-        optimizers = train_pt.make_optimizers(model, train_pt.Config())
+        optimizers = make_optimizers(model, train_pt.Config())
         Path("/proc/self/clear_refs").write_text("5")
         for micro_step in range(4):
             x = torch.zeros(batch_size, model.config.max_seq_len, dtype=torch.long)

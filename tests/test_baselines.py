@@ -154,8 +154,8 @@ def test_token_files_give_back_the_documents(prepared):
 
 def test_command_line_scores_both_languages(prepared):
     folder, _ = prepared
-    done = subprocess.run([sys.executable, "-m", "bench.baselines", f"--data_dir={folder}"], cwd=HERE,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "bench.baselines", f"--data_dir={folder}"],
+                          cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *_, en, zh, last = done.stdout.splitlines()
     assert en.startswith("en | bits/byte: ngram ") and zh.startswith("zh | bits/byte: ngram ")
@@ -170,7 +170,7 @@ def test_command_line_scores_both_languages(prepared):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--data_dir=/no/such/folder"], "no prepared data here"),
-    (["--data_dir={folder}", "--order=7"], "--order=7 must lie between 0 and 6"),
+    (["--data_dir={folder}", "--order=7"], "--order=7 must be at most 6"),
 ])
 def test_mistakes_are_one_line_and_exit_code_2(prepared, arguments, message, monkeypatch, capsys):
     arguments = [a.format(folder=prepared[0]) for a in arguments]

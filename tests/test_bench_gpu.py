@@ -1,40 +1,37 @@
-"""bench_gpu.py on a CPU at a tiny size: that it runs, counts and compares; its speeds mean nothing."""
+"""bench.gpu on a CPU at a tiny size: it runs, counts and compares; its speeds mean nothing."""
+import contextlib
+import io
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from plumbing.costs import count_parameters, flops_per_token
+from bench import gpu
 from model import ModelConfig
+from plumbing.costs import count_parameters, flops_per_token
 
-HERE = Path(__file__).parent.parent
 TINY = "n_layer = 2\nn_head = 2\nn_kv_head = 1\nn_embd = 64\nmax_seq_len = 32\nbatch_size = 4\n"
-
-
-def run(*arguments: str) -> tuple[int, str, str]:
-    done = subprocess.run([sys.executable, "-m", "bench.gpu", *arguments], cwd=HERE, text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> dict:
-    config = tmp_path_factory.mktemp("gpu") / "tiny.py"
+    config, said = tmp_path_factory.mktemp("gpu") / "tiny.py", io.StringIO()
     config.write_text(TINY)
-    code, out, said = run("--device=cpu", f"--configs={config}", "--vocab_size=512", "--steps=10",
-                          "--micro_steps=2", "--modes=eager", "--repeats=2", "--decode_tokens=8",
-                          "--decode_rows=1,2")
-    assert code == 0, said
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        for name, value in dict(VOCAB=512, STEPS=10, MICRO_STEPS=2, REPEATS=2, WRITTEN=8,
+                                AT_ONCE=(1, 2)).items():
+            patch.setattr(gpu, name, value)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(sys, "argv", ["gpu", "--device=cpu", f"--configs={config}", "--modes=eager"])
+        gpu.main()
+    out = said.getvalue()
     found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     return {(r["job"], r["name"]): r for r in found} | {"out": out}
 
 
 def test_the_device_is_held_against_the_cpu(rows):
     """Here it is the CPU: the same bits in fp32, three digits less in bf16, the same text."""
-    assert rows["agree", "causal, float32"]["value"] == rows["agree", "packed, float32"]["value"] == 0
+    assert [rows["agree", f"{how}, float32"]["value"] for how in ("causal", "packed")] == [0, 0]
     assert 1e-3 < rows["agree", "packed, bfloat16"]["value"] < 0.03
     assert rows["agree", "steps of greedy text"]["value"] == 1
 
@@ -66,6 +63,9 @@ def test_writing_reads_the_weights_and_the_cache_once_a_token(rows):
 @pytest.mark.parametrize("arguments, said", [
     (["--only=trian"], "there is no trian among agree, train"),
     (["--device=cpu", "--only=train", "--configs=no.py"], "no.py")])
-def test_mistakes_are_told_in_one_line(arguments, said):
-    code, _, err = run(*arguments)
-    assert code == 2 and said in err.splitlines()[-1]
+def test_mistakes_are_told_in_one_line(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu", *arguments])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and said in err and err.count("\n") == 1

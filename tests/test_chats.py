@@ -5,7 +5,7 @@ import re
 import pytest
 
 from plumbing.chats import Comparison, read_chat, read_comparison, read_prompt, said_in
-from plumbing.jsonl import FieldError
+from plumbing.jsonl import LineError
 
 USER, BOT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 SYSTEM = {"role": "system", "content": "be kind"}
@@ -59,7 +59,7 @@ def test_the_part_that_two_lists_share_is_the_prompt():
     assert read_comparison({"chosen": [USER, BOT], "rejected": [USER, BOT]}).replies == [
         "hello", "hello"]  # which is counted later as a pair of equal replies
     for chosen, rejected in (([USER, BOT], [SYSTEM, NO]), ([BOT, USER], [BOT, SYSTEM])):
-        with pytest.raises(FieldError, match="must differ in one message, the assistant's at the "):
+        with pytest.raises(LineError, match="must differ in one message, the assistant's at the "):
             read_comparison({"chosen": chosen, "rejected": rejected})
 
 
@@ -82,7 +82,7 @@ def test_the_part_that_two_lists_share_is_the_prompt():
     (read_prompt, {"prompt": []}, "must be a list of messages"),
     (read_comparison, {"prompt": "q", "chosen": [], "rejected": "b"}, "'chosen' must be a string")])
 def test_another_layout_is_refused_with_the_line_that_converts_it(read, record, message):
-    with pytest.raises(FieldError) as error:
+    with pytest.raises(LineError) as error:
         read(record)
     assert re.search(message, error.value.args[2])
 
@@ -97,5 +97,5 @@ def test_a_margin_is_a_number_that_means_something(margin, fine):
     if fine:
         assert read_comparison(record).margin == margin
     else:
-        with pytest.raises(FieldError, match="'margin' must"):
+        with pytest.raises(LineError, match="'margin' must"):
             read_comparison(record)

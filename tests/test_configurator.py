@@ -14,9 +14,10 @@ from typing import Literal
 import pytest
 
 from configurator import Count, FilePath, Natural, NotNegative, Positive, Share, configure
+from faults.hostile import scripts
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if "\nclass Config:" in path.read_text()]
+SCRIPTS = scripts()
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,8 @@ def test_every_slip_of_the_fingers_is_refused_with_the_right_suggestion(script, 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_every_setting_with_default_and_comment(script, capsys):
-    module, source = importlib.import_module(script), (ROOT / f"{script}.py").read_bytes()
+    module = importlib.import_module(script)
+    source = Path(module.__file__).read_bytes()
     lines = source.splitlines()
     [config] = [node for node in ast.parse(source).body if getattr(node, "name", "") == "Config"]
     with pytest.raises(SystemExit) as stop:

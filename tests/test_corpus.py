@@ -3,6 +3,9 @@ import gzip
 import json
 import os
 import random
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -75,6 +78,22 @@ def test_damaged_lines_of_chats_and_pairs_are_placed_too(tmp_path):
             column = len(before.decode()) + 1
             assert (bad.where, bad.what) == (f"{tmp_path}/x.jsonl:2:{column}", what)
             assert (good, last) == (1, 2)
+
+
+@pytest.mark.parametrize("text, where", [
+    ('[{"text": "x"},\n{"text": "y"}]', "1:16"), ('[\n  {"text": "x"}]', "1:2"),
+    ('[{"text": "x"}]', "1:1")])
+def test_a_list_in_place_of_lines_is_refused_with_the_command_that_makes_lines(
+        tmp_path, text, where):
+    """Most public chats come as one JSON list: "Expecting value" did not help."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    assert str(items(path)[0]).startswith(f"{path}:{where}: not ")
+    command = re.search(r"make lines of a list: (.*) < LIST", str(items(path)[0]))[1]
+    made = subprocess.run(command, shell=True, input=text, capture_output=True, text=True,
+                          env=os.environ | {"PATH": os.path.dirname(sys.executable)})
+    path.write_text(made.stdout)
+    assert {d.text for d in items(path)} <= {"x", "y"} and made.stdout
 
 
 def test_empty_lines_are_nothing_and_unclosed_nesting_does_not_end_python(tmp_path):
@@ -177,12 +196,15 @@ def test_folders_are_searched_and_what_is_passed_over_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("paths, message", [
     ("nowhere", "nowhere: no such file or folder$"), ("x.csv", "x.csv: not one of .txt, "),
-    ("empty", "empty: no .txt, .txt.gz, .* file in this folder"), (",", "--input names no file"),
+    ("empty", "empty: no .txt, .txt.gz, .* file in this folder"),
+    (",", "',' names no file or folder"),
+    ("x.json", "x.json: not one of .*; make lines of a list: python -c 'import json"),
     ("out/toyworld/pt.jsonl", "make it with: python -m demo.world")])
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, paths, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "x.csv").touch()
+    for name in ("x.csv", "x.json"):
+        (tmp_path / name).touch()
     with pytest.raises(ValueError, match=message):
         find_files(paths)
 

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_pt
+from plumbing.optim import make_optimizers
 from plumbing.costs import count_parameters, flops_per_token, training_memory
 from model import ModelConfig, Transformer
 
@@ -94,7 +95,7 @@ def two_steps(shape, B, T, accumulate):
     for changes in (dict(n_layer=1, vocab_size=96), {}):  # the first loads torch's code
         before = size("VmRSS:")
         model = Transformer(ModelConfig(**shape | changes))
-        optimizer, = train_pt.make_optimizers(model, train_pt.Config())
+        optimizer, = make_optimizers(model, train_pt.Config())
         for micro_step in range(2 * accumulate):
             hidden = model(x := torch.zeros(B, T, dtype=torch.long), hidden=True)
             train_pt.pt_loss(hidden, model.lm_head.weight, x).backward()

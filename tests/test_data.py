@@ -235,7 +235,7 @@ def test_letters_that_look_like_the_end_of_a_document_are_counted(folder):
 def test_it_works_without_fork_and_the_modules_that_windows_lacks(made, folder):
     """There a worker is a new Python, which imports what it needs."""
     code = ("import multiprocessing, os, sys\n"
-            "sys.modules.update(fcntl=None); del os.fork\n"
+            "sys.modules.update(resource=None, fcntl=None); del os.fork\n"
             "multiprocessing.set_start_method('spawn')\n"
             "import data\ndata.main()\n")
     done = subprocess.run([sys.executable, "-c", code, f"--input={folder}/in", "--workers=2",

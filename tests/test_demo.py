@@ -18,7 +18,7 @@ from demo import judge
 from data import open_data
 from model import ModelConfig, Transformer
 from tokenizer import PATTERN, Tokenizer, dump
-from demo.world import restated_values
+from demo.world import restated_values, show
 
 ROOT = Path(demo.__file__).parent.parent
 DOC = {"text": "The pet of Kimu is cat.\nKimu's pet is cat.", "lang": "en"}
@@ -43,7 +43,8 @@ class Oracle(torch.nn.Module):
 
 def test_judge_counts_values_and_bits(tok):
     """Seen to fail with the spans shifted by one token, and with characters taken for bytes."""
-    right = judge.judge(Oracle(), tok, [DOC, {"text": "琪宁的宠物是猫。\n琪宁的宠物是猫。", "lang": "zh"}])
+    zh = {"text": "琪宁的宠物是猫。\n琪宁的宠物是猫。", "lang": "zh"}
+    right = judge.judge(Oracle(), tok, [DOC, zh])
     assert right["values"] == 1.0 and right["n"] == 2 and right["bits_per_byte"] < 1e-6
     assert judge.judge(Oracle(1), tok, [DOC])["values"] == 0.0
     torch.manual_seed(0)
@@ -104,15 +105,19 @@ def test_the_ladder_is_climbed_in_small_and_the_same_command_goes_on(tmp_path):
     """All stages at a fiftieth of their steps, stopped once on the way. Directions only: PT below
     the unigram entropy, SFT loss down, RM better than at its start, a DPO margin, a KL that is none
     below 0."""
-    command = [sys.executable, "-m", "demo", f"--out_dir={tmp_path}", "--n_train=4000", "--share=0.02"]
+    command = [sys.executable, "-m", "demo", f"--out_dir={tmp_path}", "--n_train=4000",
+               "--share=0.02"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as all tests: so few steps feel rounding
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, start_new_session=True, env=one_thread) as stopped:
+        said = ""
         for line in stopped.stdout:
+            said += line
             if line.startswith("val at step 0"):  # of PT: Ctrl-C, which the whole group gets
                 os.killpg(stopped.pid, signal.SIGINT)
                 break
-        said = stopped.stdout.read()
+        said += stopped.stdout.read()
+    assert show(0) in said.partition("$ python")[0]
     assert stopped.returncode == 130 and "stopped; the same command goes on from there" in said
     step, = re.findall(r"stopped by SIGINT at step (\d+)", said)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900,

@@ -148,7 +148,7 @@ def test_the_command_reads_a_config_and_settings_of_both_kinds(tmp_path):
 
 @forks
 @pytest.mark.parametrize("argument, message", [
-    ("--mfu=0.0", "must be positive"), ("--gpus=x", "'gpus' must be int"),
+    ("--mfu=0.0", "'mfu' must be float above 0"), ("--gpus=x", "'gpus' must be int at least 1"),
     ("--n_head=3", "must be a multiple of n_head 3"), ("nowhere.py", "no such config file")])
 def test_a_mistake_is_one_line(argument, message, tmp_path):
     code, said = run(tmp_path, argument)

@@ -12,7 +12,8 @@ from test_generate import PROMPTS, model, tok  # noqa: F401, the last two are fi
 
 from plumbing import checkpoint
 import generate as script
-from generate import Config, answer, complete, load_model
+from generate import Config, answer, complete
+from plumbing.loading import load_model
 from tokenizer import render
 
 ROOT = Path(__file__).parent.parent

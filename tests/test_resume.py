@@ -118,21 +118,21 @@ def test_one_signal_stops_behind_the_step_and_a_second_at_once(lab, done, tmp_pa
     """Seen to fail before anything was said to the first one."""
     def before() -> None:
         interrupts.end_quietly()
-        from plumbing import runtime
-        write = runtime.Log.write
+        from plumbing import log
+        write = log.Log.write
 
         def slow(self, **record):
             write(self, **record)
             if "loss" in record and record["step"] == 4:
                 for _ in range(2):
                     os.kill(os.getpid(), signal.SIGINT)
-        runtime.Log.write = slow
+        log.Log.write = slow
     shutil.copytree(done[1], tmp_path / "out")
     code, said = resume(lab, done[0], tmp_path / "out", before, max_steps=9)
     assert code == 128 + signal.SIGINT
     assert said.splitlines()[-2:] == [
         "SIGINT: stops after this step; once more ends it at once",
-        "ended by a second signal; --resume goes on from the newest checkpoint"]
+        "ended by a second signal; --resume continues from the newest checkpoint"]
     rows = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 4 and newest(tmp_path / "out")["step"] == 4
     assert resume(lab, done[0], tmp_path / "out", max_steps=5)[0] == 0

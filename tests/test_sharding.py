@@ -23,7 +23,7 @@ import train_rm
 import train_sft
 from plumbing.jobs import Progress
 from plumbing.costs import training_memory
-from generate import load_model
+from plumbing.loading import load_model
 from demo.world import pt_document
 
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)

@@ -17,7 +17,6 @@ from demo import world as toyworld
 from demo.world import ANSWERS, COMMA, LANGS, NAMES, STYLES, VALUES, WORDS, Config
 
 ROOT = Path(toyworld.__file__).parent.parent
-FEWEST = min(map(len, NAMES.values()))
 ENGLISH = {zh: en for en, zh in [*WORDS, *VALUES]}
 SAID = (("nav", r"(\w+)'s (\w+) is (\w+)\."), ("anv", r"The (\w+) of (\w+) is (\w+)\."),
         ("nav", r"(\w+)的(\w+)是(\w+)。"), ("anv", r"说到(\w+)，(\w+)是(\w+)。"))
@@ -183,7 +182,8 @@ def test_grades_by_hand():
             ("琪宁's pet is cat.", "en", (3.0, "direct")), ("cat.", "en", (1.5, "terse")),
             ("dog.", "en", (-4.0, "terse")), ("琪宁的宠物是狗。", "zh", (-4.0, "direct")),
             ("我猜也许是猫吧。", "zh", (0.0, "hedged")), ("猫。", "en", (-6.0, None)),
-            ("嗯，让我想一想，答案应该是猫。", "zh", (1.5, "padded")), ("cat.…", "en", (-6.0, None)),
+            ("嗯，让我想一想，答案应该是猫。", "zh", (1.5, "padded")),
+            ("cat.…", "en", (-6.0, None)),
             ("I don't know.", "en", (-6.0, None)), ("", "zh", (-6.0, None))):
         assert toyworld.grade(reply, fact, lang) == want
 
@@ -203,15 +203,35 @@ def test_tasks_and_languages_come_in_the_stated_shares(data):
         assert shares_are(Counter(row["lang"] for row in rows), {"en": .5, "zh": .5})
 
 
-def test_settings_set_sizes_facts_and_repeats():
-    data = toyworld.generate(Config(n_train=40, n_chat=30, n_val=20, min_facts=3, max_facts=6,
-                                    exact_repeat=1.0, max_chat_facts=2, n_pairs=7,
-                                    n_rankings=8, n_prompts=6))
-    assert [*map(len, data.values())] == [40, 20, 30, 20, 7, 8, 20, 6, 20]
+def test_settings_set_sizes_facts_and_repeats(monkeypatch):
+    for name, value in dict(MIN_FACTS=3, MAX_FACTS=6, EXACT_REPEAT=1.0, MAX_CHAT_FACTS=2).items():
+        monkeypatch.setattr(toyworld, name, value)
+    data = toyworld.generate(Config(n_train=40, n_chat=30, n_val=20, n_pairs=7, n_rankings=8,
+                                    n_prompts=6))
+    assert {name: len(rows) for name, rows in data.items()} == {
+        "pt": 40, "pt_heldout": 20, "chat": 30, "chat_heldout": 20, "pairs": 7, "pairs_heldout": 20,
+        "rankings": 8, "prompts": 6, "prompts_heldout": 20}
     halves = {name: [text.split("\n") for text in texts(data[name])] for name in data}
     assert {len(find(SAID, first)) for first, _ in halves["pt"]} == {3, 4, 5, 6}
     assert all(a == b for a, b in halves["pt"]) and any(a != b for a, b in halves["pt_heldout"])
     assert {len(find(SAID, user)) for user, *_ in halves["chat"]} == {0, 1, 2}
+
+
+def test_the_world_shows_what_to_type_into_a_chat():
+    """A document, a question with its context, a reply of each style and a wrong one, in both
+    languages; the demo prints it first."""
+    shown, ran = toyworld.show(0), command("unused", "--show")
+    assert ran.stdout == shown + "\n" and not os.path.exists(ROOT / "unused")
+    for part in shown.split("\n\n"):
+        lines = [line[14:] for line in part.splitlines()]
+        labels = [re.split("[:：]", line)[0] for line in lines[2:4]]
+        assert labels in (["Context", "Question"], ["资料", "问题"])
+        [asked] = find(ASKED, lines[3])
+        known = {f["n"]: f for f in find(SAID, lines[2])}[asked["n"]]
+        assert {f["n"] for f in find(SAID, lines[0])} == {f["n"] for f in find(SAID, lines[1])}
+        replies = dict(zip([*toyworld.GOLD, "wrong"], lines[4:]))
+        assert all((known["v"] in reply) == (style != "wrong") for style, reply in replies.items())
+        assert len(replies) == len(lines) - 4 == 5
 
 
 def test_rankings_put_the_better_first_as_often_as_bradley_terry_says():
@@ -264,12 +284,8 @@ def test_a_full_disk_leaves_the_old_files_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("bad, message", [
-    ("--max_facts=900", f"max_facts 900 must be at most {FEWEST}"),
-    ("--max_chat_facts=900", f"max_chat_facts 900 must be at most {FEWEST - 1}"),
-    ("--max_facts=0", "max_facts 0 must be at least 1"),
-    ("--exact_repeat=1.5", "exact_repeat 1.5 must be at most 1"),
-    ("--n_val=0", "n_val 0 must be at least 1"),
-])
+    ("--n_val=0", "'n_val' must be int at least 1, got 0"),
+    ("--n_train=x", "'n_train' must be int at least 1, got 'x'")])
 def test_a_bad_setting_is_one_line_and_exit_code_2(tmp_path, bad, message):
     ran = command(tmp_path / "out", bad)
     assert ran.returncode == 2 and message in ran.stderr and ran.stderr.count("\n") == 1

@@ -16,13 +16,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from plumbing.optim import make_optimizers
 from plumbing import checkpoint
 import data
 from plumbing import runtime
 import train_pt
 from plumbing.files import write_text
 from plumbing.jobs import Progress
-from generate import complete, load_model
+from generate import complete
+from plumbing.loading import load_model
 from tokenizer import PATTERN, count_pieces, dump, train_bpe
 from demo.world import pt_document
 
@@ -174,7 +176,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_learns(cfg):
     from model import Transformer
     cfg = replace(cfg, optimizer="muon", learning_rate=5e-3)
     model = Transformer(train_pt.shape(cfg, 300))
-    adamw, muon = train_pt.make_optimizers(model, cfg)
+    adamw, muon = make_optimizers(model, cfg)
     matrices = {id(p) for p in model.layers.parameters() if p.dim() == 2}
     assert {id(p) for p in muon.param_groups[0]["params"]} == matrices
     taken = [id(p) for o in (adamw, muon) for g in o.param_groups for p in g["params"]]
@@ -190,7 +192,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_learns(cfg):
 def test_matrices_decay_but_not_an_embedding_that_is_only_looked_up(cfg, tied):
     from model import Transformer
     model = Transformer(train_pt.shape(replace(cfg, tied=tied), 300))
-    adamw, = train_pt.make_optimizers(model, cfg)
+    adamw, = make_optimizers(model, cfg)
     decays = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
     for name, p in model.named_parameters():
         wanted = p.dim() == 2 and (tied or name != "embed_tokens.weight")
