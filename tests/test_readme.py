@@ -33,8 +33,7 @@ TINY = ("--max_steps=2 --warmup_steps=1 --batch_size=2 --log_every=1 --eval_ever
         "--workers=1 --limit=4 --device=cpu").split()
 ELSEWHERE = ("help", "key", "rdzv_conf", "max-restarts", "only")  # settings of no Config
 LONG = ("demo", "bench", "bench.gpu", "bench.rag", "demo.curves", "faults")  # not run here
-WORLD = ("--n_train=200 --n_chat=60 --n_pairs=40 --n_rankings=40 --n_prompts=40 --n_val=40 "
-         "--max_chat_facts=2 --max_facts=2")
+WORLD = "--n_train=200 --n_chat=300 --n_pairs=200 --n_rankings=200 --n_prompts=200 --n_val=40"
 
 
 def fences(path: Path, kind: str) -> list[str]:
