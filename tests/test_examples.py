@@ -1,4 +1,4 @@
-"""examples.py: what a line may hold, what becomes of it, and batches in which nothing leaks."""
+"""Chats and pairs as rows of token ids: nothing is lost in silence, nothing leaks in a batch."""
 import json
 import random
 
@@ -36,7 +36,7 @@ def test_a_chat_becomes_what_render_says(tiny, tmp_path):
 
 
 def test_a_pair_is_two_rows_that_end_at_the_reply_s_end(tiny, tmp_path):
-    """Earlier turns of the assistant are part of the prompt, the newline behind <|im_end|> of
+    """Earlier turns of the assistant are part of the prompt, the newline after <|im_end|> of
     nothing. Seen to fail with the mask of the whole chat."""
     rows = load(tmp_path, "pair", tiny.tok,
                 {"prompt": CHAT[:3], "chosen": "a", "rejected": "bcd", "margin": 2})
@@ -194,7 +194,7 @@ def test_packing_is_complete_tight_and_never_too_full():
 
 
 def test_windows_hold_each_row_once_an_epoch_and_predict_only_their_own(tiny, tmp_path):
-    """No row's first token is a target, nor the token behind its end."""
+    """No row's first token is a target, nor the token after its end."""
     rows = load(tmp_path, "chat", tiny.tok, *[{"messages": [
         *USER, {"role": "assistant", "content": "x" * n}]} for n in range(20)])
     packed = Packed(rows, 100, seed=1)
