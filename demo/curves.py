@@ -73,9 +73,10 @@ def draw(out: Path) -> Path | None:
     if not found:
         print(f"no curves: there is no log.jsonl of a stage in {out}")
         return None
-    figure, axes = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3.6), squeeze=False,
-                                   layout="constrained")
-    for ax, (title, unit, curves, lines) in zip(axes[0], found):
+    figure, axes = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    for ax in axes.flat[len(found):]:
+        ax.set_axis_off()
+    for ax, (title, unit, curves, lines) in zip(axes.flat, found):
         for name, (steps, values) in curves.items():
             ax.plot(steps, values, label=name, marker="." if len(steps) < 20 else "")
         for i, (name, value) in enumerate(lines.items()):
@@ -84,7 +85,7 @@ def draw(out: Path) -> Path | None:
         ax.set(title=title, xlabel="step", ylabel=unit)
         ax.legend(fontsize="small")
     path = out / "curves.png"
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
     return path
 

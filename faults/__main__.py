@@ -15,8 +15,6 @@ import platform
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,8 +36,7 @@ from faults.lab import (ROOT, STAGES, Child, Lab, Result, Run, die_after_save, i
                         same_bits, same_run, side_by_side, trace, workers)
 from plumbing import checkpoint, files, interrupts, runtime, terminal
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 @dataclass(frozen=True)
@@ -119,8 +116,9 @@ def signals(lab: Lab, moments: int = 20) -> Result:
         out, (expected, seconds) = lab.new("signal"), whole[stage]
         settings: dict = dict(max_steps=8, resume=True, save_every=3)
         if i % 3 == 0:
-            run: Child = importing(f"train_{stage}.py", lab.arguments(stage, out, **settings),
-                                   lab.new("said"))
+            run: Child = lab.python(f"train_{stage}.py", *lab.arguments(stage, out, **settings))
+            while not hears_sigterm(run.pid):  # its first lines see to that, then come the imports
+                pass
             run.ends(r.uniform(0, 0.9))
         else:
             run = lab.start(stage, out, interrupts.end_quietly, **settings)
@@ -139,16 +137,9 @@ def signals(lab: Lab, moments: int = 20) -> Result:
             f"{slowest:.1f} s", good == moments and slowest <= 2)
 
 
-def importing(script: str, arguments: list[str], said: Path) -> Child:
-    """A script in a new Python that has just begun: it hears SIGTERM, and its imports come next."""
-    def execute() -> None:
-        os.chdir(ROOT)
-        os.execv(sys.executable, [sys.executable, script, *arguments])
-    run, caught = Child(execute, said), 0
-    while not caught >> (signal.SIGTERM - 1) & 1:
-        status = Path(f"/proc/{run.pid}/status").read_text()
-        caught = int(status.split("SigCgt:")[1].split()[0], 16)
-    return run
+def hears_sigterm(pid: int) -> bool:
+    caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def break_rank(how: str, at: int, note: Path) -> Callable[[], None]:
@@ -187,14 +178,12 @@ def ranks(lab: Lab, timeout: float = 4.0) -> Result:
                       ("hangs", r"rank 1 of 2, step 5: hangs")):
         note, script = lab.new("note"), lab.new("fault").with_suffix(".py")
         script.write_text(FAULTY.format(root=str(ROOT), how=how, note=str(note)))
-        done = subprocess.run(
-            [*TORCHRUN, script, *lab.arguments("pt", lab.new(), max_steps=5000, save_every=5000,
-                                               dist_timeout=timeout)],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
-            env=os.environ | ENVIRONMENT)
+        run = lab.python(*TORCHRUN, str(script), *lab.arguments(
+            "pt", lab.new(), max_steps=5000, save_every=5000, dist_timeout=timeout))
+        failed = run.wait(120) != 0
         took[how] = time.time() - float(note.read_text())
-        named += bool(done.returncode and re.search(line, done.stdout)
-                      and re.search(r"Root Cause.*?rank +: \d", done.stdout, re.S))
+        named += failed and bool(re.search(line, run.text) and re.search(
+            r"Root Cause.*?rank +: \d", run.text, re.S))
     return (", ".join(f"{how} {seconds:.1f} s" for how, seconds in took.items())
             + f" (timeout {timeout:.0f} s); rank and step named in {named} of 3", named == 3
             and max(took["killed"], took["raises"]) <= 3 and took["hangs"] <= timeout + 2)
@@ -210,24 +199,19 @@ def restarts(lab: Lab, kills: int = 3) -> Result:
     whole, out = lab.new("two"), lab.new("restarted")
     for run in two_ranks(lab, "pt", whole, max_steps=steps):
         run.wait()
-    process = subprocess.Popen(
-        [*TORCHRUN, f"--max-restarts={kills}", "train_pt.py",
-         *lab.arguments("pt", out, max_steps=steps, resume=True)], cwd=ROOT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | ENVIRONMENT)
+    torchrun = lab.python(*TORCHRUN, f"--max-restarts={kills}", "train_pt.py",
+                          *lab.arguments("pt", out, max_steps=steps, resume=True))
     killed: list[int] = []
     log, start = out / "log.jsonl", time.time()
-    while len(killed) < kills and process.poll() is None and time.time() - start < 120:
-        time.sleep(0.01)
-        alive = workers(process.pid)
+    while len(killed) < kills and not torchrun.ends(0.01) and time.time() - start < 120:
+        alive = workers(torchrun.pid)
         lines = log.read_text().count("\n") if log.exists() else 0
         if len(alive) == 2 and alive[1] not in killed and lines > 6 * len(killed) + 3:
             os.kill(alive[1], signal.SIGKILL)
             killed.append(alive[1])
-    try:
-        code = process.wait(60)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # and its workers
-        code = process.wait()
+    if not torchrun.ends(60):
+        torchrun.send(signal.SIGTERM)  # which it passes on to its workers
+    code = torchrun.wait()
     good = code == 0 and len(killed) == kills and same_run(out, whole)
     equal = "equal" if good else "NOT equal"
     return f"{len(killed)} kills, exit code {code}, the trace is {equal}", good

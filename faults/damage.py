@@ -159,7 +159,7 @@ def damaged_files(lab: Lab, n: int = 1500) -> Result:
     def notices(path: Path) -> bool:
         said = io.StringIO()
         checkpoint._known_good.clear()  # as a new process
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stderr(said):
             try:
                 if path in saved:
                     used = checkpoint.load(str(path.parent))[1]

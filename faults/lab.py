@@ -171,6 +171,14 @@ class Lab:
             environ: dict | None = None) -> Run:
         return Run(script, arguments, self.new("said"), *before, **(environ or {}))
 
+    def python(self, *words: str) -> Child:
+        """A Python of its own, started in the folder of the scripts."""
+        def execute() -> None:
+            os.chdir(ROOT)
+            os.environ.update(OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+            os.execv(sys.executable, [sys.executable, *words])
+        return Child(execute, self.new("said"))
+
     def start(self, stage: str, out_dir: Path, *before: Callable[[], None],
               environ: dict | None = None, **changes) -> Run:
         return self.run(f"train_{stage}", self.arguments(stage, out_dir, **changes), *before,

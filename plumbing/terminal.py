@@ -41,13 +41,24 @@ def printable(text: object) -> str:
                    for c in str(text))
 
 
-def without_commands(text: str) -> str:
-    """Text of many lines, such as a model writes, without what a terminal would obey.
-    without_commands("a\\x1b[2J\\nb") -> "a[2J\\nb"."""
-    return COMMANDS.sub("", text)
+def show(text: str) -> None:
+    """Print what a model wrote, as it is; to a terminal without what the terminal would obey:
+    "a\\x1b[2J\\nb" is shown as "a[2J\\nb"."""
+    print(COMMANDS.sub("", text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def say(text: object) -> None:
+    """Talk goes to stderr, on one line: stdout is for the result."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def ask() -> str:
+    """The next line that the user types; "> " asks for it, on stderr."""
+    print("\n> ", end="", file=sys.stderr, flush=True)
+    return input()
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """End a script the way every mistake of a user ends it: one line on stderr, exit code 2."""
-    print(printable(message), file=sys.stderr)
+    say(message)
     raise SystemExit(code)

@@ -67,5 +67,5 @@ def test_the_picture_has_a_panel_for_each_stage(out):
     path = curves.draw(out)
     assert path == out / "curves.png" and path.read_bytes()[:4] == b"\x89PNG"
     width, height = (int.from_bytes(path.read_bytes()[a:a + 4], "big") for a in (16, 20))
-    assert width > 4 * height and height > 300  # five panels side by side
+    assert width > 1.5 * height and height > 400  # five panels in two rows
     assert curves.draw(out / "world") is None  # no log there

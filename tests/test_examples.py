@@ -1,4 +1,4 @@
-"""examples.py: what a line may hold, what becomes of it, and batches in which nothing leaks."""
+"""Chats and pairs as rows of token ids: nothing is lost in silence, nothing leaks in a batch."""
 import json
 import random
 
@@ -36,7 +36,7 @@ def test_a_chat_becomes_what_render_says(tiny, tmp_path):
 
 
 def test_a_pair_is_two_rows_that_end_at_the_reply_s_end(tiny, tmp_path):
-    """Earlier turns of the assistant are part of the prompt, the newline behind <|im_end|> of
+    """Earlier turns of the assistant are part of the prompt, the newline after <|im_end|> of
     nothing. Seen to fail with the mask of the whole chat."""
     rows = load(tmp_path, "pair", tiny.tok,
                 {"prompt": CHAT[:3], "chosen": "a", "rejected": "bcd", "margin": 2})

@@ -15,6 +15,7 @@ import torch._dynamo  # noqa: F401, here and not in every child that makes an op
 from notes import NOTES
 
 from configurator import configure
+from demo.world import show
 from faults.lab import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,20 +34,22 @@ TINY = ("--max_steps=2 --warmup_steps=1 --batch_size=2 --log_every=1 --eval_ever
         "--workers=1 --limit=4 --device=cpu").split()
 ELSEWHERE = ("help", "key", "rdzv_conf", "max-restarts", "only")  # settings of no Config
 LONG = ("demo", "bench", "bench.gpu", "bench.rag", "demo.curves", "faults")  # not run here
-WORLD = ("--n_train=200 --n_chat=60 --n_pairs=40 --n_rankings=40 --n_prompts=40 --n_val=40 "
-         "--max_chat_facts=2 --max_facts=2")
+WORLD = "--n_train=200 --n_chat=300 --n_pairs=200 --n_rankings=200 --n_prompts=200 --n_val=40"
 
 
 def fences(path: Path, kind: str) -> list[str]:
     """The text of each fence ```kind of a page."""
-    return re.findall(rf"^```{kind}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S)
+    return [text for of, text in found if of == kind]
 
 
-def commands(path: Path) -> list[list[str]]:
-    """The words of each command of a page, in its order. A line is a command."""
-    found = [shlex.split(line, comments=True) for block in fences(path, "sh")
-             for line in block.splitlines()]
-    return [words for words in found if words]
+def commands(path: Path) -> list[str]:
+    """The commands of a page, in its order. A line is a command."""
+    return [line for text in fences(path, "sh") for line in text.splitlines() if words_of(line)]
+
+
+def words_of(line: str) -> list[str]:
+    return shlex.split(line, comments=True)
 
 
 def module_of(words: list[str]) -> tuple[str, list[str]]:
@@ -72,11 +75,11 @@ def resolve(words: list[str]) -> tuple[str, list[str]]:
     return name, arguments
 
 
-def run(words: list[str], folder: Path) -> tuple[int, str]:
+def run(line: str, folder: Path) -> tuple[int, str]:
     """Run a command in a folder, shortened: (exit code, what it said)."""
+    words = words_of(line)
     if words[0] != "python":
-        done = subprocess.run(["bash", "-c", shlex.join(words).replace("'>'", ">")], cwd=folder,
-                              capture_output=True, text=True)
+        done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
     def before() -> None:
@@ -105,7 +108,7 @@ def demo(tmp_path_factory) -> Path:
                  "--tokenizer=out/demo/tokenizer.txt --val_fraction=0.1",
                  *(f"python train_{stage}.py config/{stage}_micro.py"
                    for stage in ("pt", "sft", "rm", "dpo", "rl"))):
-        code, text = run(line.split(), folder)
+        code, text = run(line, folder)
         assert code == 0, line + "\n" + text[-2000:]
     world = folder / "out/demo/world"
     for name, mine in (("chat", "chats"), ("pairs", "pairs")):
@@ -131,24 +134,25 @@ def home(demo, tmp_path) -> Path:
 def test_every_command_works_as_typed(page, home):
     """Python's run, but for the long ones, of which files and settings are looked at; so are those
     of torchrun, which other tests run."""
-    for words in commands(page):
+    for line in commands(page):
+        words = words_of(line)
         if words[0] == "make":
-            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), words
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), line
         elif words[0] in ("pip", "python3", ".", "export"):
-            assert words[1:2] != ["-r"] or (ROOT / words[2]).exists(), words
+            assert words[1:2] != ["-r"] or (ROOT / words[2]).exists(), line
         elif words[0] == "torchrun":
             resolve(words)
         elif words[:3] == ["python", "-m", "pytest"]:
-            assert all((ROOT / w.partition("::")[0]).exists() for w in words[3:4]), words
+            assert all((ROOT / w.partition("::")[0]).exists() for w in words[3:4]), line
         elif words[0] != "python" or resolve(words)[0] not in LONG:
-            code, text = run(words, home)
-            assert code == 0, f"{shlex.join(words)}: exit code {code}\n{text[-1500:]}"
+            code, text = run(line, home)
+            assert code == 0, f"{line}: exit code {code}\n{text[-1500:]}"
 
 
 def test_both_readmes_are_short_and_show_the_same_commands():
     for path in READMES:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES, path.name
-    english, chinese = map(commands, READMES)
+    english, chinese = ([words_of(line) for line in commands(path)] for path in READMES)
     assert english == chinese and len(english) > 20
 
 
@@ -190,3 +194,9 @@ def test_what_an_exercise_changes_is_there_once():
         assert len(found) >= 3, page.name
         for file, code in found:
             assert (ROOT / file).read_text(encoding="utf-8").count(code) == 1, (file, code)
+
+
+def test_the_world_that_is_shown_is_the_one_of_the_demo():
+    for path in READMES:
+        shown, = (text for text in fences(path, "") if text.startswith("a document"))
+        assert set(shown.splitlines()) <= set(show(0).splitlines()), path.name

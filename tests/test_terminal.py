@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from plumbing.terminal import printable, without_commands
+from plumbing.terminal import printable, say, show
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,7 +61,14 @@ def test_a_mistake_keeps_its_line_and_its_exit_code():
     assert done.stderr == b"no such \\x1b[31mfile\n"
 
 
-def test_text_from_outside_does_not_command_the_terminal():
-    """A model can write any byte, and so can whoever names a file: ESC [ 2 J clears the screen."""
-    assert printable("a\x1b[2J\r\n\u202eb 中\u3000🙂") == "a\\x1b[2J  \\u202eb 中 🙂"
-    assert without_commands("a\x1b[2J\r\n\tb\x9b1m\u202e 中\u3000🙂") == "a[2J\n\tb1m 中\u3000🙂"
+@pytest.mark.parametrize("terminal", [True, False])
+def test_text_from_outside_does_not_command_the_terminal(terminal, monkeypatch, capsys):
+    """A model can write any byte, and so can whoever names a file: ESC [ 2 J clears the screen. A
+    file gets the text as it is."""
+    text = "a\x1b[2J\r\n\tb\x9b1m\u202e 中\u3000🙂"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    show(text)
+    assert capsys.readouterr() == ("a[2J\n\tb1m 中\u3000🙂" if terminal else text, "")
+    say(text)
+    assert capsys.readouterr() == ("", printable(text) + "\n")
+    assert printable(text) == "a\\x1b[2J   b\\x9b1m\\u202e 中 🙂"
