@@ -253,6 +253,8 @@ def main() -> None:
     try:
         prepare(cfg, progress)
         return
+    except BrokenPipeError:
+        raise  # nobody reads what is printed: no fault of the disk
     except ValueError as error:
         message = str(error)
     except OSError as error:

@@ -280,6 +280,8 @@ def main() -> None:
     progress = Progress()
     try:
         make(cfg, progress)
+    except BrokenPipeError:
+        raise  # nobody reads what is printed: no fault of the disk
     except (ValueError, OSError, KeyboardInterrupt) as error:
         progress.end()
         fail(str(error) or "stopped, nothing was written")

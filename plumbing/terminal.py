@@ -2,6 +2,7 @@
 What a terminal is shown: a mistake ends in one line, and `run(main)` starts a script so that
 nothing it prints can end it. The rest may be skipped.
 """
+import errno
 import os
 import re
 import sys
@@ -28,9 +29,13 @@ def run(main: Callable[[], None]) -> None:
             main()
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # what is still in the buffers must go somewhere when Python ends
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+    except OSError as error:
+        if error.filename or error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise  # not of what is printed
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is still in the buffers
         os.dup2(nowhere, sys.stdout.fileno())
+        if error.errno == errno.ENOSPC:
+            fail(f"the output cannot be written: {error.strerror}", 3)
         os.dup2(nowhere, sys.stderr.fileno())
 
 

@@ -19,6 +19,12 @@ def script(body: str, redirect: str = "", **env: str) -> subprocess.CompletedPro
                           cwd=ROOT, env=os.environ | env, capture_output=True, timeout=60)
 
 
+@pytest.fixture(params=["", "1"], autouse=True)
+def unbuffered(request, monkeypatch):
+    """What cannot be written stays in the buffer, or there is none."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", request.param)
+
+
 @pytest.mark.parametrize("encoding", ["gbk", "ascii", "cp1252"])
 def test_no_character_ends_a_script(encoding):
     """A Chinese Windows redirects output in GBK, which has no U+FFFD, no emoji and no U+23CE:
@@ -44,6 +50,13 @@ def test_a_reader_who_has_had_enough_is_no_error(n, redirect):
     done = script(f"for i in range({n}): print(i, file=(sys.stdout, sys.stderr)[i % 2])",
                   redirect + " >/dev/null; exit ${PIPESTATUS[0]}")
     assert done.returncode == 0 and b"Error" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_under_the_output_is_one_line():
+    done = script("print('a')", ">/dev/full")
+    assert done.returncode == 3
+    assert done.stderr == b"the output cannot be written: No space left on device\n"
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
