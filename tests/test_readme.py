@@ -172,8 +172,9 @@ def test_every_link_leads_somewhere():
 def test_every_file_function_and_setting_that_is_named_exists():
     """Seen to fail with a setting that is gone, a file in its old place and a function renamed."""
     sources = [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts and "out" not in p.parts]
-    settings = set(re.findall(r"^    (\w+): [^=\n]+ = ", "".join(
-        p.read_text(encoding="utf-8") for p in sources), re.M)) | set(ELSEWHERE)
+    code_of_all = "".join(p.read_text(encoding="utf-8") for p in sources)
+    settings = set(re.findall(r"^    (\w+): [^=\n]+ = ", code_of_all, re.M)) | set(ELSEWHERE)
+    words = set(re.findall(r"\w+", code_of_all))
     scripts = {p.stem for p in ROOT.glob("*.py")}
     for page in PAGES:
         text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -185,6 +186,10 @@ def test_every_file_function_and_setting_that_is_named_exists():
                 assert code in YOURS or code.startswith("out") or (ROOT / code).exists(), where
             elif (m := re.fullmatch(r"(\w+)\.(\w+)", code)) and m[1] in scripts:
                 assert hasattr(importlib.import_module(m[1]), m[2]), where
+            elif re.fullmatch(r"[a-zA-Z]\w*[a-z]\w*", code):
+                assert code in words, where
+        for name in re.findall(r"^    .* \((\w+)\)$", text, re.M):  # beside a formula
+            assert f"\ndef {name}(" in code_of_all, f"{page.name}: {name}"
 
 
 def test_what_an_exercise_changes_is_there_once():
