@@ -15,14 +15,12 @@ who knows this program knows exactly how surprising its text is:
 N is the number of names. They are drawn in order, none twice; attributes and values may coincide. A
 form is drawn for each half, not for each fact. The second half is an exact repeat with probability
 e (0 in held-out files), else it has a random order (K!) and either language and form (4), and may
-be a repeat by chance. The text gives all of this away, so no path is missing from P. Where a
-document ends is no surprise.
+be a repeat by chance. The text gives all of this away. Where a document ends is no surprise.
 
-The sum over a file, divided by its UTF-8 bytes, is its floor. A model that has not seen the file
-undercuts the sum by b bits with probability at most 2^-b (Markov's inequality). One language alone
-may be undercut by up to 1 bit a document, by a model that always expects that language. The floor
-of the held-out file is for a reader who knows the list of test names. A model cannot tell them from
-the others and pays log2 of all names for each: `pt_heldout_all_names`, the fair yardstick.
+The sum over a file, divided by its UTF-8 bytes, is its floor: a model that has not seen the file
+undercuts the sum by b bits with probability at most 2^-b (Markov's inequality); the sum of one
+language alone by a bit more a document, if it always expects that language. A model cannot tell the
+test names from the others and pays log2 of all names for each: `pt_heldout_all_names`.
 
 Preferences are drawn, too. A reply has a known score (GOLD), and of two replies the one that scores
 d more is chosen with probability sigmoid(d). So the Bradley-Terry model is right, and we know which
@@ -93,8 +91,8 @@ def split_of(text: str) -> str:
     return {0: "test", 1: "val"}.get(zlib.crc32(text.encode()) % 10, "train")
 
 
-_all = [(a + b).capitalize() for a in SYLLABLES for b in SYLLABLES]
-_all = [n for n in _all if n not in UNFIT] + [a + b for a in HAN for b in HAN if a != b]
+_all = [n for a in SYLLABLES for b in SYLLABLES if (n := (a + b).capitalize()) not in UNFIT]
+_all += [a + b for a in HAN for b in HAN if a != b]
 NAMES = {split: [n for n in _all if split_of(n) == split] for split in ("train", "val", "test")}
 
 FACTS = {"en": ("{n}'s {a} is {v}.", "The {a} of {n} is {v}."),
@@ -178,8 +176,7 @@ def name_bits(k: int, n: int) -> float:
 
 
 def restated_values(text: str) -> list[tuple[int, int]]:
-    """(start, end) in characters of each value in a document's second half: the places where a
-    model that has read the first half needs no luck."""
+    """(start, end) in characters of each value in the second half, which says it again."""
     return [m.span(1) for m in STATED.finditer(text, text.index("\n"))]
 
 
@@ -245,9 +242,8 @@ def chat(r: Random, split: str, max_facts: int) -> dict:
         said = (_qa if task == "qa" else _abstain)(r, split, lang, max_facts)
     else:
         said = _translate(r, split, lang) if task == "translate" else _copy(r, split, lang, task)
-    messages = [{"role": ("user", "assistant")[i % 2], "content": text}
-                for i, text in enumerate(said)]
-    return {"messages": messages, "lang": lang, "task": task}
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text}
+                         for i, text in enumerate(said)], "lang": lang, "task": task}
 
 
 def grade(reply: str, fact: Fact, lang: str) -> tuple[float, str | None]:
@@ -255,10 +251,8 @@ def grade(reply: str, fact: Fact, lang: str) -> tuple[float, str | None]:
     for style in STYLES:
         if reply == answer(fact, lang, style):
             return GOLD[style], style
-        template = re.escape(ANSWERS[lang][style])
-        for part in "nav":
-            template = template.replace(re.escape("{" + part + "}"), r"\w+")
-        if re.fullmatch(template, reply):
+        form = re.sub(r"\\{[nav]\\}", r"\\w+", re.escape(ANSWERS[lang][style]))
+        if re.fullmatch(form, reply):
             return WRONG, style
     return UNREADABLE, None
 
@@ -333,9 +327,8 @@ def floors(docs: list[dict], split: str, n_names: int) -> dict[str, float]:
     bits, size = Counter(), Counter()
     for doc in docs:
         k = len(restated_values(doc["text"]))
-        more = name_bits(k, n_names) - name_bits(k, len(NAMES[split]))
         for key in (doc["lang"], "all"):
-            bits[key] += doc["bits"] + more
+            bits[key] += doc["bits"] + name_bits(k, n_names) - name_bits(k, len(NAMES[split]))
             size[key] += len(doc["text"].encode())
     return {key: bits[key] / size[key] for key in (*LANGS, "all") if size[key]}
 
@@ -370,19 +363,16 @@ def generate(cfg: Config) -> dict[str, list[dict]]:
 
 def show(seed: int) -> str:
     """In both languages a document, a question with its context, and a reply of each kind."""
-    r, lines = Random(f"{seed}/show"), []
+    r, parts = Random(f"{seed}/show"), []
     for lang in LANGS:
-        fs = facts(r, "train", 2)
-        about = fs[1]
-        replies = [(answer(about, lang, style), style, gold) for style, gold in GOLD.items()]
-        replies.append((answer(wrong(r, about), lang, "direct"), "wrong", WRONG))
-        for what, texts in (
-                ("a document", [_half(fs, lang, 1), _half(fs[::-1], lang, 0)]),
-                ("a question", prompt(r, lang, fs, about).split("\n")),
-                ("its answers", [f"{t}  ({style}: {gold:g})" for t, style, gold in replies])):
-            lines += [f"{label:<14}{t}" for label, t in zip([what, *[""] * len(texts)], texts)]
-        lines.append("")
-    return "\n".join(lines)
+        first, about = fs = facts(r, "train", 2)
+        replies = [f"{answer(about, lang, style)}  ({style}: {GOLD[style]:g})" for style in GOLD]
+        replies.append(f"{answer(wrong(r, about), lang, 'direct')}  (wrong: {WRONG:g})")
+        rows = [("a document", _half(fs, lang, 1)), ("", _half([about, first], lang, 0))]
+        rows += zip(("a question", ""), prompt(r, lang, fs, about).split("\n"))
+        rows += zip(("its answers", *[""] * len(replies)), replies)
+        parts.append("".join(f"{label:<14}{text}\n" for label, text in rows))
+    return "\n".join(parts)
 
 
 def main() -> None:
@@ -400,8 +390,7 @@ def main() -> None:
         write_files(cfg.out_dir, files)
     except OSError as error:
         fail(str(error))
-    for name, rows in data.items():
-        print(f"{cfg.out_dir}/{name}.jsonl: {len(rows):,} lines")
+    print(f"{cfg.out_dir}: {', '.join(f'{name} {len(rows):,}' for name, rows in data.items())}")
     for name, by_lang in floor.items():
         columns = " | ".join(f"{key} {value:.4f}" for key, value in by_lang.items())
         print(f"floor of {name:<20} | {columns}" + " bits/byte" * ("all" in by_lang))
