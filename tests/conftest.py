@@ -11,9 +11,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from plumbing import checkpoint  # noqa: E402
 from demo import world as toyworld  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
+from plumbing import checkpoint  # noqa: E402
 from tokenizer import PATTERN, Tokenizer, dump  # noqa: E402
 
 torch.set_num_threads(1)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import baselines
 import data
+from bench import baselines
 from bench.baselines import BASE, END, fit, ngram_bits, pack, probability, symbols, xz_bits
 
 HERE = Path(__file__).parent.parent

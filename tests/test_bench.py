@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as bench
-from plumbing.costs import flops_per_token
+from bench.race import Race, used_by_others
 from generate import generate
 from model import ModelConfig, Transformer
-from bench.race import Race, used_by_others
+from plumbing.costs import flops_per_token
 
 HERE = Path(__file__).parent.parent
 TINY = dict(repeats=2, sample_s=0.01, max_foreign=1e9, compile=False, data_mb=1, chunks=300)

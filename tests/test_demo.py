@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from demo import __main__ as demo
-from demo import judge
 from data import open_data
+from demo import __main__ as demo, judge
+from demo.world import restated_values, show
 from model import ModelConfig, Transformer
 from tokenizer import PATTERN, Tokenizer, dump
-from demo.world import restated_values, show
 
 ROOT = Path(demo.__file__).parent.parent
 DOC = {"text": "The pet of Kimu is cat.\nKimu's pet is cat.", "lang": "en"}

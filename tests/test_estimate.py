@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import configurator
-from plumbing import costs
-from bench import estimate
 import train_pt
+from bench import estimate
 from faults.lab import Run, side_by_side
 from model import ModelConfig
+from plumbing import costs
 
 ROOT = Path(estimate.__file__).parent.parent
 forks = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
@@ -112,9 +112,8 @@ def shares_on_meta(name: str) -> list[int]:
     other seven are pretended."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from plumbing import runtime
-    from plumbing import sharding
     from model import Transformer
+    from plumbing import runtime, sharding
     torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     cfg = configurator.configure(train_pt.Config, [str(ROOT / f"config/pt_{name}.py")])
     with torch.device("meta"):

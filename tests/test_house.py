@@ -153,3 +153,27 @@ def test_what_ci_runs_is_what_the_makefile_names():
     for target in re.findall(r"^make (\S+)$", (ROOT / ".ci/run").read_text(), re.M):
         assert f"\n{target}: " in makefile, target
     assert "-m ruff check" in makefile and "-m mypy" in makefile
+
+
+def in_order(source: str) -> bool:
+    """Whether the imports at the top of a file come as `import a`, then `from a import b`, in three
+    parts: Python's own, packages, ours. After any other statement they begin anew."""
+    ours, keys = {name.partition("/")[0].removesuffix(".py") for name in FILES}, [[]]
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            root = name.partition(".")[0]
+            part = 0 if root in sys.stdlib_module_names else 1 + (root in ours)
+            keys[-1].append((part, isinstance(node, ast.ImportFrom), name))
+        elif not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+            keys.append([])
+    return all(part == sorted(part) for part in keys)
+
+
+def test_imports_stand_in_order():
+    """As ruff's rule I wants it, which would also give every imported name a line of its own."""
+    assert not in_order("import torch\nimport json") and in_order("import json\nimport torch")
+    files = [*FILES.values(), *sorted((ROOT / "tests").glob("*.py"))]
+    wrong = {path.relative_to(ROOT).as_posix() for path in files if not in_order(path.read_text())}
+    if "lint" not in NOT_YET:
+        assert wrong == set()

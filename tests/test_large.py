@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from plumbing import checkpoint
 from faults.lab import Run, places
+from plumbing import checkpoint
 
 ROOT = Path(checkpoint.__file__).parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")

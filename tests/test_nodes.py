@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from plumbing import checkpoint
 import data
 import train_pt
-from plumbing.jobs import Progress
-from faults.lab import places, workers
 from demo.world import pt_document
+from faults.lab import places, workers
+from plumbing import checkpoint
+from plumbing.jobs import Progress
 
 ROOT = Path(train_pt.__file__).parent
 pytestmark = pytest.mark.slow  # 100 s; in make test-all

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from faults import __main__ as reliability
-from faults.lab import crash_everywhere, damaged, die_after_save, newest, side_by_side
 from faults.__main__ import ROWS, break_rank, two_ranks
-
+from faults.lab import crash_everywhere, damaged, die_after_save, newest, side_by_side
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and kills as Linux does")
 
@@ -53,6 +52,7 @@ def test_all_ranks_end_and_say_which_and_where(lab, how, line):
 def test_a_restarted_group_does_not_wait_for_the_dead(lab):
     """The second attempt of torchrun finds the same store: seen to hang without the prefix."""
     import torch.distributed as dist
+
     from plumbing.runtime import setup
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from plumbing import checkpoint
-from plumbing import interrupts
 from faults.damage import can_mount, tmpfs
 from faults.lab import STAGES, Lab, newest, same_run
+from plumbing import checkpoint, interrupts
 from tokenizer import PATTERN, dump
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
