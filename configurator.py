@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 from plumbing.configfile import run_config
 from plumbing.terminal import fail, printable
 
-C = TypeVar("C")
+C = TypeVar("C", bound=Any)
 # A type that says its range: `batch_size: Count = 8` refuses 0 before anything starts.
 Count = Annotated[int, "at least 1", lambda n: n >= 1]
 Natural = Annotated[int, "at least 0", lambda n: n >= 0]

@@ -282,7 +282,7 @@ def train(cfg: Config, dist: Dist) -> None:
             loss, clipped = torch.zeros((), device=dist.device), 0.0
             for micro_step, some in enumerate(in_batches(by_length, cfg.batch_size)):
                 sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once is enough
-                losses, cut = reply_losses(net, model, rollout, A, some, cfg, dist)
+                losses, cut = reply_losses(net, model, rollout, A, list(some), cfg, dist)
                 part = losses.sum() / n_replies
                 (part * dist.world).backward()  # DDP takes the mean over processes
                 loss += part.detach()

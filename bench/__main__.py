@@ -28,7 +28,6 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ from bench.race import Race
 from bench.search import search
 from configurator import Count, FilePath, NotNegative, configure, fail
 from demo.world import pt_document
-from generate import generate, replies
+from generate import generate
 from model import ModelConfig, RewardModel, Transformer, rope_table, rotate
 from plumbing import checkpoint, examples, loading, runtime, terminal
 from plumbing.examples import Row
@@ -227,10 +226,10 @@ def decode(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
 
 
 def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
-    """A training step of each stage, in real tokens: rows of T / 8 to T tokens, the second half to
-    be learnt. `learnt`: of the tokens that the model reads, padding included. A step of RL writes,
-    scores and learns from 64 replies of 32 tokens to prompts of 16; `writing` is the share of the
-    time in which they are written. Then such replies alone, 64 at once and one by one."""
+    """Replies of 32 tokens to prompts of 16, one by one and 64 at once. Then a training step of
+    each stage, in real tokens: rows of T / 8 to T tokens, the second half to be learnt. `learnt` is
+    the share of the tokens that the model reads, padding included. A step of RL writes, scores and
+    learns from such 64 replies; `writing` is their share of its time."""
     r, c, alone = Random(0), shape(T + 48), runtime.setup("cpu", "float32")
     sizes = sorted(r.randint(T // 8, T) for _ in range(8 * B))
     rows = [Row([r.randrange(VOCAB) for _ in range(n)], [0] * (n // 2) + [1] * (n - n // 2))
@@ -242,7 +241,7 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     full = torch.randint(VOCAB, (2, B, T))
     prompts, nothing = torch.randint(VOCAB, (64, 16)).tolist(), torch.zeros(B // 2)
     reference, judge = Transformer(c), RewardModel(Transformer(c)).requires_grad_(False)
-    of_rl, shares = train_rl.Config(answer_tokens=32, group=8, batch_size=64, rollout_size=64), []
+    of_rl = train_rl.Config(answer_tokens=32, group=8, batch_size=64, rollout_size=64)
 
     def sft(x: Tensor, mask: Tensor, segments: Tensor | None, net: Transformer) -> Tensor:
         hidden = net(x, hidden=True, segments=segments)
@@ -256,13 +255,6 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     def rm(net: RewardModel) -> Tensor:
         chosen, rejected = net(alike[0], alike[2]).chunk(2)
         return train_rm.rm_loss(chosen, rejected, nothing, 0.01).mean()
-
-    def timed_replies(*args, **settings) -> list[list[int]]:
-        begin = perf_counter()
-        said = replies(*args, **settings)
-        shares.append(perf_counter() - begin)
-        return said
-    train_rl.replies = timed_replies
 
     def rl(net: Transformer) -> Tensor:
         nobody = -1  # no token ends a reply: all have 32
@@ -285,22 +277,23 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
         "DPO, reference kept": (dpo, int(alike[2].sum()), share(alike[1] >= 0)),
         "RM": (rm, int(alike[2].sum()), None),
         "RL": (rl, 64 * 48, 32 / 48)}
+    net = Transformer(c).eval()
+    loading.read_weights_with_all_threads(net)
+    writing = Race("stages", {f"{n} replies at once": partial(
+        lambda n: list(generate(net, prompts[:n], 32)), n) for n in (1, 64)}, cfg)
+    one, many = writing.seconds.values()
+    for (name, seconds), n in zip(writing.seconds.items(), (1, 64)):
+        writing.speed(name, 32 * n, "tok/s", of_one=n * one / seconds)
+    yield writing
     race = Race("stages", {
         name: learner(RewardModel(Transformer(c)) if name == "RM" else Transformer(c), loss)
         for name, (loss, *_) in losses.items()}, cfg)
-    pt = losses["PT"][1] / race.seconds["PT"]
     for name, (_, tokens, learnt) in losses.items():
-        more = {} if learnt is None else {"learnt": learnt}
-        if name == "RL":
-            more["writing"] = float(np.median(shares)) / race.seconds[name]
-        race.speed(name, tokens, "tok/s", of_pt=tokens / race.seconds[name] / pt, **more)
-    yield race
-    net = Transformer(c).eval()
-    loading.read_weights_with_all_threads(net)
-    race = Race("stages", {f"{n} replies at once": partial(
-        lambda n: list(generate(net, prompts[:n], 32)), n) for n in (1, 64)}, cfg)
-    for (name, seconds), n in zip(race.seconds.items(), (1, 64)):
-        race.speed(name, 32 * n, "tok/s", of_one=n * race.seconds["1 replies at once"] / seconds)
+        took = race.seconds[name]
+        notes = {"of_pt": tokens / losses["PT"][1] * race.seconds["PT"] / took}
+        notes |= {} if learnt is None else {"learnt": learnt}
+        notes |= {"writing": many / took} if name == "RL" else {}
+        race.speed(name, tokens, "tok/s", **notes)
     yield race
 
 

@@ -25,9 +25,9 @@ from demo.curves import draw
 from demo.judge import (judge_answers, judge_chats, judge_pt, judge_rag, judge_rl, judge_rm,
                         samples, table)
 from demo.world import show
-from plumbing.loading import load_model
 from plumbing import terminal
 from plumbing.files import write_text
+from plumbing.loading import load_model
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from demo import world
-from plumbing import checkpoint, log, runtime
+from plumbing import checkpoint, log
 from tokenizer import PATTERN, dump
 
 ROOT = Path(__file__).resolve().parent.parent

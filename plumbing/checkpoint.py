@@ -31,7 +31,8 @@ class _HashingFile:
 
     def __init__(self, path: Path):
         self.file = open(path, "wb")
-        self.sha, self.error = hashlib.sha256(), None
+        self.sha = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data) -> int:
         try:
@@ -163,7 +164,7 @@ def load(where: str, device: str | torch.device = "cpu") -> tuple[dict, Path]:
 
 
 def restore(cfg, kind: str, optimizers: list, tokenizer: str, shape: dict,
-            data_id: str) -> tuple[int, dict]:
+            data_id: int) -> tuple[int, dict]:
     """The step at which a run starts, and the state to load: those of the newest checkpoint with
     --resume, else (0, {}). Prints which settings have changed, and whether the training data has.
     Raises ValueError if that checkpoint does not fit, or if a fresh run would be mixed with an

@@ -339,7 +339,7 @@ def prompts_with_room(rows: Rows, chosen: Sequence[int], model_reads: int,
     return found
 
 
-def in_batches(examples: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def in_batches(examples: Sequence, size: int) -> Iterator[Sequence]:
     for at in range(0, len(examples), size):
         yield examples[at:at + size]
 

@@ -166,8 +166,8 @@ def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[d
 
 def load(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict,
          part: str = "model") -> None:
-    """Give a model and its optimizers, sharded or not, the `part` of a checkpoint's weights ("model"
-    or "lora") and their moments. Every rank has opened the file."""
+    """Give a model and its optimizers, sharded or not, the `part` of a checkpoint's weights
+    ("model" or "lora") and their moments. Every rank has opened the file."""
     load_model(model, state[part], strict=part == "model")
     for optimizer, saved in zip(optimizers, state["optimizer"]):
         load_optimizer(optimizer, saved)

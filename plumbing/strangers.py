@@ -60,7 +60,8 @@ def _foreign_pickle(pickle: bytes, sizes: dict[str, int]) -> str | None:
             if n == MAX_OPS:
                 return f"its pickle has more than {MAX_OPS:,} operations"
             if op.name == "GLOBAL" and value not in NAMES:
-                return f"refers to {value.replace(' ', '.')!r:.80}, which a checkpoint never does"
+                name = str(value).replace(" ", ".")
+                return f"refers to {name!r:.80}, which a checkpoint never does"
             if op.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2",
                            "EXT4", "PERSID", "MEMOIZE", "PUT", "GET"):
                 return f"holds the operation {op.name}, which torch.save never writes"

@@ -14,14 +14,12 @@ from pathlib import Path
 import torch
 import torch._dynamo  # noqa: F401, once instead of in every child
 
-from plumbing.optim import make_optimizers
-from plumbing import checkpoint
-from plumbing import runtime
-from plumbing import sharding
 import train_pt
 from faults.lab import Run, places
 from generate import replies
 from model import ModelConfig, Transformer
+from plumbing import checkpoint, runtime, sharding
+from plumbing.optim import make_optimizers
 
 
 def train(dist: runtime.Dist, stage: str, settings: dict) -> None:

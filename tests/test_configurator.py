@@ -62,7 +62,8 @@ def config(tmp_path, monkeypatch):
     ("--n_layer=-2", -2), ("--learning_rate=3e-4", 3e-4), ("--learning_rate=1", 1.0),
     ("--dropout=0", 0.0), ("--dropout=None", None), ("--optimizer=muon", "muon"),
     ("--compile", True), ("--compile=False", False), ("--out_dir=5", "5"), ("--out_dir=a=b", "a=b"),
-    ("--out_dir=", ""), ("--out_dir=None", "None"), ("--init_from=None", None), ("--init_from=x.pt", "x.pt")])
+    ("--out_dir=", ""), ("--out_dir=None", "None"), ("--init_from=None", None),
+    ("--init_from=x.pt", "x.pt")])
 def test_a_value_arrives_exactly_as_declared(arg, value, config):
     key = arg[2:].partition("=")[0]
     in_file = config(f"{key} = {int(value) if type(value) is float else value!r}")
@@ -212,7 +213,7 @@ def test_every_slip_of_the_fingers_is_refused_with_the_right_suggestion(script, 
     for key in [field.name for field in fields(cls)]:
         slips[key] = {key[:i] + key[i + 1] + key[i] + key[i + 2:] for i in range(len(key) - 1)}
         slips[key] = {key[:i] + key[i + 1:] for i in range(len(key))} | slips[key] - {key}
-    for key, slip in [(key, slip) for key in slips for slip in slips[key]]:
+    for key, slip in [(k, slip) for k in slips for slip in slips[k]]:
         meant = [f"did you mean '{k}'?" for k in slips if slip in slips[k]]  # top_: top_k or top_p
         typed = refusal(f"--{slip}=1", cls=cls)
         in_file = refusal(config(f"_scratch = 1\n\n{slip} = 1\n"), cls=cls)

@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_pt
-from plumbing.optim import make_optimizers
-from plumbing.costs import count_parameters, flops_per_token, training_memory
 from model import ModelConfig, Transformer
+from plumbing.costs import count_parameters, flops_per_token, training_memory
+from plumbing.optim import make_optimizers
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(vocab_size=96, n_layer=3, n_head=4, n_kv_head=2, n_embd=48, head_dim=16,

@@ -15,12 +15,12 @@ from random import Random
 import pytest
 import torch
 
-from plumbing import checkpoint, costs, runtime
 import train_dpo
 import train_rl
 import train_rm
 import train_sft
 from model import ModelConfig, RewardModel, Transformer
+from plumbing import checkpoint, costs, runtime
 from tokenizer import PATTERN, Tokenizer, dump
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

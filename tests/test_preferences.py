@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from test_stages import ALONE, settings
 from torch.testing import assert_close
 
-from plumbing import checkpoint
 import train_dpo
 import train_rl
 import train_rm
 from data import IGNORE, Order
+from model import RewardModel
+from plumbing import checkpoint
 from plumbing.examples import (Row, load_examples, micro_batches, pad_right, pair_batch,
                                ranking_batch)
 from plumbing.loading import load_model, load_reward_model
 from plumbing.rollouts import row_logps
-from model import RewardModel
 from tokenizer import render
 
 ROOT = Path(train_rm.__file__).parent
@@ -312,7 +312,7 @@ def test_reference_and_reward_model_stay_as_they_are(tiny, reward, tmp_path, mon
         return roll_out(model, reference, judge, *rest)
     monkeypatch.setattr(train_rl, "roll_out", watched)
     train_rl.train(settings("rl", tiny, tmp_path / "run", reward), ALONE)
-    for model, where, key in ((held[0], tiny.pt, ""), (held[1], reward, "")):
+    for model, where in zip(held, (tiny.pt, reward)):
         state = checkpoint.load(where)[0]["model"]
         assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if k in state)
         assert all(p.grad is None and not p.requires_grad for p in model.parameters())

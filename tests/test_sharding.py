@@ -9,22 +9,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import in_processes
 import pytest
 import torch
 
-from plumbing import checkpoint
 import data
-import in_processes
-from plumbing import runtime
 import train_dpo
 import train_pt
 import train_rl
 import train_rm
 import train_sft
-from plumbing.jobs import Progress
-from plumbing.costs import training_memory
-from plumbing.loading import load_model
 from demo.world import pt_document
+from plumbing import checkpoint, runtime
+from plumbing.costs import training_memory
+from plumbing.jobs import Progress
+from plumbing.loading import load_model
 
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)
 SHAPE = dict(vocab_size=96, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, head_dim=16, n_hidden=96,

@@ -13,15 +13,13 @@ import torch
 import torch._dynamo  # noqa: F401, once instead of in every child
 
 import configurator
-from plumbing import checkpoint
-from plumbing import interrupts
-from plumbing import runtime
 import train_dpo
 import train_pt
 import train_rl
 import train_rm
 import train_sft
 from faults.lab import Run, places
+from plumbing import checkpoint, interrupts, runtime
 from plumbing.loading import load_model
 
 ROOT = Path(train_sft.__file__).parent

@@ -16,17 +16,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plumbing.optim import make_optimizers
-from plumbing import checkpoint
 import data
-from plumbing import runtime
 import train_pt
+from demo.world import pt_document
+from generate import complete
+from plumbing import checkpoint, runtime
 from plumbing.files import write_text
 from plumbing.jobs import Progress
-from generate import complete
 from plumbing.loading import load_model
+from plumbing.optim import make_optimizers
 from tokenizer import PATTERN, count_pieces, dump, train_bpe
-from demo.world import pt_document
 
 ROOT = Path(train_pt.__file__).parent
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)
@@ -53,8 +52,8 @@ def data_dir(tmp_path_factory) -> str:
 @pytest.fixture
 def cfg(data_dir, tmp_path) -> train_pt.Config:
     return train_pt.Config(
-        data_dir=data_dir, out_dir=str(tmp_path / "run"), n_layer=2, n_embd=32, n_head=2, n_kv_head=1,
-        max_seq_len=32, batch_tokens=256, batch_size=8, max_steps=30, warmup_steps=5,
+        data_dir=data_dir, out_dir=str(tmp_path / "run"), n_layer=2, n_embd=32, n_head=2,
+        n_kv_head=1, max_seq_len=32, batch_tokens=256, batch_size=8, max_steps=30, warmup_steps=5,
         eval_every=10, eval_tokens=500, save_every=10, sample_every=0, log_every=10)
 
 
@@ -229,7 +228,8 @@ def test_eval_only_scores_a_checkpoint_on_any_split(cfg, capsys):
     train_pt.train(cfg, ALONE)
     said = capsys.readouterr().out.splitlines()
     last = [line for line in said if line.startswith("val at step 30")][-1]
-    judge = train_pt.Config(data_dir=cfg.data_dir, eval_only=True, init_from=cfg.out_dir)  # no sizes given
+    # no sizes given
+    judge = train_pt.Config(data_dir=cfg.data_dir, eval_only=True, init_from=cfg.out_dir)
     train_pt.judge(judge, ALONE)
     assert last.partition("|")[2] in capsys.readouterr().out
     scores = {}

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from plumbing import checkpoint
-from plumbing import runtime
 import train_sft
-from plumbing.costs import lora_parameters
 from data import Packed
+from model import ModelConfig, Transformer, token_logps
+from plumbing import checkpoint, runtime
+from plumbing.costs import lora_parameters
 from plumbing.examples import Row, load_examples, pad_right, window_batch
 from plumbing.loading import load_model
-from model import ModelConfig, Transformer, token_logps
 from tokenizer import render
 from train_sft import LowRank, add_lora, merge_lora, sft_loss
 
