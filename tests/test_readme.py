@@ -69,7 +69,7 @@ def resolve(words: list[str]) -> tuple[str, list[str]]:
     """Module and arguments of a command whose file, config files and settings all exist."""
     name, arguments = module_of(words)
     assert (ROOT / f"{name.replace('.', '/')}.py").exists() or (ROOT / name).is_dir(), words
-    if name not in ("bench.estimate", "bench.rag", "faults"):  # which read their words otherwise
+    if name not in ("bench.estimate", "bench.rag"):  # which read their words otherwise
         words = [a for a in arguments if a.startswith("--") or a.endswith(".py")]
         configure(config_of(name), words, show=False)
     return name, arguments
@@ -193,12 +193,14 @@ def test_every_file_function_and_setting_that_is_named_exists():
 
 
 def test_what_an_exercise_changes_is_there_once():
-    for page, change in zip(READMES, (r"In `([\w.]+)`, change\s`([^`]+)`",
-                                      r"把 `([\w.]+)` 里的 `([^`]+)`")):
+    for page, change in zip(READMES, (r"In `([\w.]+)`, change\s`([^`]+)` to\s`([^`]+)`",
+                                      r"把 `([\w.]+)` 里的 `([^`]+)` 改成\s`([^`]+)`")):
         found = re.findall(change, page.read_text(encoding="utf-8"))
-        assert len(found) >= 3, page.name
-        for file, code in found:
-            assert (ROOT / file).read_text(encoding="utf-8").count(code) == 1, (file, code)
+        assert len(found) >= 4, page.name
+        for file, code, new in found:
+            source = (ROOT / file).read_text(encoding="utf-8")
+            assert source.count(code) == 1, (file, code)
+            compile(source.replace(code, new), file, "exec")
 
 
 def test_the_world_that_is_shown_is_the_one_of_the_demo():
