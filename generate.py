@@ -1,133 +1,173 @@
 """
-Let a checkpoint write.
+Let a model write: P(next token) ∝ exp(logit / temperature), one token after another.
 
-    python generate.py --checkpoint=out/pt --prompt="从前有座山" --stream
-    python generate.py --checkpoint=out/pt --file=prompts.txt --batch --temperature=0
-    python generate.py --checkpoint=out/pt --interactive
-    python generate.py --checkpoint=out/sft --chat --stream
+    python generate.py                             talk with the newest checkpoint under out/
+    python generate.py --prompt="从前有座山"         one text
+    echo "Once upon a time" | python generate.py   the same: what comes through a pipe is a prompt
+    python generate.py --file=prompts.txt --batch --temperature=0         a text for each line
+    python generate.py --checkpoint=out/sft --system="Answer briefly."    a chat
 
-One generator of token ids, `generate`, serves a single prompt, a batch, a stream, the samples of
-the training scripts and whoever imports it. A checkpoint carries its tokenizer: one file is enough.
+A model that has learnt to answer (SFT, DPO, RL) takes what you type as messages of a chat; one that
+has not (PT) continues it. stdout has the text, stderr what is said about it. The training scripts
+use the same generator of token ids, `generate`, which writes for many prompts at once.
+
+To try a sampler of your own, write a function like `keep_min_p`, a setting of `Sampling` and two
+lines of `sample`.
 """
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from configurator import configure, fail
+from configurator import Count, FilePath, Natural, NotNegative, Positive, Share, configure
 from model import KVCache, Transformer
-from plumbing.loading import load_model
+from plumbing import runtime
+from plumbing.loading import load_model, newest_checkpoint
+from plumbing.terminal import ask, fail, run, say, show
 from tokenizer import StreamDecoder, Tokenizer, render
+
+Part = Annotated[float, "above 0, at most 1", lambda x: 0 < x <= 1]
 
 
 @dataclass(frozen=True)
-class Config:
-    checkpoint: str = "out/pt"  # checkpoint file, or folder with checkpoints: the newest valid one
-    prompt: str = ""  # text to continue
-    file: str = ""  # read the prompt from this file; - is standard input
-    batch: bool = False  # with --file: every line that is not empty is a prompt, all run together
-    interactive: bool = False  # ask for one prompt after another
-    chat: bool = False  # prompts are messages to an assistant; without a prompt: a conversation
-    system: str = ""  # with --chat: what the assistant is told first
-    stream: bool = False  # print each character as soon as it is whole
-    max_tokens: int | None = None  # most tokens to write; None: 200, or as many as there is room
-    temperature: float = 0.8  # 0: always the most likely token
-    top_k: int = 0  # sample from the k most likely tokens only; 0: all
-    top_p: float = 1.0  # sample from the fewest tokens that hold this much probability
-    min_p: float = 0.0  # drop tokens less likely than this share of the most likely one
-    repetition_penalty: float = 1.0  # above 1: make tokens that have occurred less likely
+class Sampling:
+    """How the next token is drawn. The defaults draw from the model's own probabilities."""
+    temperature: NotNegative = 1.0  # below 1: likely tokens grow likelier; 0: always the likeliest
+    top_k: Natural = 0  # draw from the k likeliest tokens only; 0: from all
+    top_p: Part = 1.0  # draw from the fewest tokens that hold this much probability
+    min_p: Share = 0.0  # drop tokens less probable than this share of the likeliest one
+    repetition_penalty: Positive = 1.0  # above 1: tokens that have occurred become less likely
+
+
+@dataclass(frozen=True)
+class Config(Sampling):
+    checkpoint: FilePath = ""  # file, or folder: its newest valid one; none: the newest under out/
+    prompt: str = ""  # text to continue, or message to answer; without one you are asked
+    file: FilePath = ""  # read the prompt from this file; - is standard input
+    batch: bool = False  # every line of the file that is not empty is a prompt, all run together
+    interactive: bool = False  # ask for one prompt after another, each on its own
+    chat: bool | None = None  # prompts are messages; None: if the model has learnt to answer
+    system: str = ""  # what the assistant is told before the chat
+    stream: bool | None = None  # print text while it is written; None: if there is only one
+    max_tokens: Count | None = None  # most tokens to write; None: 200, or what there is room for
+    temperature: NotNegative = 0.8  # below 1: likely tokens grow likelier; 0: always the likeliest
     seed: int = 0  # the same seed gives the same text
-    stop: str = "<|endoftext|>,<|im_end|>"  # special tokens that end the text, comma-separated
-    cache: bool = True  # keep keys and values; --cache=False recomputes all of them for each token
-    timing: bool = False  # print tokens/s of reading the prompt and of writing
+    cache: bool = True  # keep keys and values; --cache=False computes all of them for each token
+    timing: bool = False  # say how many tokens/s were read and written
+    settings: bool = False  # say all settings first
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on cuda
 
 
-def sample(logits: Tensor, seen: list[list[int]], noise: Tensor, temperature: float = 1.0,
-           top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
-           repetition_penalty: float = 1.0) -> Tensor:
-    """One token per row, (B,), from logits (B, V): the first at which the summed probabilities pass
-    `noise` (B,), uniform numbers below 1. `seen` are the ids so far of each row, for the penalty
-    (Keskar et al. 2019, eq. 2). Filters apply in the order top-k, top-p, min-p."""
-    logits = logits.float()
-    if repetition_penalty != 1.0:
-        logits = logits.clone()
-        for row, ids in zip(logits, seen):
-            at = torch.tensor(sorted(set(ids)), dtype=torch.long, device=row.device)
-            was = row[at]
-            row[at] = torch.where(was > 0, was / repetition_penalty, was * repetition_penalty)
-    if temperature < 1e-5:  # 0, or so low that the division could overflow
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.size(-1):
-        values, at = logits.topk(top_k)  # k of them even where several are equally likely
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, at, values)
-    if top_p < 1.0:
-        ordered, order = logits.softmax(-1).sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # probability of all more likely tokens
-        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
-        logits = logits.masked_fill(drop, -torch.inf)
-    probs = logits.softmax(-1)
-    if min_p > 0:
-        probs = probs * (probs >= min_p * probs.amax(-1, keepdim=True))
-    total = probs.cumsum(-1, dtype=torch.float64)
-    # right: a token of no probability is never the first past anything
-    return torch.searchsorted(total, noise.double()[:, None] * total[:, -1:], right=True)[:, 0]
+# ---------------------------------------------------------------------------- drawing a token
 
+def penalise(logits: Tensor, seen: list[list[int]], penalty: float) -> Tensor:
+    """Ids that were seen become less likely by `penalty` (Keskar et al. 2019, equation 2)."""
+    logits = logits.clone()
+    for row, ids in zip(logits, seen):
+        at = torch.tensor(ids, dtype=torch.long, device=row.device)
+        row[at] = torch.where(row[at] > 0, row[at] / penalty, row[at] * penalty)
+    return logits
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """-inf for all but the k likeliest tokens: exactly k, even where several are equally likely."""
+    values, ids = logits.topk(min(k, logits.size(-1)))
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """-inf for all but the fewest tokens that hold p of the probability (Holtzman et al. 2020)."""
+    probs = logits.softmax(-1)
+    ordered, ids = probs.topk(min(1000, probs.size(-1)))  # nearly always enough; sorting is slow
+    if (ordered.sum(-1) < p).any():
+        ordered, ids = probs.sort(-1, descending=True)
+    likelier = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
+    values = logits.gather(-1, ids).masked_fill(likelier >= p, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """-inf for tokens with less than p times the highest probability (Nguyen et al. 2024)."""
+    probs = logits.softmax(-1)
+    return logits.masked_fill(probs < p * probs.amax(-1, keepdim=True), -torch.inf)
+
+
+def sample(logits: Tensor, seen: list[list[int]], noise: Tensor, **settings) -> Tensor:
+    """One token per row, (B,), from logits (B, V), by the settings of `Sampling`. `seen` are the
+    ids of each row so far, `noise` (B,) a uniform number in [0, 1) for each: drawn is the first
+    token at which the summed probabilities pass it. So the same noise gives the same token on every
+    device and beside any other rows, which `torch.multinomial` does not promise."""
+    how = Sampling(**settings)
+    logits = logits.float()
+    if how.repetition_penalty != 1:
+        logits = penalise(logits, seen, how.repetition_penalty)
+    if how.temperature < 1e-5:  # 0, or so low that the division could overflow
+        return logits.argmax(-1)
+    logits = logits / how.temperature
+    if how.top_k:
+        logits = keep_top_k(logits, how.top_k)
+    if how.top_p < 1:
+        logits = keep_top_p(logits, how.top_p)
+    if how.min_p > 0:
+        logits = keep_min_p(logits, how.min_p)
+    probs = logits.softmax(-1)
+    # a GPU adds in another order for each token: without the mask a token of no probability could
+    # seem to raise the sum a little, and be drawn
+    total = probs.cumsum(-1).masked_fill(probs == 0, 0.0)
+    return (total > noise[:, None] * total.amax(-1, keepdim=True)).int().argmax(-1)
+
+
+# ---------------------------------------------------------------------------- writing
 
 @torch.inference_mode()
 def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
              stop: tuple[int, ...] = (), seed: int = 0, cache: bool = True,
              noise: Tensor | None = None, logps: list[Tensor] | None = None,
              **sampling) -> Iterator[list[int | None]]:
-    """Continue token-id prompts of any lengths together. Each item holds the next id of every row,
-    None for a row that has stopped; a stop id is given out before its row stops. Ends when all rows
-    have, or after `max_tokens`. Sampling settings are those of `sample`. Chance comes from `seed`,
-    or is given: `noise` (B, max_tokens). The model's own log P of each id, (B,) per step, is put
-    into `logps`. Raises ValueError if a prompt is empty or leaves no room for `max_tokens`."""
-    longest = max(map(len, prompts))
-    if min(map(len, prompts)) == 0:
-        raise ValueError("a prompt must have at least one token")
-    limit = model.config.max_seq_len
+    """Continue prompts of token ids, of any lengths, together. Each item holds the next id of every
+    row, and None for a row that has stopped; the stop id itself is given out, too. It ends when all
+    rows have stopped, or after `max_tokens`. `sampling` are settings of `Sampling`. Chance comes
+    from `seed`, or from `noise` (B, max_tokens). `logps` is filled with the model's own log P of
+    each id, (B,) per step. Raises ValueError if a prompt is empty or leaves no room to write."""
+    if not all(prompts) or max_tokens < 1:
+        raise ValueError("a prompt, and what follows it, must have at least one token")
+    longest, limit = max(map(len, prompts)), model.config.max_seq_len
     if longest + max_tokens > limit:
-        room = limit - longest
+        way = f"--max_tokens={limit - longest} fits" if longest < limit else "shorten the prompt"
         raise ValueError(f"a prompt of {longest} tokens and --max_tokens={max_tokens} are more "
-                         f"than the {limit} the model can read; " +
-                         (f"--max_tokens={room} fits" if room > 0 else "shorten the prompt"))
+                         f"than the {limit} the model can read; {way}")
     weight = model.embed_tokens.weight
     if noise is None:
         noise = torch.rand(max_tokens, len(prompts), generator=torch.Generator().manual_seed(seed))
         noise = noise.t()
     noise = noise.to(weight.device)
-    rows = [list(p) for p in prompts]
+    rows = [list(prompt) for prompt in prompts]
     running = [True] * len(rows)
     if cache:
-        pad, kind = [longest - len(r) for r in rows], weight.device.type
+        pad, kind = [longest - len(row) for row in rows], weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         kv = KVCache(model.config, len(rows), longest + max_tokens, pad, weight.device, dtype)
-        fresh = torch.tensor([[0] * n + r for n, r in zip(pad, rows)], device=weight.device)
+        fresh = torch.tensor([[0] * n + row for n, row in zip(pad, rows)], device=weight.device)
     for i in range(max_tokens):
-        if cache:
+        if cache:  # first the whole prompts go in, then one new token of each row
             logits = model.lm_head(model(fresh, kv, hidden=True)[:, -1])  # (B, T) -> (B, V)
         else:
-            logits = torch.cat([model(torch.tensor([r], device=weight.device))[:, -1]
-                                for r in rows])
+            logits = torch.cat([model(torch.tensor([row], device=weight.device))[:, -1]
+                                for row in rows])
         fresh = sample(logits, rows, noise[:, i], **sampling)[:, None]
         if logps is not None:
             logps.append(logits.float().log_softmax(-1).gather(1, fresh)[:, 0])
-        ids: list[int | None] = fresh[:, 0].tolist()
-        for row, token in enumerate(ids):
-            if not running[row]:
-                ids[row] = None
-                continue
-            rows[row].append(token)
-            running[row] = token not in stop
-        yield ids
+        step = [token if runs else None for token, runs in zip(fresh[:, 0].tolist(), running)]
+        for n, token in enumerate(step):
+            if token is not None:
+                rows[n].append(token)
+                running[n] = token not in stop
+        yield step
         if not any(running):
             return
 
@@ -135,12 +175,8 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
 def replies(model: Transformer, prompts: list[list[int]], max_tokens: int,
             **settings) -> list[list[int]]:
     """The ids that follow each prompt, the stop id included. Settings are those of `generate`."""
-    found: list[list[int]] = [[] for _ in prompts]
-    for ids in generate(model, prompts, max_tokens, **settings):
-        for reply, token in zip(found, ids):
-            if token is not None:
-                reply.append(token)
-    return found
+    steps = generate(model, prompts, max_tokens, **settings)
+    return [[token for token in row if token is not None] for row in zip(*steps)]
 
 
 def complete(model: Transformer, tok: Tokenizer, prompts: list[list[int]], max_tokens: int,
@@ -151,140 +187,127 @@ def complete(model: Transformer, tok: Tokenizer, prompts: list[list[int]], max_t
             for reply in replies(model, prompts, max_tokens, **settings)]
 
 
+# ---------------------------------------------------------------------------- command line
+
 def read_prompts(cfg: Config) -> list[str]:
-    """The prompts of the command line. Raises ValueError if there are none, or two sources."""
-    if cfg.system and not cfg.chat:
-        raise ValueError("--system belongs to --chat")
-    talk = cfg.interactive or cfg.chat and not cfg.prompt and not cfg.file
-    if bool(cfg.prompt) + bool(cfg.file) + talk != 1:
-        raise ValueError("give one of --prompt=TEXT, --file=FILE (- is standard input), "
-                         "--interactive and --chat")
-    if cfg.batch and not cfg.file:
+    """The prompts of the command line, of a file or from a pipe; [] to ask the user for them.
+    Raises ValueError if there are two sources, or nothing in one."""
+    if bool(cfg.prompt) + bool(cfg.file) + cfg.interactive > 1:
+        raise ValueError("give one of --prompt=TEXT, --file=FILE and --interactive")
+    asked = cfg.interactive or bool(cfg.chat) or sys.stdin.isatty()
+    file = cfg.file or ("" if cfg.prompt or asked else "-")
+    if cfg.batch and not file:
         raise ValueError("--batch takes its prompts from the lines of a file: give --file=FILE")
-    if talk:
-        return []
-    if cfg.prompt:
-        return [cfg.prompt]
+    if not file:
+        return [cfg.prompt] if cfg.prompt else []
+    name = "standard input" if file == "-" else file
     try:
-        with open(0 if cfg.file == "-" else cfg.file, encoding="utf-8-sig") as f:
+        with open(0 if file == "-" else file, encoding="utf-8-sig") as f:
             text = f.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{cfg.file}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
     lines = text.split("\n") if cfg.batch else [text.removesuffix("\n")]
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"{cfg.file}: no prompt in it")
+        raise ValueError(f"{name}: no prompt in it")
     return prompts
 
 
-def answer(model: Transformer, tok: Tokenizer, prompts: list[list[int]], heads: list[str],
-           cfg: Config, stop: tuple[int, ...]) -> list[str]:
-    """Print a head and what follows each prompt, with --stream as it is written; what follows."""
-    room = model.config.max_seq_len - max(map(len, prompts))
-    max_tokens = cfg.max_tokens or max(1, min(200, room))
-    decoders = [StreamDecoder(tok) for _ in prompts]
-    texts, shown, n = list(heads), 0, 0
-    begin = first = last = time.perf_counter()
-    for step in generate(model, prompts, max_tokens, stop=stop, seed=cfg.seed, cache=cfg.cache,
-                         temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-                         min_p=cfg.min_p, repetition_penalty=cfg.repetition_penalty):
-        last = time.perf_counter()
-        first = first if n else last
+def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config,
+           history: list[dict] | None = None) -> list[str]:
+    """Print each prompt and what follows it; with the history of a chat, only the reply to it.
+    Returns what follows."""
+    ids = [tok.encode_ordinary(prompt) if history is None else chat_ids(tok, history, prompt)
+           for prompt in prompts]
+    heads = prompts if history is None else [""] * len(prompts)
+    room = model.config.max_seq_len - max(map(len, ids))
+    max_tokens, stop = cfg.max_tokens or max(1, min(200, room)), (tok.endoftext, tok.im_end)
+    stream = len(ids) == 1 and cfg.stream is not False
+    decoders, texts, shown, n = [StreamDecoder(tok) for _ in ids], list(heads), 0, 0
+    clock = [time.perf_counter()]
+    for step in generate(model, ids, max_tokens, stop=stop, seed=cfg.seed, cache=cfg.cache,
+                         **{f.name: getattr(cfg, f.name) for f in fields(Sampling)}):
+        clock.append(time.perf_counter())
         n += sum(token is not None for token in step)
         for i, token in enumerate(step):
             if token is not None and token not in stop:
                 texts[i] += decoders[i].push(token)
-        if cfg.stream:
-            print(texts[0][shown:], end="", flush=True)
+        if stream:
+            show(texts[0][shown:])
             shown = len(texts[0])
     for i, decoder in enumerate(decoders):
         texts[i] += decoder.flush()
-        print(texts[i][shown:])
-    if cfg.timing:
-        n_read, n_more = sum(map(len, prompts)), n - len(prompts)  # the prompt gives the first
-        print(f"read {n_read} tokens at {n_read / (first - begin):,.0f} tok/s, "
-              f"wrote {n} at {n_more / (last - first) if n_more else 0:,.1f} tok/s",
-              file=sys.stderr)
+        show(texts[i][shown:] + "\n")
+    if cfg.timing:  # the first token comes when the prompt has been read
+        n_read, n_more, seconds = sum(map(len, ids)), n - len(ids), clock[-1] - clock[1]
+        say(f"read {n_read} tokens at {n_read / (clock[1] - clock[0]):,.0f} tok/s, "
+            f"wrote {n} at {n_more / seconds if n_more else 0:,.1f} tok/s")
     return [text[len(head):] for text, head in zip(texts, heads)]
 
 
-def system_message(cfg: Config) -> list[dict]:
-    return [{"role": "system", "content": cfg.system}] if cfg.system else []
-
-
-def converse(model: Transformer, tok: Tokenizer, line: str, history: list[dict], cfg: Config,
-             stop: tuple[int, ...]) -> None:
-    """Answer a line, alone or, with --chat, as the next message of the history, which grows. What
-    no longer fits beside a reply is forgotten, oldest first."""
-    if not cfg.chat:
-        answer(model, tok, [tok.encode_ordinary(line)], [line], cfg, stop)
-        return
+def chat_ids(tok: Tokenizer, history: list[dict], line: str) -> list[int]:
     messages = [*history, {"role": "user", "content": line}]
+    return render(tok, messages, add_generation_prompt=True)[0]
+
+
+def converse(model: Transformer, tok: Tokenizer, line: str, history: list[dict],
+             cfg: Config) -> None:
+    """Reply to a line as the next message of the history, which grows. Where no room is left for a
+    reply, the oldest messages are forgotten, but never what the system says."""
     room = model.config.max_seq_len - (cfg.max_tokens or min(200, model.config.max_seq_len // 2))
-    keep = len(system_message(cfg))
-    ids, _ = render(tok, messages, add_generation_prompt=True)
-    while len(ids) > room and len(messages) > keep + 1:
-        del messages[keep:keep + 2]  # a question and its reply
-        ids, _ = render(tok, messages, add_generation_prompt=True)
-    if len(messages) <= len(history):
-        print("(the oldest messages no longer fit and are forgotten)", file=sys.stderr)
-    reply, = answer(model, tok, [ids], [""], cfg, stop)
-    history[:] = [*messages, {"role": "assistant", "content": reply}]
+    kept, system = list(history), bool(cfg.system)
+    while len(kept) > system and len(chat_ids(tok, kept, line)) > room:
+        del kept[system:system + 2]  # a question and its reply
+    if len(kept) < len(history):
+        say("(the oldest messages no longer fit and are forgotten)")
+    reply, = answer(model, tok, [line], cfg, kept)
+    history[:] = [*kept, {"role": "user", "content": line}, {"role": "assistant", "content": reply}]
 
 
-def check(cfg: Config) -> None:
-    """Raises ValueError for a setting out of its range, or two that do not go together."""
-    for name, low, high in (("temperature", 0, 100), ("top_k", 0, 1 << 30), ("top_p", 1e-9, 1),
-                            ("min_p", 0, 1), ("repetition_penalty", 1e-9, 100),
-                            ("max_tokens", 1, 1 << 30)):
-        value = getattr(cfg, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name}={value} must lie between {low:g} and {high:g}")
-    if cfg.stream and cfg.batch:
-        raise ValueError("--stream shows one text as it grows, --batch makes many: choose one")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda: no CUDA device here; try --device=cpu")
-
-
-def main() -> None:
-    cfg = configure(Config)
-    try:
-        check(cfg)
-        prompts = read_prompts(cfg)
-        device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else (
-            "mps" if torch.backends.mps.is_available() else "cpu")
-        dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
-        model, tok = load_model(cfg.checkpoint, torch.device(device), getattr(torch, dtype))
-        names = [s for s in cfg.stop.split(",") if s]
-        for name in names:
-            if name not in tok.special_tokens_set:
-                raise ValueError(f"--stop: {name} is none of "
-                                 f"{', '.join(sorted(tok.special_tokens_set))}")
-        stop = tuple(tok.encode_single_token(name) for name in names)
-        if prompts and cfg.chat:
-            chats = [[*system_message(cfg), {"role": "user", "content": p}] for p in prompts]
-            ids = [render(tok, chat, add_generation_prompt=True)[0] for chat in chats]
-            answer(model, tok, ids, [""] * len(ids), cfg, stop)
-        elif prompts:
-            answer(model, tok, [tok.encode_ordinary(p) for p in prompts], prompts, cfg, stop)
-    except (ValueError, RuntimeError) as error:
-        fail(f"{error}")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    history = system_message(cfg)
-    while not prompts:
-        line = None
+def talk(model: Transformer, tok: Tokenizer, history: list[dict] | None, cfg: Config) -> None:
+    """Continue one line after another, or reply to it. Ctrl-C ends a text; where none is written it
+    ends the talk, as the end of the input does."""
+    while True:
+        line = ""
         try:
-            line = input("\n> ")
-            if line:
-                converse(model, tok, line, history, cfg, stop)
+            line = ask()
+            if line and history is None:
+                answer(model, tok, [line], cfg)
+            elif line and history is not None:
+                converse(model, tok, line, history, cfg)
         except (ValueError, RuntimeError) as error:
-            print(error)
+            say(error)
         except (EOFError, KeyboardInterrupt):
-            print()
-            if line is None:  # not while it was writing: Ctrl-C ends only that
+            say("")
+            if not line:
                 return
 
 
+def main() -> None:
+    cfg = configure(Config, show=False)
+    for f in fields(cfg) if cfg.settings else ():
+        say(f"{f.name:<20} {getattr(cfg, f.name)!r}")
+    try:
+        if cfg.stream and cfg.batch:
+            raise ValueError("--stream shows one text as it grows, --batch makes many: choose one")
+        prompts, where = read_prompts(cfg), runtime.setup(cfg.device, cfg.dtype)
+        model, tok = load_model(cfg.checkpoint or newest_checkpoint(), where.device, where.dtype)
+        chat = model.kind != "pt" and not cfg.interactive if cfg.chat is None else cfg.chat
+        if cfg.system and not chat:
+            raise ValueError("--system belongs to a chat: give --chat")
+        system = [{"role": "system", "content": cfg.system}] if cfg.system else []
+        history = system if chat else None
+        if not (prompts and cfg.checkpoint):
+            does = "answers" if chat else "continues"
+            end = "" if prompts else "; Ctrl-C ends it"
+            say(f"{model.path} (stage {model.kind}) {does} what you type{end}")
+        if prompts:
+            answer(model, tok, prompts, cfg, history)
+        else:
+            talk(model, tok, history, cfg)
+    except (ValueError, RuntimeError) as error:
+        fail(f"{error}")
+
+
 if __name__ == "__main__":
-    main()
+    run(main)

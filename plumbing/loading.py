@@ -2,6 +2,8 @@
 Opens a checkpoint as a model that can write, or as a reward model. The rest may be skipped.
 """
 import math
+import os
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from model import ModelConfig, RewardModel, Transformer
 from plumbing import checkpoint, sharding
 from plumbing.runtime import Dist
+from plumbing.terminal import say
 from tokenizer import Tokenizer
 
 
@@ -35,6 +38,23 @@ def load_model(where: str, device: torch.device,
         model.lm_head.weight = model.embed_tokens.weight
     read_weights_with_all_threads(model)
     return model.to(dtype).eval(), tok
+
+
+def newest_checkpoint(folder: str = "out") -> str:
+    """The newest checkpoint in a folder, at any depth, whose model can write: of the user's own
+    runs if there is one, else of the demo's. Raises ValueError if there is none."""
+    paths = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names
+             if checkpoint.NAME.fullmatch(name)]
+    found = [(Path(folder, "demo") not in path.parents, path.stat().st_mtime, path)
+             for path in paths if path.is_file()]
+    for *_, path in sorted(found, reverse=True):
+        try:
+            if checkpoint.load(str(path))[0].get("kind") != "rm":
+                return str(path)
+        except ValueError as error:
+            say(f"{error}; passed over")
+    raise ValueError(f"{folder}/ holds no checkpoint that can write: python -m demo makes small "
+                     "ones, python train_pt.py one of your own; --checkpoint=FILE names another")
 
 
 def load_reward_model(where: str, dist: Dist, shard: bool = False) -> tuple[RewardModel, Tokenizer]:

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from generate import complete, generate, sample
+from generate import complete, generate, keep_top_p, sample
 from model import ModelConfig, Transformer
 from tokenizer import PATTERN, StreamDecoder, Tokenizer, count_pieces, dump, train_bpe
 
@@ -10,19 +10,27 @@ TEXT = "从前有座山，山上有座庙，庙里有个老和尚。The cat sat 
 PROMPTS = ["The cat", "从前有座山，山上有座庙", "a"]
 
 
-@pytest.fixture(scope="module")
-def tok():
+def small_tokenizer():
     return Tokenizer(dump(train_bpe(count_pieces([TEXT]), 290), PATTERN))
 
 
-@pytest.fixture(scope="module")
-def model(tok):
+def sure_model(tok):
     """Weights so large that the likeliest token leads by far, whatever the rounding."""
     torch.manual_seed(0)
     made = Transformer(ModelConfig(tok.n_vocab, 2, 4, 2, 32, 8, 48, max_seq_len=64))
     for p in made.parameters():
         torch.nn.init.normal_(p, mean=p.dim() == 1, std=0.3)
     return made
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return small_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tok):
+    return sure_model(tok)
 
 
 def rows(model, prompts, n=20, **settings):
@@ -97,6 +105,34 @@ def test_noise_at_its_ends_never_draws_what_was_filtered_out():
     assert drawn.tolist() == [1, 2]
 
 
+def test_of_150_000_tokens_the_right_one_is_drawn_and_never_an_impossible_one():
+    """Sums in fp32, since not every device has fp64. Every second token is impossible, the first
+    and the last ones too; the noise stands between the edges of the possible ones, and at both its
+    ends. A sum that rounds a small probability away would draw a neighbour."""
+    V, n = 151_936, 500
+    logits = torch.full((V,), -torch.inf)
+    logits[1:V - 1:2] = torch.randn(V // 2 - 1, generator=torch.Generator().manual_seed(0))
+    probs = logits.double().softmax(-1)
+    at = torch.linspace(1, V - 3, n).long() // 2 * 2 + 1
+    noise = torch.cat(((probs.cumsum(-1) - probs / 2)[at].float(), torch.tensor([0.0, 1 - 2**-24])))
+    drawn = sample(logits.expand(n + 2, -1), [[]] * (n + 2), noise)
+    assert (drawn[:n] - at).abs().max() <= 2 and (drawn[:n] == at).float().mean() > 0.99
+    assert drawn[n:].tolist() == [1, int(logits.isfinite().nonzero().max())]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
+def test_top_p_finds_its_tokens_without_sorting_where_it_can(scale):
+    """It looks at the 1,000 likeliest first. Where all 3,000 are nearly as likely, as at scale 0.1,
+    these do not hold enough. Seen to fail without the fallback."""
+    logits = scale * torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
+    kept = keep_top_p(logits, 0.9).isfinite()
+    ordered = logits.softmax(-1).sort(-1, descending=True).values
+    want = (ordered.double().cumsum(-1) < 0.9).sum(-1) + 1
+    assert ((kept.sum(-1) - want).abs() <= 1).all()
+    least, most = logits.where(kept, torch.inf).amin(-1), logits.where(~kept, -torch.inf).amax(-1)
+    assert (least >= most).all()
+
+
 def test_greedy_is_the_limit_of_top_k_and_temperature(tok, model):
     """1e-40 is a temperature too: dividing by it must not make infinities."""
     ids = [tok.encode_ordinary("The cat")]
@@ -154,7 +190,7 @@ def test_max_tokens_is_the_length_and_must_fit(model):
             ([[1, 2], [3]], 63, "a prompt of 2 tokens and --max_tokens=63 are more than the 64 the "
                                 "model can read; --max_tokens=62 fits"),
             ([[1] * 64], 1, "a prompt of 64 tokens .* the 64 the model can read; shorten"),
-            ([[1], []], 1, "at least one token")):
+            ([[1], []], 1, "at least one token"), ([[1]], 0, "at least one token")):
         for cache in (True, False):
             with pytest.raises(ValueError, match=message):
                 next(generate(model, prompts, n, cache=cache))
