@@ -9,10 +9,9 @@ Let a model write: P(next token) ∝ exp(logit / temperature), one token after a
 
 A model that has learnt to answer (SFT, DPO, RL) takes what you type as messages of a chat; one that
 has not (PT) continues it. stdout has the text, stderr what is said about it. The training scripts
-use the same generator of token ids, `generate`, which writes for many prompts at once.
-
-To try a sampler of your own, write a function like `keep_min_p`, a setting of `Sampling` and two
-lines of `sample`.
+use the same generator of token ids, `generate`, which writes for many prompts at once. To try a
+sampler of your own, write a function like `keep_min_p`, a setting of `Sampling` and two lines of
+`sample`.
 """
 import sys
 import time
@@ -26,6 +25,7 @@ from torch import Tensor
 from configurator import Count, FilePath, Natural, NotNegative, Positive, Share, configure
 from model import KVCache, Transformer
 from plumbing import runtime
+from plumbing.files import read_text
 from plumbing.loading import load_model, newest_checkpoint
 from plumbing.terminal import ask, fail, run, say, show
 from tokenizer import StreamDecoder, Tokenizer, render
@@ -62,8 +62,6 @@ class Config(Sampling):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on cuda
 
-
-# ---------------------------------------------------------------------------- drawing a token
 
 def penalise(logits: Tensor, seen: list[list[int]], penalty: float) -> Tensor:
     """Ids that were seen become less likely by `penalty` (Keskar et al. 2019, equation 2)."""
@@ -122,18 +120,16 @@ def sample(logits: Tensor, seen: list[list[int]], noise: Tensor, **settings) -> 
     return (total > noise[:, None] * total.amax(-1, keepdim=True)).int().argmax(-1)
 
 
-# ---------------------------------------------------------------------------- writing
-
 @torch.inference_mode()
 def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
              stop: tuple[int, ...] = (), seed: int = 0, cache: bool = True,
              noise: Tensor | None = None, logps: list[Tensor] | None = None,
              **sampling) -> Iterator[list[int | None]]:
-    """Continue prompts of token ids, of any lengths, together. Each item holds the next id of every
-    row, and None for a row that has stopped; the stop id itself is given out, too. It ends when all
-    rows have stopped, or after `max_tokens`. `sampling` are settings of `Sampling`. Chance comes
-    from `seed`, or from `noise` (B, max_tokens). `logps` is filled with the model's own log P of
-    each id, (B,) per step. Raises ValueError if a prompt is empty or leaves no room to write."""
+    """Continue prompts of token ids, of any lengths, together. Each item holds the next id of each
+    row: at last a stop id, then None. It ends when all rows have stopped, or after `max_tokens`.
+    `sampling` are settings of `Sampling`. Chance comes from `seed` or is given, `noise` (B,
+    max_tokens). `logps` is filled with the model's own log P of each id, (B,) per step. Raises
+    ValueError if a prompt is empty or leaves no room to write."""
     if not all(prompts) or max_tokens < 1:
         raise ValueError("a prompt, and what follows it, must have at least one token")
     longest, limit = max(map(len, prompts)), model.config.max_seq_len
@@ -162,12 +158,11 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
         fresh = sample(logits, rows, noise[:, i], **sampling)[:, None]
         if logps is not None:
             logps.append(logits.float().log_softmax(-1).gather(1, fresh)[:, 0])
-        step = [token if runs else None for token, runs in zip(fresh[:, 0].tolist(), running)]
-        for n, token in enumerate(step):
-            if token is not None:
-                rows[n].append(token)
-                running[n] = token not in stop
-        yield step
+        ids = fresh[:, 0].tolist()
+        for row, token in zip(rows, ids):
+            row.append(token)
+        yield [token if runs else None for token, runs in zip(ids, running)]
+        running = [runs and token not in stop for token, runs in zip(ids, running)]
         if not any(running):
             return
 
@@ -200,31 +195,24 @@ def read_prompts(cfg: Config) -> list[str]:
         raise ValueError("--batch takes its prompts from the lines of a file: give --file=FILE")
     if not file:
         return [cfg.prompt] if cfg.prompt else []
-    name = "standard input" if file == "-" else file
-    try:
-        with open(0 if file == "-" else file, encoding="utf-8-sig") as f:
-            text = f.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name}: {error}") from None
-    lines = text.split("\n") if cfg.batch else [text.removesuffix("\n")]
-    prompts = [line for line in lines if line.strip()]
+    text = read_text(file).removesuffix("\n")
+    prompts = [line for line in (text.split("\n") if cfg.batch else [text]) if line.strip()]
     if not prompts:
-        raise ValueError(f"{name}: no prompt in it")
+        raise ValueError(f"--file={file}: no prompt in it")
     return prompts
 
 
 def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config,
            history: list[dict] | None = None) -> list[str]:
-    """Print each prompt and what follows it; with the history of a chat, only the reply to it.
-    Returns what follows."""
+    """Print each prompt and the text that follows it; with the history of a chat, only the reply.
+    Returns what was printed."""
     ids = [tok.encode_ordinary(prompt) if history is None else chat_ids(tok, history, prompt)
            for prompt in prompts]
-    heads = prompts if history is None else [""] * len(prompts)
+    texts = list(prompts) if history is None else [""] * len(prompts)
     room = model.config.max_seq_len - max(map(len, ids))
     max_tokens, stop = cfg.max_tokens or max(1, min(200, room)), (tok.endoftext, tok.im_end)
     stream = len(ids) == 1 and cfg.stream is not False
-    decoders, texts, shown, n = [StreamDecoder(tok) for _ in ids], list(heads), 0, 0
-    clock = [time.perf_counter()]
+    decoders, shown, n, clock = [StreamDecoder(tok) for _ in ids], 0, 0, [time.perf_counter()]
     for step in generate(model, ids, max_tokens, stop=stop, seed=cfg.seed, cache=cfg.cache,
                          **{f.name: getattr(cfg, f.name) for f in fields(Sampling)}):
         clock.append(time.perf_counter())
@@ -242,7 +230,7 @@ def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config,
         n_read, n_more, seconds = sum(map(len, ids)), n - len(ids), clock[-1] - clock[1]
         say(f"read {n_read} tokens at {n_read / (clock[1] - clock[0]):,.0f} tok/s, "
             f"wrote {n} at {n_more / seconds if n_more else 0:,.1f} tok/s")
-    return [text[len(head):] for text, head in zip(texts, heads)]
+    return texts
 
 
 def chat_ids(tok: Tokenizer, history: list[dict], line: str) -> list[int]:
@@ -250,10 +238,13 @@ def chat_ids(tok: Tokenizer, history: list[dict], line: str) -> list[int]:
     return render(tok, messages, add_generation_prompt=True)[0]
 
 
-def converse(model: Transformer, tok: Tokenizer, line: str, history: list[dict],
+def converse(model: Transformer, tok: Tokenizer, line: str, history: list[dict] | None,
              cfg: Config) -> None:
-    """Reply to a line as the next message of the history, which grows. Where no room is left for a
-    reply, the oldest messages are forgotten, but never what the system says."""
+    """Continue a line; with the history of a chat, reply to it as the next message, and keep both.
+    Where no room is left for a reply, the oldest messages are forgotten, but not the system's."""
+    if history is None:
+        answer(model, tok, [line], cfg)
+        return
     room = model.config.max_seq_len - (cfg.max_tokens or min(200, model.config.max_seq_len // 2))
     kept, system = list(history), bool(cfg.system)
     while len(kept) > system and len(chat_ids(tok, kept, line)) > room:
@@ -265,15 +256,12 @@ def converse(model: Transformer, tok: Tokenizer, line: str, history: list[dict],
 
 
 def talk(model: Transformer, tok: Tokenizer, history: list[dict] | None, cfg: Config) -> None:
-    """Continue one line after another, or reply to it. Ctrl-C ends a text; where none is written it
-    ends the talk, as the end of the input does."""
+    """Ask for one line after another. Ctrl-C ends a text; where none is being written it ends the
+    talk, as the end of the input does."""
     while True:
         line = ""
         try:
-            line = ask()
-            if line and history is None:
-                answer(model, tok, [line], cfg)
-            elif line and history is not None:
+            if line := ask():
                 converse(model, tok, line, history, cfg)
         except (ValueError, RuntimeError) as error:
             say(error)
@@ -298,9 +286,8 @@ def main() -> None:
         system = [{"role": "system", "content": cfg.system}] if cfg.system else []
         history = system if chat else None
         if not (prompts and cfg.checkpoint):
-            does = "answers" if chat else "continues"
-            end = "" if prompts else "; Ctrl-C ends it"
-            say(f"{model.path} (stage {model.kind}) {does} what you type{end}")
+            say(f"{model.path} (stage {model.kind}) {'answers' if chat else 'continues'} what you "
+                f"type{'' if prompts else '; Ctrl-C ends it'}")
         if prompts:
             answer(model, tok, prompts, cfg, history)
         else:

@@ -52,7 +52,7 @@ def test_what_is_printed_ends_as_the_text_does(tok, model, capsys):
         text, = complete(model, tok, [tok.encode_ordinary("a")], n, temperature=0.0, stop=stop)
         for stream in (False, True):
             cfg = Config(max_tokens=n, temperature=0.0, stream=stream)
-            assert answer(model, tok, ["a"], cfg) == [text]
+            assert answer(model, tok, ["a"], cfg) == [f"a{text}"]
             assert capsys.readouterr().out == f"a{text}\n"
 
 
