@@ -9,9 +9,8 @@ Let a model write: P(next token) ∝ exp(logit / temperature), one token after a
 
 A model that has learnt to answer (SFT, DPO, RL) takes what you type as messages of a chat; one that
 has not (PT) continues it. stdout has the text, stderr what is said about it. The training scripts
-use the same generator of token ids, `generate`, which writes for many prompts at once. To try a
-sampler of your own, write a function like `keep_min_p`, a setting of `Sampling` and two lines of
-`sample`.
+use the same generator of token ids, `generate`, which writes for many prompts at once. A sampler of
+your own is a function like `keep_min_p`, a setting of `Sampling` and two lines of `sample`.
 """
 import sys
 import time
@@ -56,6 +55,7 @@ class Config(Sampling):
     max_tokens: Count | None = None  # most tokens to write; None: 200, or what there is room for
     temperature: NotNegative = 0.8  # below 1: likely tokens grow likelier; 0: always the likeliest
     seed: int = 0  # the same seed gives the same text
+    stop: bool = True  # end where the model ends its text; --stop=False: write on to max_tokens
     cache: bool = True  # keep keys and values; --cache=False computes all of them for each token
     timing: bool = False  # say how many tokens/s were read and written
     settings: bool = False  # say all settings first
@@ -209,8 +209,8 @@ def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config,
     ids = [tok.encode_ordinary(prompt) if history is None else chat_ids(tok, history, prompt)
            for prompt in prompts]
     texts = list(prompts) if history is None else [""] * len(prompts)
-    room = model.config.max_seq_len - max(map(len, ids))
-    max_tokens, stop = cfg.max_tokens or max(1, min(200, room)), (tok.endoftext, tok.im_end)
+    max_tokens = cfg.max_tokens or max(1, min(200, model.config.max_seq_len - max(map(len, ids))))
+    stop = (tok.endoftext, tok.im_end) if cfg.stop else ()
     stream = len(ids) == 1 and cfg.stream is not False
     decoders, shown, n, clock = [StreamDecoder(tok) for _ in ids], 0, 0, [time.perf_counter()]
     for step in generate(model, ids, max_tokens, stop=stop, seed=cfg.seed, cache=cfg.cache,
