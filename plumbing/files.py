@@ -113,16 +113,6 @@ def read_text(path: str) -> str:
         raise ValueError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def read_text(path: str) -> str:
-    """The text of a UTF-8 file; - is standard input. Raises ValueError naming it."""
-    try:
-        with open(0 if path == "-" else path, encoding="utf-8-sig") as f:
-            return f.read()
-    except (OSError, UnicodeDecodeError) as error:
-        name = "standard input" if path == "-" else path
-        raise ValueError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
-
-
 def write_text(path: str, text: str) -> None:
     """Write a small file whole or not at all: after a crash it is the old one or the new one.
     Raises OSError with path and reason."""
