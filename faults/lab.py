@@ -57,7 +57,7 @@ class Child:
         """What the child prints goes to the file `said`; without one, where ours goes."""
         if said:
             said.write_bytes(b"")  # a reader may come before the child writes
-        self.said, self.peak = said, 0  # peak: most bytes in memory, known at its end
+        self.said, self.peak, self.seconds = said, 0, 0.0  # most bytes, CPU time: known at its end
         self.code: int | None = None
         sys.stdout.flush()
         self.pid = os.fork()
@@ -94,6 +94,7 @@ class Child:
         if self.code is None and select.select([self.exit], [], [], max(seconds, 0))[0]:
             _, status, used = os.wait4(self.pid, 0)
             self.code, self.peak = os.waitstatus_to_exitcode(status), 1024 * used.ru_maxrss
+            self.seconds = used.ru_utime + used.ru_stime
             os.close(self.exit)
         return self.code is not None
 
