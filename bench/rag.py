@@ -1,25 +1,24 @@
 """
 How well are passages found and questions answered? One JSON line per language and source.
 
-    python rag.py eval --corpus=rag_corpus.jsonl --queries=rag_queries.jsonl
-    python rag.py eval --corpus=… --queries=… --passages=chunks --chunk_tokens=128    or  fixed
-    python rag.py eval --corpus=… --queries=… --checkpoint=out/sft --limit=200
+    python -m bench.rag --corpus=rag_corpus.jsonl --queries=rag_queries.jsonl
+    python -m bench.rag --corpus=… --queries=… --passages=chunks --chunk_tokens=128    or  fixed
+    python -m bench.rag --corpus=… --queries=… --checkpoint=out/sft --limit=200
 
 A corpus line is {"id", "title", "text", "lang", "source"}, a query line {"query", "answers",
 "doc_id", "lang", "source"}. Each language of each source is an index of its own.
 
 recall@k, mrr@10   the rank of the passage that answers; of equal scores it gets the worst place.
-                   With passages "chunks" or "fixed" that is one of the document which holds an
-                   answer whole; `cut` is the share of questions whose answers stand in the document
-                   and in none of its passages; `cut_long` is the part of it where the sentences
-                   around an answer are more than chunk_tokens, so that no chunk can hold them
-refusal_auc        chance that a question scores higher in idf coverage than one whose document was
-                   taken out of the index: 0.5 is guessing. refused: the share of those that
-                   min_coverage refuses; lost: the share of answerable questions it refuses
-em, f1             of answers, after SQuAD's normalisation (Rajpurkar et al. 2016) in English and
-                   CMRC's, by characters (Cui et al. 2019), in Chinese; beside them the sentence
-                   that shares most with the question. Of these questions, in per cent, too:
-                   model_refused, and model_no_room, where no source fits beside the question
+                   With passages "chunks" or "fixed" it must hold an answer whole. `cut`: the share
+                   of questions whose answers stand in the document and in none of its passages;
+                   `cut_long`: those where the sentences around it are longer than chunk_tokens
+refusal_auc        the chance that a question has a higher idf coverage than one whose document was
+                   taken out of the index: 0.5 is guessing. `refused`: the share of the latter that
+                   min_coverage refuses; `lost`: the share of answerable questions that it refuses
+em, f1             of answers, in per cent, after SQuAD's normalisation (Rajpurkar et al. 2016) in
+                   English and by characters as in CMRC (Cui et al. 2019) in Chinese. Beside them
+                   stands the sentence that shares most with the question, and how often no model
+                   was asked (model_refused) or no source fitted (model_no_room), in per cent
 """
 import json
 import re
@@ -29,28 +28,37 @@ import tempfile
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+import rag
+from configurator import FilePath, Natural, configure
 from plumbing.corpus import find_files, read_batches
+from plumbing.examples import evenly_spaced
 from plumbing.jobs import Progress
 from plumbing.jsonl import LineError, parse_records
-from search.documents import PIECE, count_pieces
-from search.embed import Embed
-from plumbing.examples import evenly_spaced
+from plumbing.terminal import fail, run
+from search import embed
+from search.documents import PIECE, Cut, count_pieces
 from search.index import Index
 from search.segment import Chunk, clean
 from search.topics import sentences
 
-if TYPE_CHECKING:
-    from rag import Config
+
+@dataclass(frozen=True)
+class Config(rag.Config):
+    corpus: FilePath = ""  # documents, {"id", "title", "text", "lang", "source"} a line
+    queries: FilePath = ""  # questions, {"query", "answers", "doc_id", "lang", "source"} a line
+    passages: Literal["whole", "chunks", "fixed"] = "whole"  # how documents are cut
+    peer: bool = False  # rank with bm25s and jieba too, to compare (the extra `peers`)
+    limit: Natural = 0  # this many questions per language and source, evenly spaced; 0: all
+
 
 FIELDS = {"corpus": ("id", "title", "text", "lang", "source"),
           "queries": ("query", "answers", "doc_id", "lang", "source")}
 
-
-# ---------------------------------------------------------------------------- answers
 
 def english_words(text: str) -> list[str]:
     """Lower case, without punctuation and articles, as SQuAD's evaluation has it."""
@@ -85,8 +93,6 @@ def score_answer(said: str, answers: list[str], lang: str) -> tuple[float, float
     return best
 
 
-# ---------------------------------------------------------------------------- retrieval
-
 def read_records(paths: str, what: str) -> list[dict]:
     """Rows of a corpus or of queries. Raises ValueError with file:line:column and the field."""
     def check(row: dict) -> dict:
@@ -106,7 +112,7 @@ def read_records(paths: str, what: str) -> list[dict]:
     return found
 
 
-def passages(row: dict, cfg: "Config", cut) -> list[Chunk]:
+def passages(row: dict, cfg: Config, cut: Cut) -> list[Chunk]:
     """A document of the corpus as chunks."""
     if cfg.passages == "chunks":
         return cut(row["text"], row["title"] or row["id"])
@@ -120,10 +126,11 @@ def passages(row: dict, cfg: "Config", cut) -> list[Chunk]:
 
 
 def rank_of(scores: np.ndarray, gold: list[int]) -> float:
-    """Of the best of the gold passages, behind all that score the same; inf where none scores."""
+    """The place of the best of the gold passages, after all others that score the same; inf where
+    none of them scores. rank_of([3, 2, 2, 1], [1]) -> 3."""
     best = max((scores[i] for i in gold), default=0.0)
-    return float((scores >= best).sum() - (len(gold) > 1) * (
-        sum(scores[i] >= best for i in gold) - 1)) if best > 0 else np.inf
+    others = np.delete(scores, gold)
+    return 1.0 + float((others >= best).sum()) if best > 0 else np.inf
 
 
 def peer(rows: list[dict], queries: list[dict], lang: str) -> dict:
@@ -140,21 +147,12 @@ def peer(rows: list[dict], queries: list[dict], lang: str) -> dict:
             return bm25s.tokenize(texts, stopwords=None, return_ids=False, show_progress=False)
         return [[w for w in jieba.lcut(text.lower()) if w.strip()] for text in texts]
 
-    place = {row["id"]: i for i, row in enumerate(rows)}
+    number = {row["id"]: i for i, row in enumerate(rows)}
     engine = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
     engine.index(cut([f"{row['title']}\n{row['text']}" for row in rows]), show_progress=False)
-    ranks = np.array([rank_of(engine.get_scores(words), [place[row["doc_id"]]])
+    ranks = np.array([rank_of(engine.get_scores(words), [number[row["doc_id"]]])
                       for row, words in zip(queries, cut([row["query"] for row in queries]))])
     return {f"bm25s@{k}": round(float((ranks <= k).mean()), 4) for k in (1, 5)}
-
-
-def heading_recall(index: Index) -> dict[str, float]:
-    """Share of up to 200 headings whose own chunk is ranked first, by each retriever: questions
-    that every collection brings along."""
-    chosen = evenly_spaced(np.flatnonzero(index.alive).tolist(), 200)
-    asked = [(i, c.crumb.split(" > ")[-1]) for i in chosen if (c := index.chunk(i)).crumb]
-    return {mode: sum(rank_of(index.scores(q, mode), [i]) == 1 for i, q in asked)
-            / max(1, len(asked)) for mode in ("bm25", "dense")}
 
 
 def auc(with_gold: list[float], without: list[float]) -> float:
@@ -171,14 +169,15 @@ def around(text: str, answer: str) -> str:
     return text[held[0][0]:held[-1][1]] if held else answer
 
 
-def measure(index: Index, queries: list[dict], cfg: "Config", progress: Progress,
+def measure(index: Index, queries: list[dict], cfg: Config, progress: Progress,
             texts: dict[str, str]) -> dict:
     """Retrieval figures of one language and source. `texts` are the documents, by their ids."""
     ranks, seen, unseen, cut, long, spent = [], [], [], 0, 0, 0.0
-    for n, row in enumerate(queries):
-        progress.show(f"{row['lang']} {row['source']}: {n:,}/{len(queries):,} questions")
-        gold = index.numbers(row["doc_id"])
-        text = texts[row["doc_id"]]
+    for i, row in enumerate(queries):
+        progress.show(f"{row['lang']} {row['source']}: {i:,}/{len(queries):,} questions")
+        question, text = row["query"], texts[row["doc_id"]]
+        _, first, n = index.manifest["documents"][row["doc_id"]]
+        own = gold = list(range(first, first + n))
         there = [answer for answer in row["answers"] if answer in text]  # none: a yes or a no
         if cfg.passages != "whole" and there:
             gold = [i for i in gold if any(a in index.chunk(i).text for a in there)]
@@ -186,40 +185,38 @@ def measure(index: Index, queries: list[dict], cfg: "Config", progress: Progress
             long += not gold and min(count_pieces(around(text, a)) for a in there
                                      ) > cfg.chunk_tokens
         start = time.perf_counter()
-        index.search(row["query"], cfg.n_sources, cfg.mode)
+        best = index.search(question, cfg.n_sources)[:1]
         spent += time.perf_counter() - start
-        ranks.append(rank_of(index.scores(row["query"], cfg.mode), gold))
-        seen.append(max((h.coverage for h in index.search(row["query"], 1, cfg.mode)), default=0.0))
-        with index.without(row["doc_id"]):
-            unseen.append(max((h.coverage for h in index.search(row["query"], 1, cfg.mode)),
-                              default=0.0))
+        ranks.append(rank_of(index.rank(index.postings(question), question), gold))
+        seen.append(best[0].coverage if best else 0.0)
+        index.show(own, False)
+        best = index.search(question, 1)
+        unseen.append(best[0].coverage if best else 0.0)
+        index.show(own)
     r = np.array(ranks)
-    return {"n": len(queries), "passages": len(index), "recall@1": round(float((r <= 1).mean()), 4),
-            "recall@5": round(float((r <= 5).mean()), 4),
-            "recall@20": round(float((r <= 20).mean()), 4),
-            "mrr@10": round(float(np.where(r <= 10, 1 / r, 0).mean()), 4),
-            "cut": round(cut / len(queries), 4), "cut_long": round(long / len(queries), 4),
-            "refusal_auc": round(auc(seen, unseen), 4),
-            "refused": round(float((np.array(unseen) < cfg.min_coverage).mean()), 4),
-            "lost": round(float((np.array(seen) < cfg.min_coverage).mean()), 4),
-            "ms_per_query": round(1000 * spent / len(queries), 2)}
+    shares = {f"recall@{k}": (r <= k).mean() for k in (1, 5, 20)} | {
+        "mrr@10": np.where(r <= 10, 1 / r, 0).mean(), "cut": cut / len(queries),
+        "cut_long": long / len(queries), "refusal_auc": auc(seen, unseen),
+        "refused": np.mean(np.array(unseen) < cfg.min_coverage),
+        "lost": np.mean(np.array(seen) < cfg.min_coverage)}
+    return {"n": len(queries), "passages": len(index)} | {
+        name: round(float(share), 4) for name, share in shares.items()} | {
+        "ms_per_query": round(1000 * spent / len(queries), 2)}
 
 
-def measure_answers(index: Index, queries: list[dict], cfg: "Config", progress: Progress) -> dict:
+def measure_answers(index: Index, queries: list[dict], cfg: Config, progress: Progress) -> dict:
     """EM and F1, in per cent, of the model's answers and of the best sentences."""
-    from rag import answer, best_sentences, load_writer
-    model, found = load_writer(cfg), defaultdict(list)
+    model, found = rag.load_writer(cfg), defaultdict(list)
     for n, row in enumerate(queries):
         progress.show(f"{row['lang']} {row['source']}: {n:,}/{len(queries):,} answers")
         try:
-            said = answer(row["query"], cfg, index, model)
+            said = rag.answer(row["query"], cfg, index, model)
             text, refused, no_room = said.text, not said.grounded, False
         except ValueError:  # the model reads too few tokens for a source beside this question
             text, refused, no_room = "", False, True
-        hits = index.search(row["query"], 1, cfg.mode)
-        plain = best_sentences(row["query"], hits, index)[0] if hits else ""
-        for name, text in (("model", text), ("sentence", plain)):
-            em, f1 = score_answer(re.sub(r"\[\d+\]", "", text), row["answers"], row["lang"])
+        plain = "".join(map(rag.best_sentence, index.search(row["query"], 1)))
+        for name, shown in (("model", text), ("sentence", plain)):
+            em, f1 = score_answer(re.sub(r"\[\d+\]", "", shown), row["answers"], row["lang"])
             found[f"{name}_em"].append(em)
             found[f"{name}_f1"].append(f1)
         found["model_refused"].append(refused)
@@ -228,10 +225,12 @@ def measure_answers(index: Index, queries: list[dict], cfg: "Config", progress: 
                                          for k, v in found.items()}
 
 
-def evaluate(cfg: "Config", cut, embedder: Embed | None) -> None:
+def evaluate(cfg: Config) -> None:
     """Print one JSON line per language and source. Raises ValueError for files that do not fit."""
     if not cfg.corpus or not cfg.queries:
         raise ValueError("eval needs --corpus=FILE and --queries=FILE")
+    embedder = embed.load(cfg.embed, cfg.device)
+    cut = rag.cutter(cfg, embedder)
     groups: dict[tuple, tuple[list, list]] = defaultdict(lambda: ([], []))
     for i, what in enumerate(FIELDS):
         for row in read_records(getattr(cfg, what), what):
@@ -257,3 +256,15 @@ def evaluate(cfg: "Config", cut, embedder: Embed | None) -> None:
                 line |= measure_answers(index, queries, cfg, progress)
         progress.end()
         print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def main() -> None:
+    cfg = configure(Config, show=False)
+    try:
+        evaluate(cfg)
+    except (ValueError, KeyboardInterrupt) as error:
+        fail(str(error) or "stopped", 2 if str(error) else 130)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -27,6 +27,7 @@ from search import embed
 from search.documents import count_pieces, update
 from search.index import Index
 from search.segment import split
+from search.topics import terms
 from tokenizer import load_tokenizer
 
 
@@ -229,7 +230,7 @@ def disk_full(lab: Lab, shares: tuple[float, ...] = (0.1, 0.5, 0.99),
         for share in shares:
             index = lab.new("index")
             shutil.copytree(start, index)
-            run = lab.run("rag", ["add", str(notes), f"--index={index}", "--embed=own:hash",
+            run = lab.run("rag", ["add", str(notes), f"--index={index}", "--embed=hash",
                                   "--chunk_tokens=32"], at_most(int(share * size)),
                           instead(embed, "load", lambda real, name, device: by_hash))
             good = run.wait() == 3 and "File too large" in run.text
@@ -257,8 +258,9 @@ def load_rows(lab: Lab, folder: Path) -> None:
 
 
 def by_hash(texts: list[str], kind: str) -> np.ndarray:
-    """(n, 8) vectors that depend on the texts alone."""
-    return np.array([np.random.default_rng(zlib.crc32(t.encode())).normal(size=8) for t in texts])
+    """(n, 64) vectors of counted words, hashed."""
+    return np.array([np.bincount([zlib.crc32(term.encode()) % 64 for term in terms(text)],
+                                 minlength=64) for text in texts])
 
 
 def write_notes(folder: Path, first: int, last: int) -> None:
@@ -274,7 +276,7 @@ def write_notes(folder: Path, first: int, last: int) -> None:
 def index_notes(notes: Path, folder: Path) -> None:
     """What rag.py add does, with vectors."""
     cut = partial(split, max_tokens=32, count=count_pieces)
-    with Index(str(folder), True, by_hash, "own:hash") as made, (
+    with Index(str(folder), True, by_hash, "hash") as made, (
             contextlib.redirect_stdout(io.StringIO())):
         update(made, [str(notes)], cut)
 
@@ -282,7 +284,7 @@ def index_notes(notes: Path, folder: Path) -> None:
 def found_in(folder: Path) -> list:
     """What a search finds and in which order. A cosine's last bits depend on where its row stands
     in the product, so scores are rounded."""
-    with Index(str(folder), False, by_hash, "own:hash") as made:
+    with Index(str(folder), False, by_hash, "hash") as made:
         return [[(hit.chunk, hit.coverage, round(hit.score, 4)) for hit in made.search(q, 50)]
                 for q in ("The pet of Kimu is cat.", "琪宁的宠物是猫。")]
 

@@ -3,8 +3,8 @@ Markdown and plain text into blocks (headings, paragraphs, list items, fenced co
 blocks into sections with the path of headings above them, in English and Chinese.
 
 One scan over the lines; no expression looks further than its own line, so time is linear in the
-size of any text. The rules are those of CommonMark where they matter for cutting a text, and a few
-of the world's habits besides: front matter, tables, 第一章 and 一、 as headings, 1、 as an item.
+size of any text. The rules are CommonMark's where they matter for cutting a text, and front matter,
+tables, headings like 第一章 and 一、. In .rst any sign underlines a heading; .py is all code.
 """
 import re
 from typing import NamedTuple
@@ -25,11 +25,17 @@ CHINESE = re.compile(f"第{NUMERAL}([部篇章回节条])|[一二三四五六七
 LEVELS = {"部": 2, "篇": 2, "章": 3, "回": 3, "节": 4, "条": 5, "、": 6, "）": 7}
 ITEM = re.compile(r"[ \t]*(?:(?:[-*+]|\d{1,3}[.)])(?:[ \t]|$)|\d{1,3}、)")
 FENCE = re.compile(r"(`{3,})[^`]*$|(~{3,})")
+SIGNS = re.compile(r"([!-/:-@[-`{-~])\1+")
+RULE = re.compile(r"([-*_])(?: *\1){2} *(?:\1| )*")  # --- or * * *
+DELIMITER = re.compile(r"(?=[^|]*\|)(?=[^-]*-)[|:\- \t]+")  # the second line of a table, |---|:-:|
 
 
-def blocks(text: str) -> list[Block]:
-    """One scan over the lines. Nothing in a fence is interpreted; an item holds the lines that are
-    indented below it; a rule (---) belongs to the block before it."""
+def blocks(text: str, name: str = "") -> list[Block]:
+    """Blocks of a document of that name. Nothing in a fence is interpreted; an item holds the lines
+    that are indented below it; a rule (---) belongs to the block before it."""
+    if name.lower().endswith(".py"):
+        return [Block("code", 0)] if text.strip() else []
+    rst, levels = name.lower().endswith(".rst"), {}  # of its headings, by what they look like
     found: list[Block] = []
     fence, margin = _front_matter(text, found), 0  # what closes the fence; least indent inside
     kind, item_indent, blank = "", 0, False  # the block that this line may continue
@@ -45,21 +51,23 @@ def blocks(text: str) -> list[Block]:
                 fence = ""
         elif not bare:
             kind = "item" if kind == "item" else ""
-        elif mark := FENCE.match(bare):
+        elif kind == "paragraph" and SIGNS.fullmatch(bare) and (level := _level(
+                bare, text[max(found[-1].start, last - len(bare) - 2):last],
+                text[last:start].strip(), levels if rst else None)):
+            found[-1] = Block("heading", found[-1].start, level, text[last:start].strip()[:200])
+            kind = ""
+        elif mark := None if rst else FENCE.match(bare):
             fence, margin = mark[1] or mark[2], int(in_item or indent > 3)
             if not in_item:
                 found.append(Block("code", start))
                 kind = ""
-        elif heading := None if in_item else _heading(line, start):
+        elif heading := None if in_item else _heading(line, start, rst):
             found.append(heading)
             kind = ""
-        elif kind == "paragraph" and last == found[-1].start and _is_underline(bare):
-            found[-1] = Block("heading", last, 1 + (bare[0] == "-"), text[last:start].strip()[:200])
-            kind = ""
-        elif _is_rule(bare) and not in_item:
+        elif RULE.fullmatch(bare) and not in_item:
             found += [] if found else [Block("paragraph", start)]
             kind = ""
-        elif kind == "paragraph" and _is_delimiter(bare) and "|" in text[last:start]:
+        elif kind == "paragraph" and DELIMITER.fullmatch(bare) and "|" in text[last:start]:
             if last == found[-1].start:
                 found.pop()  # the paragraph is the table's header
             found.append(Block("table", last))
@@ -85,32 +93,28 @@ def _front_matter(text: str, found: list[Block]) -> str:
     return "---"
 
 
-def _heading(line: str, start: int) -> Block | None:
-    """The line as a heading, of Markdown or numbered as in Chinese documents (第一章, 一、)."""
-    if mark := ATX.match(line):
+def _heading(line: str, start: int, rst: bool) -> Block | None:
+    """The line as a heading: of Markdown, or numbered as in Chinese documents (第一章, 一、)."""
+    if not rst and (mark := ATX.match(line)):
         title = line[mark.end():].strip()[:200]
         return Block("heading", start, len(mark[1]), ANCHOR.sub("", title))
     bare = line.strip()
     if len(bare) <= 30 and bare[-1] not in "。；，" and (mark := CHINESE.match(bare)):
-        return Block("heading", start, LEVELS[mark[mark.lastindex]], bare)
+        return Block("heading", start, LEVELS[mark[mark.lastindex or 0]], bare)
     return None
 
 
-def _is_underline(bare: str) -> bool:
-    """Does this line make the line of text above it a heading?"""
-    return len(bare) > 1 and bare[0] in "=-" and not bare.strip(bare[0])
+def _level(under: str, above: str, title: str, levels: dict | None) -> int:
+    """Of the heading that the signs under a title make of it; 0 if none. In Markdown they are ===
+    or ---. In .rst, with `levels`, they may be any, and stand above the title, too: what the first
+    heading looks like is level 1, and each new look one level deeper."""
+    if levels is None:
+        return 0 if above or under[0] not in "=-" else 1 + (under[0] == "-")
+    if above.strip() not in ("", under) or len(under) < min(4, len(title)) \
+            or not title.strip(under[0]):
+        return 0
+    return levels.setdefault((under[0], above != ""), len(levels) + 1)
 
-
-def _is_rule(bare: str) -> bool:
-    return len(bare) > 2 and bare[0] in "-*_" and not bare.strip(bare[0] + " ")
-
-
-def _is_delimiter(bare: str) -> bool:
-    """Is this the second line of a table, |---|:-:|?"""
-    return "|" in bare and "-" in bare and not bare.strip("|:- \t")
-
-
-# ---------------------------------------------------------------------------- sections
 
 class Part(NamedTuple):
     """A block with the headings above it."""
@@ -120,9 +124,9 @@ class Part(NamedTuple):
     end: int
 
 
-def sections(text: str) -> list[tuple[list[str], list[Part]]]:
+def sections(text: str, name: str = "") -> list[tuple[list[str], list[Part]]]:
     """Path of headings, and parts, of each run of blocks that no heading interrupts."""
-    found, result = blocks(text), []
+    found, result = blocks(text, name), []
     path: list[Block] = []
     above = None  # where the headings start that have no text below them yet
     for block, end in zip(found, [b.start for b in found[1:]] + [len(text)]):

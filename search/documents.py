@@ -4,26 +4,39 @@ kept in step with them.
 
     with Index("out/rag", writable=True) as index:
         print(update(index, ["notes/", "manual.md"], cut))     # {"new": 12, "changed": 1, …}
+        remove(index, ["manual.md"])
 
-UTF-8, UTF-16 with its mark, and GB18030 are read. A line of a .jsonl file is a document of its own,
-its "text" under its "title". Links are not followed out of a folder, hidden folders not entered.
+A line of a .jsonl file is a document of its own, its "text" under its "title". UTF-8 is read,
+UTF-16 and UTF-32 with their mark, and GB18030 that can only be Chinese; what is not read is named.
 """
+import codecs
 import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from plumbing.files import Found, find
 from plumbing.jobs import Progress
+from plumbing.terminal import printable
 from search.index import Index
 from search.segment import Chunk, clean
 
 SUFFIXES = (".md", ".markdown", ".txt", ".rst", ".py", ".json", ".jsonl")
 COMMIT_CHUNKS = 5000  # an interrupted run loses no more than so many
-PIECE = re.compile(r"[^\W\u3400-\u9fff\uf900-\ufaff_]+|\S")
+PIECE = re.compile(r"[^\W\u3400-\u9fff\uf900-\ufaff_]{1,16}|\S")  # so 40 kB of digits are many
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8",
+         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # 32 LE begins as 16 LE does
+FREQUENT = frozenset(  # the 200 characters that make up half of any Chinese text
+    "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行"
+    "所然家种事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实日军者意无力"
+    "它与长把机十民第公此已工使情明性知全三又关点正业外将两高间由问很最重并物手应战向头文体政美相见被利什二等产"
+    "或新己制身果加西斯月话合回特代内信表化老给世位次度门任常先海通教儿原东声提立及比员")
+OTHER = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\u3040-\u30ff\ue000-\uf8ff]")  # not in Chinese text
 Cut = Callable[[str, str], list[Chunk]]  # segment.split with its settings: text, name -> chunks
 
 
@@ -32,88 +45,67 @@ def count_pieces(text: str) -> int:
     return sum(1 for _ in PIECE.finditer(text))
 
 
-def as_utf8(text: str) -> str:
-    """With ? for what a file name can hold and UTF-8 cannot."""
-    return text.encode(errors="replace").decode()
-
-
 def find_documents(paths: list[str], max_file_mb: int = 50,
-                   but: str = "") -> tuple[list[tuple[Path, str]], list[str]]:
-    """[(file, the folder it was found through, or "")], and a line for whatever is passed over. The
-    folder `but` is not entered. Raises ValueError for a path that is not there or is `but`."""
-    found: dict[Path, str] = {}
-    skipped: list[str] = []
-
-    def take(path: Path, root: str) -> None:
+                   index: str = "") -> tuple[list[Path], list[str]]:
+    """(files by their real paths, a line for whatever is passed over). Raises ValueError for a path
+    that is not there or is the folder of the index."""
+    def refuse(path: str) -> str:
+        if path != path.encode(errors="replace").decode():
+            return "its name is not UTF-8"
+        if not path.lower().endswith(SUFFIXES):
+            return "convert to text first" + " (with pdftotext, perhaps)" * path.endswith(".pdf")
         try:
-            accept(path, root, Path(os.path.realpath(path)))
+            large = os.path.getsize(path) > max_file_mb << 20
         except OSError as error:  # gone since the folder was listed
-            refuse(error)
+            return error.strerror or "cannot be read"
+        return f"more than --max_file_mb={max_file_mb}" if large else ""
 
-    def accept(path: Path, root: str, real: Path) -> None:
-        if str(path) != as_utf8(str(path)):
-            skipped.append(f"skipped {path}: its name is not UTF-8")
-        elif root and not real.is_relative_to(root):
-            skipped.append(f"skipped {path}: a link out of the folder")
-        elif path.suffix.lower() not in SUFFIXES:
-            skipped.append(f"skipped {path}: convert to text first"
-                           + (" (for instance with pdftotext)" if path.suffix == ".pdf" else ""))
-        elif not real.is_file():
-            skipped.append(f"skipped {path}: not a file")
-        elif real.stat().st_size > max_file_mb << 20:
-            skipped.append(f"skipped {path}: more than --max_file_mb={max_file_mb}")
-        else:
-            found.setdefault(real, root)
-
-    def pass_over(path: Path) -> str:
-        if but and path == Path(but).resolve():
-            return "the index"
-        if any(path.glob("starts-*.u64")):  # its chunks would be found beside what they are from
-            return "another index"
-        return "a link to a folder" if path.is_symlink() else (
-            "hidden" if path.name.startswith(".") else "")
-
-    def refuse(error: OSError) -> None:
-        skipped.append(f"skipped {error.filename}: {error.strerror}")
-
-    for name in paths:
-        if not os.path.exists(name):
-            raise ValueError(f"{name}: no such file or folder")
-        if os.path.isfile(name):
-            take(Path(name), "")
-            continue
-        root = str(Path(name).resolve())
-        if but and root == str(Path(but).resolve()):
-            raise ValueError(f"{name}: the index is in this folder; give another as --index")
-        for folder, folders, names in os.walk(root, onerror=refuse):
-            why = {inside: pass_over(Path(folder, inside)) for inside in sorted(folders)}
-            skipped += [f"skipped {Path(folder, inside)}: {reason}"
-                        for inside, reason in why.items() if reason]
-            folders[:] = [inside for inside, reason in why.items() if not reason]
-            for inside in sorted(names):
-                take(Path(folder, inside), root)
-    return list(found.items()), skipped
+    found: list[Found] = []
+    for path in map(os.path.expanduser, paths):
+        if index and os.path.realpath(path) == os.path.realpath(index):
+            raise ValueError(f"{path}: the index is in this folder; give another as --index")
+        found += find(path, refuse)
+    files = dict.fromkeys(Path(os.path.realpath(one.path)) for one in found if not one.why)
+    return list(files), [str(one) for one in found if one.why]
 
 
 def decode(raw: bytes) -> str:
-    """Raises ValueError with the place of a byte that fits no encoding. Damaged UTF-8 can be valid
-    GB18030, of no meaning: so that is not tried where ten good characters stand before."""
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        try:
-            return raw.decode("utf-16")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-16 at byte {error.start}, as its first two say") from None
+    """Raises ValueError, with the place of the first byte that does not fit, for what is no text or
+    is in an encoding that cannot be told for certain."""
+    for mark, name in MARKS.items():
+        if raw.startswith(mark):
+            try:
+                return raw.decode(name)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"not {name.upper()} at byte {error.start}, as its first bytes "
+                                 "say") from None
     if b"\0" in raw[:8192]:
-        raise ValueError("binary")
+        raise ValueError("binary, or UTF-16 or UTF-32 without the mark that says so")
     try:
+        if b"\x1b$" in raw:
+            raise ValueError("ISO-2022, it seems: convert it to UTF-8 first")
         return raw.decode()
     except UnicodeDecodeError as error:
         if sum(byte >= 0xc0 for byte in raw[max(0, error.start - 10_000):error.start]) >= 10:
             raise ValueError(f"damaged UTF-8 at byte {error.start}") from None
-        try:
-            return raw.decode("gb18030")
-        except UnicodeDecodeError:
-            raise ValueError(f"neither UTF-8 nor GB18030 at byte {error.start}") from None
+        if (text := chinese(raw)) is not None:
+            return text
+        raise ValueError(f"not UTF-8 at byte {error.start}, nor plainly GB18030: convert it first, "
+                         "with iconv -f ENCODING -t UTF-8") from None
+
+
+def chinese(raw: bytes) -> str | None:
+    """GB18030 as text. Nearly any bytes are valid GB18030, so None if the most frequent characters
+    of Chinese are rare in it, as in Big5 that is misread, or if it is as good as Korean."""
+    try:
+        text = raw.decode("gb18030")
+    except UnicodeDecodeError:
+        return None
+    letters = re.sub("[\0-\x7f、。《》（），！？：；“”‘’]+", "", text)
+    korean = re.findall("[\uac00-\ud7a3]", raw.decode("euc_kr", "replace"))
+    frequent = sum(letter in FREQUENT for letter in letters)
+    plain = frequent >= 1 + 0.15 * len(letters) and len(korean) < 0.9 * len(letters)
+    return text if plain and not OTHER.search(text) else None
 
 
 def read_document(path: Path, raw: bytes, cut: Cut) -> tuple[list[Chunk], int]:
@@ -134,54 +126,107 @@ def read_document(path: Path, raw: bytes, cut: Cut) -> tuple[list[Chunk], int]:
             raise ValueError(f'line {number}: not an object with a "text"')
         body, more = clean(row["text"])
         replaced += more
-        title = row.get("title")
-        named = title if isinstance(title, str) and title else str(path)
+        named = str(row.get("title") or path)
         chunks += [replace(c, doc=str(path), line=number) for c in cut(body, named)]
     return chunks, replaced
 
 
+def chunks_of(paths: list[str], cut: Cut, max_file_mb: int = 50) -> Iterator[Chunk]:
+    """The chunks of all files. What is passed over is said on stderr, in a line each."""
+    files, skipped = find_documents(paths, max_file_mb)
+    print("".join(f"{line}\n" for line in skipped), end="", file=sys.stderr)
+    for path in files:
+        try:
+            yield from read_document(path, path.read_bytes(), cut)[0]
+        except (OSError, ValueError) as error:
+            print(Found(str(path), "", getattr(error, "strerror", None) or str(error)),
+                  file=sys.stderr)
+
+
 def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb: int = 50
            ) -> dict[str, int]:
-    """Bring an index up to date with files and folders: new and changed files are read, files gone
-    from a folder are forgotten, the others cost no more than reading them. `how` names the settings
-    of `cut`: with others, every file counts as changed. Returns the number of files by what became
-    of them. Raises ValueError for a path that is not there; OSError when the index cannot be
-    written, which is then as it was at the last commit."""
+    """Make an index what its documents are now: files at the paths are taken in, those that came in
+    earlier, from anywhere, are read again if they have changed and forgotten if they are gone. What
+    is unchanged costs no more than reading it. `how` names the settings of `cut`: with others, all
+    files count as changed. Returns the number of files by what became of them. Raises ValueError
+    for a path that is not there; OSError when the index cannot be written: it stays as it was."""
+    start, known, progress = time.time(), index.manifest["documents"], Progress(sys.stderr)
+    earlier = [name for name, row in known.items() if row[0]]  # those that were read from a file
+    paths = [path for path in paths if os.path.exists(os.path.expanduser(path))
+             or not within(path, earlier)]  # a path that is gone is known: it is forgotten
     files, skipped = find_documents(paths, max_file_mb, str(index.folder))
-    print(as_utf8("".join(f"{line}\n" for line in skipped)), end="")
-    counts = dict.fromkeys(("new", "changed", "unchanged", "gone", "unreadable", "embedded",
-                            "replaced"), 0)
-    known, progress = index.manifest["documents"], Progress()
-    roots = {str(Path(name).resolve()) for name in paths if os.path.isdir(name)}
-    here = {str(path) for path, _ in files}
-    for document in [name for name, row in known.items() if name not in here and row[3] in roots]:
-        index.remove(document)
+    gone = set(earlier).difference(map(str, files))
+    more, passed = find_documents(sorted(filter(os.path.isfile, gone)), max_file_mb)
+    files += more
+    print("".join(f"{line}\n" for line in (*skipped, *passed)), end="")
+    counts = dict.fromkeys(("new", "changed", "unchanged", "gone", "unreadable", "chunks embedded",
+                            "characters replaced"), 0)
+    for name in sorted(gone.difference(map(str, more))):
+        print(f"forgotten: {printable(name)}")
+        index.remove(name)
         counts["gone"] += 1
     try:
-        for i, (path, root) in enumerate(files):
+        for i, path in enumerate(files):
             progress.show(f"{i:,}/{len(files):,} files, {len(index):,} chunks")
+            name, before = str(path), known.get(str(path))
             try:
                 raw = path.read_bytes()
                 sha = hashlib.sha256(how.encode() + b"\0" + raw).hexdigest()
-                if str(path) in known and known[str(path)][0] == sha:
+                if before and before[0] == sha:
                     counts["unchanged"] += 1
                     continue
                 chunks, replaced = read_document(path, raw, cut)
             except (OSError, ValueError) as error:
                 progress.end()
-                print(f"skipped {path}: {getattr(error, 'strerror', None) or error}")
+                print(Found(name, "", getattr(error, "strerror", None) or str(error)))
+                index.remove(name)
                 counts["unreadable"] += 1
                 continue
-            counts["replaced"] += replaced
-            counts["changed" if str(path) in known else "new"] += 1
-            index.put(str(path), sha, chunks, root)
-            if index.waiting() >= COMMIT_CHUNKS:
-                counts["embedded"] += index.commit()
+            counts["characters replaced"] += replaced
+            counts["changed" if before else "new"] += 1
+            index.put(name, sha, chunks)
+            if len(index.new) >= COMMIT_CHUNKS:
+                counts["chunks embedded"] += index.commit()
     except KeyboardInterrupt:
         progress.end()
         print("stopped: what was read is kept, and the same command goes on", file=sys.stderr)
     progress.end()
-    counts["embedded"] += index.commit()
-    if len(index.manifest["dead"]) > 0.3 * index.manifest["chunks"]:
-        index.compact()
+    counts["chunks embedded"] += index.commit()
+    if (manifest := index.folder / "manifest.json").exists():
+        os.utime(manifest, (start, start))  # documents are as they were then: see forget_gone
     return counts
+
+
+def remove(index: Index, paths: list[str]) -> int:
+    """Forget the documents at these paths and in these folders, whether they are still there or
+    not. Returns how many. Raises ValueError for a path at which the index has none."""
+    before = len(index.manifest["documents"])
+    for path in paths:
+        if not (there := within(path, index.manifest["documents"])):
+            raise ValueError(f"{path}: the index has nothing of it; see python rag.py info")
+        for name in there:
+            index.remove(name)
+    index.commit()
+    return before - len(index.manifest["documents"])
+
+
+def within(path: str, documents: Iterable[str]) -> list[str]:
+    """Those that are this file or in this folder, whether it is still there or not."""
+    place = os.path.realpath(os.path.expanduser(path))
+    return [name for name in documents if Path(name).is_relative_to(place)]
+
+
+def forget_gone(index: Index) -> tuple[int, int]:
+    """How many documents are gone, and how many changed, since the index was written. No search
+    finds those that are gone, until the index is opened again."""
+    written, gone, changed = os.stat(index.folder / "manifest.json").st_mtime, [], 0
+    for name in (name for name, row in index.manifest["documents"].items() if row[0]):
+        try:
+            changed += os.stat(name).st_mtime > written
+        except (FileNotFoundError, NotADirectoryError):
+            gone.append(name)
+        except OSError:  # it cannot be told
+            pass
+    for name in gone:
+        index.remove(name)
+    return len(gone), changed

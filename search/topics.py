@@ -3,19 +3,18 @@ Prose into sentences, terms and topics, in English and Chinese.
 
     sentences("Mr. Wu paid 3.50. 他说：“好。”然后走了。")         # spans: 3 sentences
     terms("RAG 检索")                                           # rag 检 索 检索
-    semantic_cuts(tfidf(texts, terms), sizes, max_size=256)     # where the topic changes
+    semantic_cuts(tfidf(texts), sizes, max_size=256)            # where the topic changes
 
-Topics are found by content vectors (Alemi & Ginsparg 2015, arXiv 1503.05543): of all ways to cut n
-unit vectors into segments the one with the largest sum over segments of |sum of vectors| - penalty,
-by dynamic programming. Vectors on one topic point the same way, and their sum is long.
+Topics are found by content vectors (Alemi & Ginsparg 2015, arXiv 1503.05543). Vectors on one topic
+point the same way, so their sum is long. Of all ways to cut n unit vectors into segments, dynamic
+programming finds the one with the largest sum over segments of |sum of vectors| - penalty.
 """
 import math
 import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -64,7 +63,7 @@ def _sentence_end(text: str, start: int, stop: re.Match) -> int:
 
 
 def _closed(text: str, start: int, end: int) -> int:
-    """Where the marks behind `end` that close something of the sentence from `start` end."""
+    """The sentence from `start` to `end`, longer by the marks after it that close a part of it."""
     while (mark := text[end:end + 1]) and (mark in CLOSING or mark in EITHER):
         mark = mark * 2 if text[end:end + 2] in ("**", "__") else mark
         spaced = not text[end + len(mark):end + len(mark) + 1].strip()
@@ -92,31 +91,42 @@ def _is_han(char: str) -> bool:
     return "\u3400" <= char <= "\u9fff" or "\uf900" <= char <= "\ufaff"
 
 
-# ---------------------------------------------------------------------------- terms
-
-TERM = re.compile(f"[{HAN}]+|[^\\W_{HAN}]+")
+TERM = re.compile(rf"[{HAN}]+|v?\d+(?:\.\d+){{1,3}}|[a-z]{{1,2}}(?:\+\+|#)(?![a-z])"
+                  rf"|(?<![a-z\d_.])\.[a-z]+|[^\W_{HAN}]+")
+ASKING = frozenset("what which who whom whose when where why how is are was were do doe did the a "
+                   "an of in tell me please to can could you i my 多少 多 少 何 如何 问 問".split())
+ASKING_HAN = frozenset("什么麼怎谁誰哪吗嗎呢几幾请請告诉訴是的了我有在")
 
 
 def terms(text: str) -> list[str]:
-    """What search counts: words and numbers in lower case, less a plural s (which finds up to four
-    in a hundred more answers first in English text); of a run of Chinese each character and each
-    pair of neighbours, so that no dictionary of words is needed. Invisible characters part none."""
+    """What search counts: words and numbers in lower case, without a plural s. Chinese needs no
+    dictionary: each character counts, and each pair of neighbours. v1.2.10 counts as 1, 1.2 and
+    1.2.10; C++, C# and .NET stay what they are. Invisible characters part no word."""
     found = []
     if not text.isascii():
         text = unicodedata.normalize("NFKC", INVISIBLE.sub("", text))
     for run in TERM.findall(text.lower()):
         if _is_han(run[0]):
             found += [*run, *(run[i:i + 2] for i in range(len(run) - 1))]
+        elif run[0] == ".":
+            found += [run, run[1:]]
+        elif "." in run:
+            parts = run.removeprefix("v").split(".")
+            found += [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
         else:
             plural = len(run) > 3 and run[-1] == "s" and run[-2] != "s"
             found.append(run[:-1] if plural else run)
     return found
 
 
-def tfidf(sentences: list[str], terms: Callable[[str], list[str]], dim: int = 2048) -> np.ndarray:
-    """Unit rows (n, dim) from the terms of each sentence, a rare term weighing more; zeros for a
-    sentence without any. Terms are hashed to signed dimensions, so that memory does not grow with
-    the vocabulary; inner products stay what they are but for noise of the order of dim ** -0.5."""
+def asks(term: str) -> bool:
+    """Does this term of a question ask, and say nothing of what is asked for?"""
+    return term in ASKING or not ASKING_HAN.isdisjoint(term)
+
+
+def tfidf(sentences: list[str], dim: int = 2048) -> np.ndarray:
+    """Unit rows (n, dim) of the terms of each sentence, rare ones weighing more; zeros without any.
+    Terms are hashed to signed dimensions: inner products change by noise of order dim ** -0.5."""
     counts = [Counter(terms(sentence)) for sentence in sentences]
     df = Counter(term for count in counts for term in count)
     rows = np.zeros((len(sentences), dim), dtype=np.float32)
@@ -128,18 +138,15 @@ def tfidf(sentences: list[str], terms: Callable[[str], list[str]], dim: int = 20
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-# ---------------------------------------------------------------------------- topics
-
 WINDOW = 3  # units on each side of a gap whose sums are compared
 
 
 def semantic_cuts(vectors: np.ndarray, sizes: Sequence[int], max_size: int,
                   penalty: float | None = None) -> list[int]:
     """Where to cut a sequence of unit vectors (n, d), one per sentence, into segments: the indices
-    at which a new one begins, without 0. Of all segmentations whose segments have at most
-    `max_size` (the sum of their `sizes`; a larger vector stands alone), the one with the largest
-    sum of |sum of vectors| - penalty. Each cut adds to the first, so a penalty is the gain that a
-    cut must bring; see `automatic_penalty`. O(n m d) time, m being vectors per max_size."""
+    at which a new one begins, without 0. No segment has more than `max_size`, the sum of its
+    `sizes`, but a larger vector alone. The penalty is the gain that a cut must bring. O(n m d) time
+    with m vectors per max_size."""
     n = len(vectors)
     sums = np.zeros((n + 1, vectors.shape[1]))
     np.cumsum(vectors, axis=0, dtype=np.float64, out=sums[1:])
@@ -171,7 +178,7 @@ def automatic_penalty(vectors: np.ndarray, shuffles: int = 8) -> float:
 def _gains(vectors: np.ndarray) -> np.ndarray:
     """|a| + |b| - |a + b| at each gap, (n - 1,)."""
     n, padded = len(vectors), np.pad(vectors, ((WINDOW, WINDOW), (0, 0)))
-    sums = sum(padded[i:i + n + WINDOW + 1] for i in range(WINDOW))  # of vectors k - 3 to k - 1
+    sums = np.add.reduce([padded[i:i + n + WINDOW + 1] for i in range(WINDOW)])  # of k - 3 … k - 1
     left, right = sums[1:n], sums[1 + WINDOW:n + WINDOW]
-    norm = partial(np.linalg.norm, axis=1)
-    return norm(left) + norm(right) - norm(left + right)
+    return np.add(*(np.linalg.norm(v, axis=1) for v in (left, right))) - np.linalg.norm(
+        left + right, axis=1)

@@ -62,7 +62,7 @@ def test_every_job_prints_its_figures_with_a_unit(rows):
         ("loader", "nanoGPT's way 12x1024"): "us/batch", ("data", "prepare, 1 worker(s)"): "MB/s",
         ("data", "tiktoken alone, 1 thread"): "MB/s", ("resume", "at step 1,000,000"): "s",
         ("search", "split"): "MB/s", ("search", "index 1,000 chunks"): "chunks/s",
-        ("search", "bm25, zh"): "ms", ("search", "dense, en"): "ms"}
+        ("search", "bm25, zh"): "ms", ("search", "hybrid, en"): "ms"}
     found = {(job, name): row for (job, name, _), row in rows[0].items()}
     for key, unit in units.items():
         row = found[key]

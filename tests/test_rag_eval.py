@@ -12,8 +12,8 @@ from plumbing.jobs import Progress
 from search.documents import count_pieces
 from search.index import Index
 from notes import NOTES, QUESTIONS
-from rag import Config
-from bench.rag import auc, chinese_units, english_words, measure, rank_of, score_answer
+from bench.rag import (
+    Config, auc, chinese_units, english_words, measure, rank_of, score_answer)
 from search.segment import split
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +79,8 @@ def test_the_command_prints_a_line_for_each_language(files, tiny):
                       "--max_tokens=4")
     assert en["answered"] == en["n"] == 2 and en["sentence_f1"] > en["model_f1"] >= 0
     assert en["model_no_room"] == 0
-    en, zh = evaluate(files, f"--checkpoint={tiny.pt}", "--limit=2", "--max_tokens=100000")
+    en, zh = evaluate(files, f"--checkpoint={tiny.pt}", "--limit=2", "--max_tokens=4",
+                      "--template=cited")
     assert en["model_no_room"] == 100 - en["model_refused"] > 0  # said, and the others go on
 
 

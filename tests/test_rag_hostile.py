@@ -91,13 +91,13 @@ def test_a_file_that_goes_away_and_a_link_to_itself_are_passed_over(notes, run, 
     os.symlink("loop.md", folder / "loop.md")
     (folder / "a.md").write_text("The ferry leaves at nine.")
     (folder / "b.md").write_text("The bakery closes at eight.")
-    real = os.path.realpath
+    real = os.path.getsize
 
-    def gone(path, *more, **settings):
+    def gone(path):
         if str(path).endswith("a.md"):
             raise FileNotFoundError(2, "No such file or directory", str(path))
-        return real(path, *more, **settings)
-    monkeypatch.setattr(documents.os.path, "realpath", gone)
+        return real(path)
+    monkeypatch.setattr(documents.os.path, "getsize", gone)
     code, out, err = run("add", folder, index)
     assert code == 0 and "loop.md: not a file" in out and "a.md: No such file" in out and not err
     assert "1 new, 1 unchanged" in out
@@ -107,8 +107,8 @@ def test_an_index_inside_a_folder_is_not_read_as_documents(notes, tmp_path):
     """Of two indexes below one folder the first one's chunks were documents of the second. Seen to
     fail without the look for starts-*.u64."""
     found, skipped = find_documents([str(tmp_path)])
-    assert [path.name for path, _ in found] == ["key.md"]
-    assert skipped == [f"skipped {tmp_path}/ix: another index"]
+    assert [path.name for path in found] == ["key.md"]
+    assert len(skipped) == 1 and skipped[0].startswith(f"skipped {tmp_path}/ix: made by")
 
 
 # ------------------------------------------------------------------------ the index
@@ -136,7 +136,7 @@ def test_manifests_of_others_are_named_and_none_is_overwritten(tmp_path, run):
     path = tmp_path / "manifest.json"
     old = {"format": 1}
     for text, why in (('{"name": "extension"}', "another program: give another folder"),
-                      (json.dumps([sha256_of(old), old]), "format 1, this program reads 2; remove"),
+                      (json.dumps([sha256_of(old), old]), "format 1, this program reads 3; remove"),
                       ("[" * 100_000, "damaged"), ("", "damaged"), ("[1, 2]", "damaged")):
         path.write_text(text)
         for job in (("ask", "x"), ("add", tmp_path), ("info",)):
@@ -201,7 +201,7 @@ def test_a_question_that_is_too_long_does_not_end_a_chat(notes, tiny, run):
     code, out, err = run("chat", notes[1], f"--checkpoint={tiny.pt}", "--max_tokens=4",
                          "--template=short", stdin=f"Where is the spare key?\n{'key ' * 2500}\n"
                          "Where is the spare key?\n")
-    assert code == 0 and not err and "no source fits beside them" in out
+    assert code == 0 and not err and "no source fits beside the question" in out
     assert out.count("key.md:1") == 2
 
 
