@@ -42,8 +42,8 @@ from plumbing.jobs import Progress
 from plumbing.loading import load_model
 from plumbing.log import Log
 from plumbing.optim import make_optimizers, set_learning_rate
-from plumbing.pairs import PairSettings, open_pairs
 from plumbing.runtime import Dist, all_sum, print0
+from plumbing.splits import PairSettings, open_pairs
 from plumbing.terminal import run
 from tokenizer import Tokenizer
 

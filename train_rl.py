@@ -36,13 +36,12 @@ from generate import replies
 from model import RewardModel, Transformer, token_logps
 from plumbing import runtime, sharding
 from plumbing.costs import count_parameters, flops_per_token, memory_line, peak_line
-from plumbing.evaluation import print_samples
+from plumbing.evaluation import print_samples, rl_warnings, row_logps, row_scores
 from plumbing.examples import Row, Rows, evenly_spaced, in_batches, pad_right
 from plumbing.loading import load_model, load_reward_model
 from plumbing.log import Log, describe_run
 from plumbing.optim import make_optimizers, set_learning_rate
-from plumbing.rollouts import all_max, row_logps, row_scores, same_weights, warnings
-from plumbing.runtime import Dist, all_sum, print0
+from plumbing.runtime import Dist, all_max, all_sum, print0
 from plumbing.splits import RowSettings, load_splits
 from plumbing.terminal import run
 from tokenizer import Tokenizer
@@ -248,12 +247,12 @@ def train(cfg: Config, dist: Dist) -> None:
         last = step == max_steps
         # Evaluate at the start, every few steps, and at the end.
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
-            same_weights(model, dist)
+            sharding.same_weights(model, dist)
             now = start | evaluate(roll, val, tok, cfg)[0] if step else start
             print0(f"val at step {step:,} | reward {now['reward']:+.3f} sd (score {now['raw']:.3f})"
                    f", KL {now['kl']:.3f}, J {now['J']:+.3f}{limit}, "
                    f"{now['length']:.1f} tokens, {now['ended']:.1%} end")
-            for warning in warnings(start, now, mean, cfg.kl_budget, dist):
+            for warning in rl_warnings(start, now, mean, cfg.kl_budget, dist):
                 print0(f"WARNING: {warning}")
             log.write(step=step, val=now)
 

@@ -35,14 +35,14 @@ from generate import replies
 from model import RewardModel
 from plumbing import runtime, sharding
 from plumbing.costs import flops_per_token, memory_line, peak_line
+from plumbing.evaluation import print_scores, score_rows
 from plumbing.examples import (Row, Rows, evenly_spaced, in_batches, micro_batches,
                                prompts_with_room, ranking_batch)
 from plumbing.loading import load_model
 from plumbing.log import Log
 from plumbing.optim import make_optimizers, set_learning_rate
-from plumbing.pairs import PairSettings, open_pairs
 from plumbing.runtime import Dist, all_sum, print0
-from plumbing.scoring import print_scores, score_rows
+from plumbing.splits import PairSettings, open_pairs
 from plumbing.terminal import run
 
 KIND = "rm"  # stage that the checkpoints name

@@ -1,14 +1,33 @@
 """
-What a validation reports: the loss of held-out text, and samples. The rest may be skipped.
+What models are judged by: the loss of held-out text, log P of replies, scores of a reward model.
+The rest may be skipped.
+
+`print_scores` writes a JSON line for each line of the files it reads:
+
+    {"score": 1.25, "normalised": 0.4}                                             a chat
+    {"chosen": 1.25, "rejected": 0.5, "normalised": [0.4, -0.2], "right": true}    a pair
+    {"ranking": [1.25, 0.5, 0.75], "normalised": [0.4, -0.2, 0.0], "right": false}
+    {"score": null, "why": "too long: 301 tokens, the model reads 256"}
+
+`normalised` counts in standard deviations, as train_rl.py does.
 """
+import json
 import math
+import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
+from itertools import pairwise
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from model import Transformer, token_logps
-from plumbing.examples import Row, Rows, evenly_spaced
+from model import RewardModel, Transformer, token_logps
+from plumbing.chats import read_chat, read_comparison
+from plumbing.corpus import find_files, read_batches
+from plumbing.examples import Row, Rows, evenly_spaced, in_batches, pad_right, reply_row
+from plumbing.jsonl import BadLine, parse_records
+from plumbing.loading import load_reward_model
 from plumbing.runtime import Dist, all_sum, print0
 from plumbing.tokenfiles import IGNORE
 from tokenizer import Tokenizer
@@ -64,3 +83,92 @@ def print_samples(tok: Tokenizer, langs: list[str], rows: list[Row],
 def score_line(scores: Scores) -> str:
     return " | ".join(f"{lang} {nats:.4f} nats/token, {bits:.4f} bits/byte"
                       for lang, (nats, bits) in scores.items())
+
+
+@torch.no_grad()
+def row_logps(model: Transformer, rows: list[Row], batch_size: int, dist: Dist) -> Tensor:
+    """(B, T) log P of the tokens of each reply by a full pass, on the CPU, where `pad_right` has
+    the targets of all rows; 0 elsewhere."""
+    found, longest = [], max(len(row.ids) for row in rows)
+    for some in in_batches(rows, batch_size):
+        idx, targets, _ = (t.to(dist.device) for t in pad_right(list(some), 0))
+        with dist.autocast():
+            logps = token_logps(model(idx, hidden=True), model.lm_head.weight, targets)
+        found.append(F.pad(logps.cpu(), (0, longest - idx.size(1))))
+    return torch.cat(found)
+
+
+def score_rows(model: nn.Module, rows: list[Row], dist: Dist) -> Tensor:
+    """(len(rows),) scores, each read at the last token of its row, on the device."""
+    idx, _, lengths = pad_right(rows, 0)
+    with dist.autocast():
+        return model(idx.to(dist.device), lengths.to(dist.device))
+
+
+@torch.no_grad()
+def row_scores(reward: RewardModel, rows: list[Row], batch_size: int, dist: Dist) -> Tensor:
+    """(B,) scores of a reward model, on the CPU."""
+    return torch.cat([score_rows(reward, list(some), dist).cpu()
+                      for some in in_batches(rows, batch_size)])
+
+
+@torch.no_grad()
+def print_scores(files: str, init_from: str, dist: Dist) -> None:
+    """Score the chats, pairs and rankings in `files` with the reward model `init_from`. What is too
+    long has no score: the part of it that fits would have another. Raises ValueError for a line
+    that cannot be read."""
+    out = sys.stdout
+    with redirect_stdout(sys.stderr):  # stdout holds the scores and nothing else
+        model, tok = load_reward_model(init_from, dist)
+        limit = model.backbone.config.max_seq_len
+
+        def read(record: dict) -> dict:
+            if "chosen" in record or "ranking" in record:
+                prompt, replies, _ = read_comparison(record)
+            else:
+                *prompt, last = read_chat(record)
+                replies = [last["content"]]
+            rows = [reply_row(tok, prompt, reply) for reply in replies]
+            if (longest := max(len(row.ids) for row in rows)) > limit:
+                why = f"too long: {longest} tokens, the model reads {limit}"
+                return {"score": None, "why": why}
+            scores = score_rows(model, rows, dist)
+            normed = [round(x, 4) for x in ((scores - model.mean) / model.std).tolist()]
+            rounded = [round(x, 4) for x in scores.tolist()]
+            right = {"right": all(a > b for a, b in pairwise(scores.tolist()))}
+            if "ranking" in record:
+                return {"ranking": rounded, "normalised": normed, **right}
+            if "chosen" in record:
+                return {"chosen": rounded[0], "rejected": rounded[1], "normalised": normed, **right}
+            return {"score": rounded[0], "normalised": normed[0]}
+
+        n = without = 0
+        for batch in read_batches(find_files(files)):
+            for line in parse_records(batch, read):
+                if isinstance(line, BadLine):
+                    raise ValueError(f"{line}")
+                print(json.dumps(line), file=out)
+                n, without = n + 1, without + ("why" in line)
+        print(f"{n:,} lines, {without:,} of them without a score")
+
+
+def rl_warnings(start: dict, now: dict, mean: dict, kl_budget: float, dist: Dist) -> list[str]:
+    """What goes wrong, told from validations at the start and now and from the last rollout."""
+    found = []
+    if mean["mismatch"] > (1e-3 if dist.dtype == torch.float32 else 0.1):
+        found.append(f"sampling and training disagree by {mean['mismatch']:.4f} nats on a token")
+    if mean["equal"] > 0.5:
+        found.append(f"in {mean['equal']:.0%} of the groups all replies have the same reward: they "
+                     "teach nothing")
+    if now["kl"] > kl_budget:
+        found.append(f"KL {now['kl']:.2f} is over the budget of {kl_budget}: raise --beta")
+    if now["kl"] < -3 * now["kl_error"]:
+        found.append(f"KL {now['kl']:.3f} is below 0: what is sampled from is not what is scored")
+    if "best" in now and now["J"] > now["best"] + 3 * math.hypot(now["J_error"], now["best_error"]):
+        found.append(f"J {now['J']:.2f} is over the {now['best']:.2f} that any policy can reach: "
+                     "the KL or the reward is not what it should be")
+    if now["ended"] < 0.95:
+        found.append(f"only {now['ended']:.0%} of the replies end by themselves")
+    if not 0.5 <= now["length"] / start["length"] <= 1.5:
+        found.append(f"replies went from {start['length']:.0f} to {now['length']:.0f} tokens")
+    return found

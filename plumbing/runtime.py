@@ -202,6 +202,15 @@ def all_sum(dist: Dist, *values: float | torch.Tensor) -> list[float]:
     return total.tolist()
 
 
+def all_max(dist: Dist, value: float) -> float:
+    """The largest value of all ranks."""
+    if dist.world == 1:
+        return value
+    found = torch.tensor(value, dtype=torch.float64, device=dist.device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return float(found)
+
+
 class StopSignals:
     """SIGTERM and SIGINT ask the loop to stop after the current step; a second one ends it at once.
     Messages are written past `print`, because the signal may come in the middle of one."""

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import Block
 from plumbing import checkpoint as checkpoints
-from plumbing.runtime import Dist, Settings, print0
+from plumbing.runtime import Dist, Settings, all_max, print0
 from tokenizer import Tokenizer
 
 
@@ -99,6 +99,14 @@ def unsharded(model: nn.Module, dist: Dist) -> Iterator[None]:
         for part in parts:
             part.set_reshard_after_forward(part is not model, recurse=False)
             part.reshard()
+
+
+def same_weights(model: nn.Module, dist: Dist) -> None:
+    """Raises RuntimeError if the processes no longer hold the same weights."""
+    with unsharded(model, dist):
+        own = sum(float(p.detach().sum()) for p in model.parameters())
+    if all_max(dist, own) != -all_max(dist, -own):
+        raise RuntimeError("the processes no longer hold the same weights")
 
 
 def exchange_gradients(net: nn.Module, now: bool) -> None:

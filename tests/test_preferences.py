@@ -22,10 +22,10 @@ import train_rm
 from data import IGNORE, Order
 from model import RewardModel
 from plumbing import checkpoint
+from plumbing.evaluation import row_logps
 from plumbing.examples import (Row, load_examples, micro_batches, pad_right, pair_batch,
                                ranking_batch)
 from plumbing.loading import load_model, load_reward_model
-from plumbing.rollouts import row_logps
 from tokenizer import render
 
 ROOT = Path(train_rm.__file__).parent
@@ -344,8 +344,8 @@ def test_replies_learn_to_end(tiny, reward, tmp_path, monkeypatch):
 def test_warnings_of_rl():
     fine = {"kl": 0.5, "kl_error": 0.1, "ended": 1.0, "length": 20.0}
     mean = {"mismatch": 0.0, "equal": 0.2}
-    assert not train_rl.warnings(fine, fine, mean, 1.0, ALONE)
-    assert not train_rl.warnings(fine, fine | {"J": 1.3, "J_error": 0.03, "best": 1.2,
+    assert not train_rl.rl_warnings(fine, fine, mean, 1.0, ALONE)
+    assert not train_rl.rl_warnings(fine, fine | {"J": 1.3, "J_error": 0.03, "best": 1.2,
                                                "best_error": 0.04}, mean, 1.0, ALONE)
     for now, seen, words in (({"kl": 1.5}, mean, "over the budget"),
                              ({"kl": -0.4}, mean, "below 0"), ({"ended": 0.9}, mean, "90%"),
@@ -354,7 +354,7 @@ def test_warnings_of_rl():
                               "J 1.40 is over the 1.20"),
                              ({}, mean | {"mismatch": 0.1}, "disagree"),
                              ({}, mean | {"equal": 0.6}, "60% of the groups")):
-        found = train_rl.warnings(fine, fine | now, seen, 1.0, ALONE)
+        found = train_rl.rl_warnings(fine, fine | now, seen, 1.0, ALONE)
         assert len(found) == 1 and words in found[0]
 
 
