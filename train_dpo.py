@@ -18,8 +18,8 @@ reply that the policy implies; the margin beta h is how much more the chosen rep
 
 plumbing/chats.py says what a line of --data looks like.
 """
-from plumbing import interrupts
-interrupts.end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
+from plumbing.terminal import end_quietly, run
+end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 import math
 from dataclasses import dataclass
@@ -44,7 +44,6 @@ from plumbing.log import Log
 from plumbing.optim import make_optimizers, set_learning_rate
 from plumbing.runtime import Dist, all_sum, print0
 from plumbing.splits import PairSettings, open_pairs
-from plumbing.terminal import run
 from tokenizer import Tokenizer
 
 KIND = "dpo"  # stage that the checkpoints name

@@ -11,8 +11,8 @@ Pre-training: learn to predict the next token of text.
 An optimizer step reads `batch_tokens` tokens: each process takes its share of the windows,
 `batch_size` at a time, and adds up their gradients (Radford et al. 2019, Touvron et al. 2023).
 """
-from plumbing import interrupts
-interrupts.end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
+from plumbing.terminal import end_quietly, run
+end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 from dataclasses import dataclass
 from typing import Literal
@@ -31,7 +31,6 @@ from plumbing.loading import load_model
 from plumbing.log import Log, describe_run
 from plumbing.optim import make_optimizers, set_learning_rate
 from plumbing.runtime import Dist, all_sum, print0
-from plumbing.terminal import run
 from tokenizer import Tokenizer
 
 KIND = "pt"  # stage that the checkpoints name

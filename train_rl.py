@@ -20,8 +20,8 @@ an expected gradient of zero (tests/test_losses.py). This A is RLOO's (Ahmadian 
 r is clipped to +-5; a reply that does not end gets 1 less than the worst one written with it.
 Replies are drawn at temperature 1 from all tokens: another distribution would not be the policy's.
 """
-from plumbing import interrupts
-interrupts.end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
+from plumbing.terminal import end_quietly, run
+end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +43,6 @@ from plumbing.log import Log, describe_run
 from plumbing.optim import make_optimizers, set_learning_rate
 from plumbing.runtime import Dist, all_max, all_sum, print0
 from plumbing.splits import RowSettings, load_splits
-from plumbing.terminal import run
 from tokenizer import Tokenizer
 
 KIND = "rl"  # stage that the checkpoints name

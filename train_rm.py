@@ -17,8 +17,8 @@ The first term knows only differences of scores; the second, with c = center_coe
 own replies is 0.09 and -0.04 (seeds 0 and 1); with --center_coef=0 it is -0.64 and -0.76, more than
 a standard deviation away (0.6; begun with an SFT model after a tenth of the demo's steps).
 """
-from plumbing import interrupts
-interrupts.end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
+from plumbing.terminal import end_quietly, run
+end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 import sys
 from dataclasses import dataclass
@@ -43,7 +43,6 @@ from plumbing.log import Log
 from plumbing.optim import make_optimizers, set_learning_rate
 from plumbing.runtime import Dist, all_sum, print0
 from plumbing.splits import PairSettings, open_pairs
-from plumbing.terminal import run
 
 KIND = "rm"  # stage that the checkpoints name
 

@@ -15,8 +15,8 @@ of the chats one by one. What a line of --data may hold: plumbing/chats.py.
 --lora_rank=16 trains a low-rank update of each block matrix (Hu et al. 2021) and merges it when the
 model is saved. A model of 1B parameters then needs 6 GB beside its activations, not 16.
 """
-from plumbing import interrupts
-interrupts.end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
+from plumbing.terminal import end_quietly, run
+end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 import math
 from dataclasses import dataclass
@@ -39,7 +39,6 @@ from plumbing.log import Log, describe_run
 from plumbing.optim import make_optimizers, set_learning_rate
 from plumbing.runtime import Dist, all_sum, print0
 from plumbing.splits import RowSettings, load_splits
-from plumbing.terminal import run
 from tokenizer import Tokenizer
 
 KIND = "sft"  # stage that the checkpoints name

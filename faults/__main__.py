@@ -34,7 +34,7 @@ from faults.damage import crash_at_every_call, damaged_files, disk_full, kill_st
 from faults.hostile import bad_lines, hostile_files, injections, typos, worst_strings
 from faults.lab import (ROOT, STAGES, Child, Lab, Result, Run, die_after_save, instead, places,
                         same_bits, same_run, side_by_side, trace, workers)
-from plumbing import checkpoint, files, interrupts, runtime, terminal
+from plumbing import checkpoint, files, runtime, terminal
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
@@ -108,7 +108,7 @@ def signals(lab: Lab, moments: int = 20) -> Result:
     still imports torch (a process of its own), a sixth in the middle of a save, the others anywhere
     between the first instruction of main() and the end. The exit code must be 0 without a
     traceback, within 2 s, and --resume must give the run that nothing disturbed. Seen to fail
-    without interrupts.py (exit code -15), and when the handler raised instead of setting a flag."""
+    without `end_quietly` (exit code -15), and when the handler raised instead of setting a flag."""
     r, good, slowest = Random(2), 0, 0.0
     whole = {stage: lab.whole(stage, max_steps=8) for stage in STAGES}
     for i in range(moments):
@@ -121,7 +121,7 @@ def signals(lab: Lab, moments: int = 20) -> Result:
                 pass
             run.ends(r.uniform(0, 0.9))
         else:
-            run = lab.start(stage, out, interrupts.end_quietly, **settings)
+            run = lab.start(stage, out, terminal.end_quietly, **settings)
             if i % 6 == 1:
                 while not list(out.glob(".tmp-*")) and not run.ends(0.0002):
                     pass

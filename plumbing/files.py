@@ -113,7 +113,7 @@ def read_text(path: str) -> str:
         raise ValueError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def write_text(path: str, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """Write a small file whole or not at all: after a crash it is the old one or the new one.
     Raises OSError with path and reason."""
     try:
@@ -121,8 +121,17 @@ def write_text(path: str, text: str) -> None:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(f"{path}.tmp", path)
+        put_in_place(f"{path}.tmp", path)
     except OSError as error:
         if os.path.exists(f"{path}.tmp"):
             os.unlink(f"{path}.tmp")
         raise OSError(f"{path} was not written: {error.strerror}") from None
+
+
+def put_in_place(temporary: str | Path, path: str | Path) -> None:
+    """Give a file that is whole its name, so that a crash leaves the old file or the new one."""
+    os.replace(temporary, path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(Path(path).parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)

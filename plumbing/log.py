@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from plumbing.files import write_text
 from plumbing.runtime import Dist, RankState, Settings, print0
 
 # dense bf16 FLOP/s from the makers' data sheets
@@ -78,9 +79,7 @@ def drop_later_records(path: Path, step: int) -> Path:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
     kept = [line for line in whole if json.loads(line)["step"] < step + ('"val"' in line)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(line + "\n" for line in kept))
     return path
 
 

@@ -1,17 +1,40 @@
 """
-What a terminal is shown: a mistake ends in one line, and `run(main)` starts a script so that
-nothing it prints can end it. The rest may be skipped.
+How a script meets its terminal: it starts, is stopped, and ends a mistake in one line. The rest may
+be skipped.
+
+    from plumbing.terminal import end_quietly, run
+    end_quietly(__name__)       # before `import torch`, which takes seconds
+    run(main)                   # nothing that main prints can end the script
 """
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from io import TextIOWrapper
+from types import FrameType
 from typing import NoReturn
 
 # Control characters but tab and line end, and marks that turn the direction of the text.
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def end_quietly(name: str = "__main__") -> None:
+    """From now on SIGTERM and SIGINT end the process, if `name` says that it runs as a script, with
+    exit code 0 and one line instead of a traceback: nothing is lost before the first step. When the
+    loop begins, `runtime.StopSignals` takes over: then a signal saves a checkpoint first."""
+    if name == "__main__":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    with suppress(OSError):  # whoever reads stderr may be gone
+        os.write(2, f"stopped by {signal.Signals(number).name} before the first step: nothing is "
+                    "lost, the same command starts again\n".encode())
+    os._exit(0)  # not sys.exit: an import or a callback could swallow it, and the run would go on
 
 
 def run(main: Callable[[], None]) -> None:

@@ -31,6 +31,8 @@ from typing import IO
 
 import numpy as np
 
+from plumbing.files import put_in_place
+
 FORMAT = 3
 AGAIN = "remove the folder and index the documents again"
 OURS = re.compile(r"(chunks-\d+\.jsonl|starts-\d+\.u64|vectors-\d+\.f32|terms-\d+-\d+-\d+\.npz"
@@ -241,9 +243,5 @@ class Files(AbstractContextManager):
                                ensure_ascii=False).encode())
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, self.folder / "manifest.json")
-        if os.name == "posix":  # elsewhere a folder cannot be opened
-            fd = os.open(self.folder, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
+        put_in_place(temporary, self.folder / "manifest.json")
         self._sweep(self.manifest)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plumbing import checkpoint, strangers
+from plumbing import checkpoint
 
 ROOT = Path(checkpoint.__file__).resolve().parent.parent
 ROOMS = ("plumbing", "search", "demo", "bench", "faults")
@@ -126,5 +126,5 @@ def test_the_lock_has_every_package_by_version_and_hash_and_names_no_host():
         wanted += [re.match(r"[\w.-]+", n)[0] for n in needs
                    if "extra ==" not in n and not re.match("nvidia|triton|cuda", n)]
     pinned = re.search(r"^torch==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M)
-    assert pinned and tuple(map(int, pinned[1].split(".")[:2])) >= strangers.SAFE_TORCH
+    assert pinned and tuple(map(int, pinned[1].split(".")[:2])) >= checkpoint.SAFE_TORCH
     assert os.path.exists(ROOT / "SECURITY.md")

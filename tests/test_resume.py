@@ -13,7 +13,7 @@ import pytest
 
 from faults.damage import can_mount, tmpfs
 from faults.lab import STAGES, Lab, newest, same_run
-from plumbing import checkpoint, interrupts
+from plumbing import checkpoint, terminal
 from tokenizer import PATTERN, dump
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
@@ -116,7 +116,7 @@ def test_an_out_dir_that_cannot_be_written_is_named(lab, done, tmp_path):
 def test_one_signal_stops_behind_the_step_and_a_second_at_once(lab, done, tmp_path):
     """Seen to fail before anything was said to the first one."""
     def before() -> None:
-        interrupts.end_quietly()
+        terminal.end_quietly()
         from plumbing import log
         write = log.Log.write
 

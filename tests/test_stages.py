@@ -19,7 +19,7 @@ import train_rl
 import train_rm
 import train_sft
 from faults.lab import Run, places
-from plumbing import checkpoint, interrupts, runtime
+from plumbing import checkpoint, runtime, terminal
 from plumbing.loading import load_model
 
 ROOT = Path(train_sft.__file__).parent
@@ -212,7 +212,7 @@ def test_sigterm_saves_and_says_how_to_go_on(stage, tiny, reward, tmp_path):
     """As a user would stop it: exit code 0, a checkpoint, and the command."""
     cfg = settings(stage, tiny, tmp_path / "run", reward, max_steps=5000, eval_every=5000,
                    save_every=5000, log_every=1)
-    run = Run(f"train_{stage}", command(cfg), tmp_path / "said", interrupts.end_quietly)
+    run = Run(f"train_{stage}", command(cfg), tmp_path / "said", terminal.end_quietly)
     while "\nstep " not in run.text and not run.ends(0.01):
         pass
     run.send(signal.SIGTERM)
