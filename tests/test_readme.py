@@ -76,15 +76,25 @@ def resolve(words: list[str]) -> tuple[str, list[str]]:
 
 
 def run(line: str, folder: Path) -> tuple[int, str]:
-    """Run a command in a folder, shortened: (exit code, what it said)."""
-    words = words_of(line)
+    """Run a command in a folder, shortened: (exit code, what it said). In front of it sits somebody
+    who types a line and leaves, unless something comes through a pipe."""
+    piped, _, command = line.rpartition(" | ")
+    words = words_of(command)
     if words[0] != "python":
         done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
     def before() -> None:
         os.chdir(folder)
-        sys.stdin = open(os.devnull)  # a chat ends at once
+        if piped:
+            said = subprocess.run(["bash", "-c", piped], capture_output=True).stdout
+            (folder / "piped").write_bytes(said)
+            os.dup2(os.open(folder / "piped", os.O_RDONLY), 0)
+        else:
+            here, there = os.openpty()
+            os.write(here, b"Hello\n\x04")  # \x04: Ctrl-D
+            os.dup2(there, 0)
+        sys.stdin = open(0)
 
     words, into = (words[:-2], words[-1]) if words[-2] == ">" else (words, "said")
     name, arguments = module_of(words)
@@ -135,7 +145,7 @@ def test_every_command_works_as_typed(page, home):
     """Python's run, but for the long ones, of which files and settings are looked at; so are those
     of torchrun, which other tests run."""
     for line in commands(page):
-        words = words_of(line)
+        words = words_of(line.rpartition(" | ")[2])
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), line
         elif words[0] in ("pip", "python3", ".", "export"):
