@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import islice
 from time import time
 from typing import Literal
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from configurator import FilePath, Natural, configure
 from plumbing.corpus import find_files, parse, read_batches
-from plumbing.examples import Rows, window_batch
+from plumbing.examples import Rows, cached_tokenizer, window_batch
 from plumbing.jobs import Progress, parallel
 from plumbing.jsonl import BadLine, BadLines, Batch
 from plumbing.order import Order, draw_split, hash64
@@ -174,9 +174,6 @@ class Packed:
 
 
 # --------------------------------------------------------------------- text -> token files
-
-cached_tokenizer = cache(load_tokenizer)  # once per worker
-
 
 def encode_batch(batch: Batch, tokenizer: str, val_fraction: float,
                  ) -> tuple[dict, list[BadLine], int, int, float]:

@@ -8,7 +8,6 @@ for each reply, best first, so k replies are read once for their k (k - 1) / 2 p
 ranking of two. Rows are made once, in a folder whose meta.json says from what, and mapped from
 there: a corpus of any size works.
 """
-import glob
 import hashlib
 import json
 import os
@@ -17,7 +16,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
-from itertools import combinations
+from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -99,15 +99,12 @@ def reply_row(tok: Tokenizer, prompt: list[dict], reply: str) -> Row:
 def fit_chat(tok: Tokenizer, messages: list[dict], max_len: int, counts: Counter) -> Row | None:
     """A chat in at most `max_len` tokens: trailing exchanges are dropped whole; the reply of a
     single one is cut, without a false <|im_end|>. None if nothing is left to learn."""
+    ends = [i for i, m in enumerate(messages, 1) if m["role"] == "assistant"]  # of each exchange
     ids, mask = render(tok, messages)
-    cut = False
-    while len(ids) > max_len and sum(m["role"] == "assistant" for m in messages) > 1:
-        messages = messages[:-1]
-        while messages[-1]["role"] != "assistant":
-            messages = messages[:-1]
-        ids, mask = render(tok, messages)
-        cut = True
-    counts["chats shortened: last turns dropped"] += cut
+    while len(ids) > max_len and len(ends) > 1:
+        ends.pop()
+        ids, mask = render(tok, messages[:ends[-1]])
+    counts["chats shortened: last turns dropped"] += ends[-1] < len(messages)
     counts["chats shortened: reply cut"] += len(ids) > max_len
     ids, mask = ids[:max_len], mask[:max_len]
     if not any(mask):
@@ -149,20 +146,15 @@ class Rows:
         self.table = table  # (rows,) of ROW
         self.name, self.data_id = name, data_id  # data_id: a hash of both
         self.firsts = np.append(np.flatnonzero(table["first"]), len(table))  # row of each example
+        self.starts = np.append(0, table["end"])  # of each row in .words, and where the last ends
 
     def __len__(self) -> int:
         return len(self.firsts) - 1
 
-    def _ends(self, i: int) -> list[int]:
-        """Where the rows of example i start and end in .words: one more than there are rows."""
-        first, after = self.firsts[i:i + 2]
-        ends = self.table["end"][max(first - 1, 0):after].tolist()
-        return ends if first else [0, *ends]
-
     def example(self, i: int) -> list[Row]:
         """The rows of example i."""
-        ends = self._ends(i)
-        parts = [self.words[a:b] for a, b in zip(ends, ends[1:])]
+        first, after = self.firsts[i:i + 2]
+        parts = [self.words[a:b] for a, b in pairwise(self.starts[first:after + 1])]
         return [Row((w & ~LEARN).tolist(), (w >= LEARN).astype(int).tolist()) for w in parts]
 
     def margin(self, i: int) -> float:
@@ -173,7 +165,8 @@ class Rows:
 
     def longest(self, i: int) -> int:
         """Tokens of the longest row of example i."""
-        return max(np.diff(self._ends(i)).tolist())
+        first, after = self.firsts[i:i + 2]
+        return int(np.diff(self.starts[first:after + 1]).max())
 
     def shortest_first(self) -> np.ndarray:
         """Numbers of the examples by their longest row."""
@@ -186,7 +179,7 @@ class Rows:
 
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
-        return np.diff(self.table["end"], prepend=0)
+        return np.diff(self.starts)
 
 
 def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: str,
@@ -196,9 +189,8 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
     pair, ranking or prompt by one of its prompt: the pairs of a prompt stay together. Raises
     ValueError for what a user can mend."""
     files = find_files(paths)
-    job = {"files": [(f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files], "kind": kind,
+    job = {"files": [[f, os.path.getsize(f), os.stat(f).st_mtime_ns] for f in files], "kind": kind,
            "tokenizer": tok.sha256, "settings": [max_len, val_fraction, on_bad_line], "version": 3}
-    job = json.loads(json.dumps(job))  # as it will be read back
     meta = read_json(os.path.join(folder, "meta.json"))
     if not meta or meta["job"] != job:
         meta = prepare(files, kind, tok, job, folder)
@@ -223,19 +215,15 @@ def sha256_of(path: str) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def map_file(path: str, dtype: np.dtype) -> np.ndarray:
-    empty = not os.path.getsize(path)
-    return np.zeros(0, dtype) if empty else np.memmap(path, dtype, "r")
-
-
 def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str) -> dict:
-    """Write the rows beside `folder`, then give it its name; what meta.json says."""
+    """Write the rows of a folder; what its meta.json says. That comes last: without it a folder is
+    unfinished, and made again."""
     max_len, val_fraction, on_bad_line = job["settings"]
-    for stale in glob.glob(f"{glob.escape(folder)}.*.tmp"):  # left by a run that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = f"{folder}.{os.getpid()}.tmp"
-    os.makedirs(temporary)
-    tok_path = os.path.join(temporary, "tokenizer.txt")
+    Path(folder, "meta.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # not written over: another run may have it mapped
+    os.makedirs(folder)
+    tok_path = os.path.join(folder, "tokenizer.txt")
+    write_text(tok_path, tok.text)
     progress = Progress()
     bad_lines = BadLines(on_bad_line, progress)
     tables = {split: [np.zeros(0, ROW)] for split in SPLITS}
@@ -243,44 +231,36 @@ def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str
     work = partial(encode_batch, kind=kind, tokenizer=tok_path, max_len=max_len,
                    val_fraction=val_fraction)
     workers = 1 if sum(map(os.path.getsize, files)) < 16 << 20 else 0
-    try:
-        write_text(tok_path, tok.text)
-        with ExitStack() as opened:
-            outs = {name: opened.enter_context(open(os.path.join(temporary, name), "wb"))
-                    for split in SPLITS for name in (f"{split}.words", f"{split}.rows")}
-            for parts, bad, found, n_new, share in parallel(work, read_batches(files), workers):
-                bad_lines.add(bad)
-                counts, n = counts + found, n + n_new
-                for split, (words, rows) in parts.items():
-                    outs[f"{split}.words"].write(words)
-                    tables[split].append(rows)
-                progress.show(f"{share:6.1%} | {n:,} records")
-            for split in SPLITS:
-                table = np.concatenate(tables[split])
-                table["end"] = np.cumsum(table["end"])
-                outs[f"{split}.rows"].write(table.tobytes())
-            for f in outs.values():
-                f.flush()
-                os.fsync(f.fileno())
-        progress.end()
-        bad_lines.finish(n)
-        many = {split: sum(int(rows["first"].sum()) for rows in tables[split]) for split in SPLITS}
-        notes = "".join(f"; {what}: {often:,}" for what, often in sorted(counts.items()) if often)
-        if not sum(many.values()):
-            raise ValueError(f"{', '.join(files)}: no usable example in it{notes}")
-        key = "whole chat" if kind == "chat" else "prompt"
-        by = f" ({val_fraction:.1%} by a hash of the {key})" if val_fraction else ""
-        print(f"{n:,} records -> {many['train']:,} {kind}s to train on, {many['val']:,} held out"
-              f"{by}{notes}")
-        meta = {"job": job, "sha256": {name: sha256_of(os.path.join(temporary, name))
-                                       for name in outs}}
-        write_text(os.path.join(temporary, "meta.json"), json.dumps(meta, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-        return meta
-    finally:
-        progress.end()
-        shutil.rmtree(temporary, ignore_errors=True)
+    with ExitStack() as opened:
+        opened.callback(progress.end)
+        outs = {name: opened.enter_context(open(os.path.join(folder, name), "wb"))
+                for split in SPLITS for name in (f"{split}.words", f"{split}.rows")}
+        for parts, bad, found, n_new, share in parallel(work, read_batches(files), workers):
+            bad_lines.add(bad)
+            counts, n = counts + found, n + n_new
+            for split, (words, rows) in parts.items():
+                outs[f"{split}.words"].write(words)
+                tables[split].append(rows)
+            progress.show(f"{share:6.1%} | {n:,} records")
+        for split in SPLITS:
+            table = np.concatenate(tables[split])
+            table["end"] = np.cumsum(table["end"])
+            outs[f"{split}.rows"].write(table.tobytes())
+        for f in outs.values():
+            f.flush()
+            os.fsync(f.fileno())
+    bad_lines.finish(n)
+    many = {split: sum(int(rows["first"].sum()) for rows in tables[split]) for split in SPLITS}
+    notes = "".join(f"; {what}: {often:,}" for what, often in sorted(counts.items()) if often)
+    if not sum(many.values()):
+        raise ValueError(f"{', '.join(files)}: no usable example in it{notes}")
+    key = "whole chat" if kind == "chat" else "prompt"
+    by = f" ({val_fraction:.1%} by a hash of the {key})" if val_fraction else ""
+    print(f"{n:,} records -> {many['train']:,} {kind}s to train on, {many['val']:,} held out"
+          f"{by}{notes}")
+    meta = {"job": job, "sha256": {name: sha256_of(os.path.join(folder, name)) for name in outs}}
+    write_text(os.path.join(folder, "meta.json"), json.dumps(meta, indent=1))
+    return meta
 
 
 # ---------------------------------------------------------------------------- batches

@@ -42,8 +42,8 @@ class BadLine:
 
 
 class LineError(Exception):
-    """LineError(where, what, detail): a line is not as it should be, where a field of its record
-    stands, or at a column."""
+    """LineError(where, what, detail): a line is not as it should be, where the value of a field
+    stands (or the object, if it has no such field), or at a column."""
 
 
 class BadLines:
@@ -89,7 +89,8 @@ def parse_records(batch: Batch, read: Callable[[dict], Any]) -> Iterator[Any | B
                 yield read({name: value for name, value in record.items() if value is not None})
         except LineError as error:
             where, what, detail, *_ = error.args
-            column = where if isinstance(where, int) else column_of(line, where)
+            start = len(line) - len(line.lstrip()) + 1
+            column = where if isinstance(where, int) else columns_of(line).get(where, start)
             yield BadLine(f"{batch.path}:{number}:{column}", what, detail)
 
 
@@ -111,10 +112,10 @@ def parse_object(line: str) -> dict:
         a_list = f"; {TO_LINES}" if line.lstrip().startswith("[") else ""
         raise LineError(error.colno, "not JSON", error.msg + a_list) from None
     except (ValueError, RecursionError) as error:
-        inspect(line)
+        columns_of(line)
         raise LineError(1, "not JSON", str(error)) from None
     if line.count("[") + line.count("{") > MAX_DEPTH:  # perhaps in strings only
-        inspect(line)
+        columns_of(line)
     if not isinstance(record, dict):
         raise LineError("", "not an object", TO_LINES if isinstance(record, list) else
                         f"but {type(record).__name__}")
@@ -143,21 +144,22 @@ def _object(pairs: list) -> dict:
 _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def tokens_of(line: str) -> Iterator[tuple[int, str, int]]:
-    """(column, token, depth) of each string, number, word and mark in a line of JSON, which may be
-    damaged. json says where a line breaks, but not where a value stands: this is for the rest."""
-    depth = 0
-    for m in re.finditer(r'"(?:[^"\\]++|\\.)*+"|[^\s"{}\[\],:]++|[{}\[\],:]', line):
-        depth += m[0] in "{["
-        yield m.start() + 1, m[0], depth
-        depth -= m[0] in "}]"
+# a string, a number, a word or a mark
+TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[^\s"{}\[\],:]++|[{}\[\],:]')
 
 
-def inspect(line: str) -> None:
-    """Raises LineError at the first thing that json lets pass, or refuses without saying where."""
+def columns_of(line: str) -> dict[str, int]:
+    """The column of the value of each field of an object: json says where a line breaks, but not
+    where a value stands. Raises LineError at the first thing that json lets pass, or refuses
+    without saying where."""
+    found: dict[str, int] = {}
     keys: dict[int, set] = {}  # of the object at each depth
-    before, column_before = "", 0
-    for column, token, depth in tokens_of(line):
+    depth, key, before, column_before = 0, "", "", 0
+    for match in TOKEN.finditer(line):
+        column, token = match.start() + 1, match[0]
+        if before == ":" and depth == 1:
+            found[key] = column
+        depth += token in "{["
         if depth > MAX_DEPTH:
             raise LineError(column, "nested too deeply", f"more than {MAX_DEPTH} brackets")
         if token.startswith(("NaN", "Infinity", "-Infinity")):
@@ -170,15 +172,6 @@ def inspect(line: str) -> None:
             if (key := json.loads(before)) in keys[depth]:
                 raise LineError(column_before, "key given twice", f"{key!r:.40}")
             keys[depth].add(key)
+        depth -= token in "}]"
         before, column_before = token, column
-
-
-def column_of(line: str, field: str) -> int:
-    """Where the value of an object's field stands; without such a field, where the object does."""
-    before, found = "", False
-    for column, token, depth in tokens_of(line):
-        if found:
-            return column
-        found = token == ":" and depth == 1 and json.loads(before) == field
-        before = token
-    return len(line) - len(line.lstrip()) + 1
+    return found

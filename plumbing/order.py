@@ -51,20 +51,17 @@ def permuted(index: np.ndarray, n: int, key: int) -> np.ndarray:
     bits = max(2, (n - 1).bit_length())
     low = np.uint64(bits // 2)
     low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
-    rounds = [np.uint64(hash64(key, r)) for r in range(4)]
+
+    def noise(half: np.ndarray, r: int) -> np.ndarray:
+        x = (half + np.uint64(hash64(key, r))) * np.uint64(0x9E3779B97F4A7C15)
+        x ^= x >> np.uint64(29)
+        return x * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(32)
 
     def network(x: np.ndarray) -> np.ndarray:
         a, b = x & low_mask, x >> low
-        for r, k in enumerate(rounds):
-            half = b if r % 2 == 0 else a
-            noise = (half + k) * np.uint64(0x9E3779B97F4A7C15)
-            noise ^= noise >> np.uint64(29)
-            noise *= np.uint64(0xBF58476D1CE4E5B9)
-            noise >>= np.uint64(32)
-            if r % 2 == 0:
-                a = a ^ noise & low_mask
-            else:
-                b = b ^ noise & high_mask
+        for r in (0, 2):
+            a = a ^ noise(b, r) & low_mask
+            b = b ^ noise(a, r + 1) & high_mask
         return b << low | a
 
     x = network(index.astype(np.uint64))
