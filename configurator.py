@@ -5,7 +5,7 @@ Settings of a script: one dataclass says what can be set; Python files and the c
 
 Arguments are read left to right and the last one wins. A config file is ordinary Python: every
 public name it assigns must be a setting; imported modules are ignored, and _scratch names are free
-unless one edit away from a setting. Only a whole number is converted, where a float is wanted.
+unless they are a setting with a letter missing (`_head`). Only a whole number is converted, where a float is wanted.
 """
 import inspect
 import os

@@ -198,7 +198,7 @@ def encode_batch(batch: Batch, tokenizer: str, val_fraction: float,
 
 
 def describe(files: list[str]) -> str:
-    """A hash that tells whether the input is still the same."""
+    """A hash of the names, sizes and times of the input files."""
     stats = [(os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 

@@ -7,7 +7,7 @@ RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), grouped-quer
 (Ainslie et al. 2023) with normalised queries and keys (Henry et al. 2020), SwiGLU (Shazeer 2020),
 no biases, no dropout. Parameters have the names of Qwen3 in `transformers`, so weights move between
 the two by name, and logits agree to 1e-5 (tests/test_model.py). The losses stand in the training
-scripts; all are made of `token_logps`.
+scripts; all but the reward model's are made of `token_logps`.
 """
 import math
 from dataclasses import dataclass
@@ -164,11 +164,11 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # 2 n_layer branches add to x; scaled so, their sum has the variance of one
+                # 2 n_layer branches are added to x; scaled so, they vary together as one would
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02
                 nn.init.normal_(p, std=std)
-        if not config.tied:  # a tied one must be small, to guess evenly at the start
+        if not config.tied:  # a tied embedding stays small: as the head it must guess evenly
             nn.init.normal_(self.embed_tokens.weight, std=1 / math.sqrt(config.n_embd))
 
     def forward(self, idx: Tensor, cache: KVCache | None = None, hidden: bool = False,
@@ -251,10 +251,10 @@ class RewardModel(nn.Module):
 
 
 def token_logps(hidden: Tensor, head: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
-    """log P(target) of each token, (B, T) in fp32, and 0 where the target is IGNORE (-100). All
-    five losses are made of it. With reduction "sum" it is their sum, a scalar, for one product
-    less. hidden (B, T, C) are the last states, head (V, C) is `lm_head.weight`, targets (B, T). The
-    (B, T, V) logits exist only a chunk at a time: they would be the largest tensor of a run."""
+    """log P(target) of each token, (B, T) in fp32, and 0 where the target is IGNORE (-100). With
+    reduction "sum" it is their sum, a scalar, which saves one matrix product. hidden (B, T, C) are
+    the last states, head (V, C) is `lm_head.weight`, targets (B, T). The (B, T, V) logits exist
+    only a chunk at a time: they would be the largest tensor of a run."""
     nats = F.linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten(),
                                   reduction=reduction, options=logits_at_once(head))
     return -nats if reduction == "sum" else -nats.float().view_as(targets)

@@ -186,9 +186,11 @@ def warnings(first: dict, now: dict, cfg: Config, step: int, max_steps: int) -> 
 
 
 def train(cfg: Config, dist: Dist) -> None:
-    if cfg.label_smoothing and cfg.loss != "sigmoid" or cfg.label_smoothing >= 0.5:
+    if cfg.label_smoothing >= 0.5:
+        raise ValueError(f"label_smoothing {cfg.label_smoothing} must be less than 0.5")
+    if cfg.label_smoothing and cfg.loss != "sigmoid":
         raise ValueError(f"label_smoothing {cfg.label_smoothing} means nothing with loss "
-                         f"{cfg.loss}: it belongs to sigmoid, and must be less than 0.5")
+                         f"{cfg.loss}: it belongs to sigmoid")
     model, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
     config = model.config
     pairs, val, order, max_steps, accumulate = open_pairs(cfg, "pair", model, tok, dist)

@@ -48,7 +48,7 @@ class Config(runtime.Settings):
     n_embd: Count = 64  # width; a head has n_embd / n_head of it
     n_hidden: Count | None = None  # width of the SwiGLU; None: 8/3 n_embd, up to a multiple of 32
     max_seq_len: Count = 128  # tokens in a window
-    rope_theta: Positive = 10_000.0  # longest wavelength of the positions, over 2 pi
+    rope_theta: Positive = 10_000.0  # base of the rotary frequencies; larger for longer texts
     tied: bool = True  # the embedding is the output head too
     batch_tokens: Count = 4096  # tokens an optimizer step learns from
     batch_size: Count = 32  # windows that a process puts through the model at once
@@ -65,8 +65,9 @@ class Config(runtime.Settings):
 
 
 def pt_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """-sum log P(target), a scalar; divided by the number of targets it is L_PT. hidden (B, T, C)
-    are the model's last states, head (V, C) its output matrix, targets (B, T) the next tokens."""
+    """N L_PT = -sum log P(target), a scalar: the loop divides by N, the tokens of the whole step.
+    hidden (B, T, C) are the model's last states, head (V, C) its output matrix, targets (B, T) the
+    next tokens."""
     return -token_logps(hidden, head, targets, reduction="sum")
 
 

@@ -8,14 +8,14 @@ Reinforcement learning: raise the reward model's score, and stay near where we s
 
 A step answers some prompts, `group` times each, and makes the better replies to each likelier:
 
-    R    = r - beta log P(reply) / P_ref(reply)                            shaped_reward
+    R    = r - beta log(P(reply) / P_ref(reply))                           shaped_reward
     A    = R - mean R of the other replies to the prompt                   advantages
     L_RL = - mean over replies of  min(ratio A, clip(ratio) A)             rl_loss
 
 The mean of R is J. With the KL in the reward the gradient is exact; the same term in the loss has
 an expected gradient of zero (tests/test_losses.py). This A is RLOO's (Ahmadian et al. 2024). With
 --advantage=grpo it is divided by the group's deviation, and each token has a ratio (Shao et al.
-2024; config/rl_grpo.py); with grpo_mean it is not divided (Liu et al. 2025).
+2024; config/rl_grpo.py); grpo_mean leaves the division out (half of Liu et al. 2025).
 
 r is clipped to +-5; a reply that does not end gets 1 less than the worst one written with it.
 Replies are drawn at temperature 1 from all tokens: another distribution would not be the policy's.
@@ -102,7 +102,7 @@ def rl_loss(logps: Tensor, old_logps: Tensor, mask: Tensor, advantage: Tensor, e
     """The clipped loss of each reply, (B,). logps and old_logps (B, T) are those of its tokens now
     and when they were drawn, mask (B, T) is 1 on them, advantage is (B,). `per_token`: a ratio for
     each token, and their mean; else one for the reply. In the first update of a rollout each ratio
-    is 1 and nothing is clipped: the gradient is -A times that of log P, the policy gradient."""
+    is 1 but for rounding, nothing is clipped, and the gradient is -A times that of log P: the policy gradient."""
     change = (logps - old_logps) * mask
     if per_token:
         ratio, A = change.exp(), advantage[:, None]
@@ -171,7 +171,7 @@ def reply_losses(net: nn.Module, model: Transformer, rollout: Rollout, advantage
     with dist.autocast():
         logps = token_logps(net(idx, hidden=True), model.lm_head.weight, targets)
     loss = partial(rl_loss, old_logps=old_logps.to(dist.device), mask=targets != IGNORE,
-                   advantage=A.to(dist.device), per_token=cfg.advantage != "rloo")
+                   advantage=A.to(dist.device), per_token=cfg.advantage.startswith("grpo"))
     losses = loss(logps, eps_low=cfg.eps_low, eps_high=cfg.eps_high)
     return losses, losses.detach() != loss(logps.detach(), eps_low=torch.inf, eps_high=torch.inf)
 

@@ -8,14 +8,14 @@ The reward model: learn which of two replies a person would prefer.
     python train_rm.py --init_from=out/rm --score=replies.jsonl            score replies, as JSON
 
 r is the score of a reply, one number that a head in fp32 reads from the last state of the model, at
-the reply's <|im_end|> (Bradley & Terry 1952, Ouyang et al. 2022). A ranking of several replies
-counts as one pair: the mean of all its pairs. plumbing/chats.py says what a line of --data looks
+the reply's <|im_end|> (Bradley & Terry 1952, Ouyang et al. 2022). The loss of a ranking is the mean
+over its pairs, so that it weighs as much as one pair. plumbing/chats.py says what a line of --data looks
 like.
 
 The first term knows only differences of scores; the second, with c = center_coef, keeps them near
 0. After `python train_rm.py config/rm_micro.py --max_steps=150` the mean score of the SFT model's
-own replies is 0.09 and -0.04 (seeds 0 and 1); with --center_coef=0 it is -0.64 and -0.76, more than
-a standard deviation away (0.6; begun with an SFT model after a tenth of the demo's steps).
+own replies is 0.09 and -0.04 (seeds 0 and 1, begun with the SFT of `python -m demo --share=0.1`).
+With --center_coef=0 it is -0.64 and -0.76, and their standard deviation is 0.6.
 """
 from plumbing.terminal import end_quietly, run
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds

@@ -67,7 +67,7 @@ class Config(RowSettings):
 
 
 def sft_loss(hidden: Tensor, head: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """-sum log P(token) over the supervised tokens, a scalar; divided by their number it is L_SFT.
+    """N L_SFT = -sum log P(token) over the N supervised tokens, a scalar: the loop divides by N.
     hidden (B, T, C) are the model's last states after reading `tokens` (B, T), head (V, C) is its
     output matrix, mask (B, T) is True on supervised tokens."""
     targets = torch.where(mask, tokens, IGNORE)
@@ -137,7 +137,7 @@ def evaluate(model: Transformer, tok: Tokenizer, rows: Rows, cfg: Config, dist: 
 
 
 def forgetting(model: Transformer, tok: Tokenizer, cfg: Config, dist: Dist) -> Scores:
-    """The same of ordinary text, as pre-training reports it, of 100,000 tokens a language."""
+    """Loss on ordinary text, of 100,000 tokens a language: does the model forget what it knew?"""
     text_tok, splits = open_data(cfg.pt_data)
     if text_tok.sha256 != tok.sha256:
         raise ValueError(f"{cfg.pt_data}: prepared with another tokenizer than {tok.name}'s")
@@ -204,6 +204,7 @@ def train(cfg: Config, dist: Dist) -> None:
                        trained=trained, judged=(min(4 * cfg.batch_size, len(val)), longest),
                        written=(min(32, cfg.eval_answers, len(asked)), longest, cfg.answer_tokens),
                        merges=cfg.lora_rank > 0))
+    # the top bit of a stored id marks a supervised token
     tokens, supervised = int(chats.lengths().sum()), int((chats.words >> 31).sum())
     print0(f"{count_parameters(config):,} parameters; {len(chats):,} chats of {tokens:,} tokens, "
            f"{supervised / tokens:.0%} supervised, in {n_windows:,} windows of {length}, "
@@ -232,7 +233,7 @@ def train(cfg: Config, dist: Dist) -> None:
             log.write(step=step, val={lang: nats for lang, (nats, _) in scores.items()},
                       text={lang: nats for lang, (nats, _) in text.items()}, answers=answers)
 
-        # Save, also when a signal asks the run to stop; then leave.
+        # Save, also when a signal asks the run to stop; then leave. (LoRA is merged: not the same.)
         if last or stopping or (step % cfg.save_every == 0 and step > first):
             sharding.save(cfg, KIND, step, model, optimizers, tok, data_id, dist,
                           weights=lambda tensors: merge_lora(model, tensors))

@@ -65,6 +65,8 @@ def load_reward_model(where: str, dist: Dist, shard: bool = False) -> tuple[Rewa
                          "train_rm.py makes one")
     model = RewardModel(Transformer(ModelConfig(**state["model_config"])))
     model.load_state_dict(state["model"])
+    if (float(model.mean), float(model.std)) == (0, 1):  # they are measured at the end of a run
+        say(f"WARNING: {path} was saved before its run had ended: its scores are not normalised")
     tok = Tokenizer(state["tokenizer"], str(path))
     model.eval().requires_grad_(False)
     return sharding.wrap(model, dist, shard), tok
