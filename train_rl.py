@@ -21,6 +21,7 @@ r is clipped to +-5; a reply that does not end gets 1 less than the worst one wr
 Replies are drawn at temperature 1 from all tokens: another distribution would not be the policy's.
 """
 from plumbing.terminal import end_quietly, run
+
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def rl_loss(logps: Tensor, old_logps: Tensor, mask: Tensor, advantage: Tensor, e
     """The clipped loss of each reply, (B,). logps and old_logps (B, T) are those of its tokens now
     and when they were drawn, mask (B, T) is 1 on them, advantage is (B,). `per_token`: a ratio for
     each token, and their mean; else one for the reply. In the first update of a rollout each ratio
-    is 1 but for rounding, nothing is clipped, and the gradient is -A times that of log P: the policy gradient."""
+    is 1 but for rounding, so the gradient is -A times that of log P: the policy gradient."""
     change = (logps - old_logps) * mask
     if per_token:
         ratio, A = change.exp(), advantage[:, None]

@@ -9,8 +9,7 @@ The reward model: learn which of two replies a person would prefer.
 
 r is the score of a reply, one number that a head in fp32 reads from the last state of the model, at
 the reply's <|im_end|> (Bradley & Terry 1952, Ouyang et al. 2022). The loss of a ranking is the mean
-over its pairs, so that it weighs as much as one pair. plumbing/chats.py says what a line of --data looks
-like.
+over its pairs, so that it weighs as much as one pair. plumbing/chats.py describes a line of --data.
 
 The first term knows only differences of scores; the second, with c = center_coef, keeps them near
 0. After `python train_rm.py config/rm_micro.py --max_steps=150` the mean score of the SFT model's
@@ -18,6 +17,7 @@ own replies is 0.09 and -0.04 (seeds 0 and 1, begun with the SFT of `python -m d
 With --center_coef=0 it is -0.64 and -0.76, and their standard deviation is 0.6.
 """
 from plumbing.terminal import end_quietly, run
+
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 import sys
@@ -36,8 +36,15 @@ from model import RewardModel
 from plumbing import runtime, sharding
 from plumbing.costs import flops_per_token, memory_line, peak_line
 from plumbing.evaluation import print_scores, score_rows
-from plumbing.examples import (Row, Rows, evenly_spaced, in_batches, micro_batches,
-                               prompts_with_room, ranking_batch)
+from plumbing.examples import (
+    Row,
+    Rows,
+    evenly_spaced,
+    in_batches,
+    micro_batches,
+    prompts_with_room,
+    ranking_batch,
+)
 from plumbing.loading import load_model
 from plumbing.log import Log
 from plumbing.optim import make_optimizers, set_learning_rate

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from data import open_data
-from demo import __main__ as demo, judge
+from demo import __main__ as demo
+from demo import judge
 from demo.world import restated_values, show
 from model import ModelConfig, Transformer
 from tokenizer import PATTERN, Tokenizer, dump

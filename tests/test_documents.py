@@ -4,11 +4,16 @@ import os
 import time
 
 import pytest
+from notes import NOTES
 
 from search.documents import (
-    count_pieces, decode, find_documents, forget_gone, read_document, remove, update)
+    count_pieces,
+    decode,
+    find_documents,
+    read_document,
+    update,
+)
 from search.index import Index
-from notes import NOTES
 from search.segment import split
 
 cut = lambda text, name: split(text, name, 64, count=count_pieces)

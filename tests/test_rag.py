@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from notes import NOTES, QUESTIONS, STRANGE
 
 import rag
+from rag import Answer, Config, answer, build_messages, build_prompt, shown
 from search.documents import count_pieces, update
 from search.index import Hit, Index
-from notes import NOTES, QUESTIONS, STRANGE
-from rag import Answer, Config, answer, build_messages, build_prompt, shown
 from search.segment import Chunk, split
-from tokenizer import render
 
 ROOT = Path(__file__).parent.parent
 BINARY = "binary, or UTF-16 or UTF-32 without the mark that says so"

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from notes import NOTES, QUESTIONS
 
+from bench.rag import Config, auc, chinese_units, english_words, measure, rank_of, score_answer
 from plumbing.jobs import Progress
 from search.documents import count_pieces
 from search.index import Index
-from notes import NOTES, QUESTIONS
-from bench.rag import (
-    Config, auc, chinese_units, english_words, measure, rank_of, score_answer)
 from search.segment import split
 
 ROOT = Path(__file__).parent.parent

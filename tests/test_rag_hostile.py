@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 import data
-from plumbing.tokenfiles import open_token_file
-from search import documents
 import rag
-from search.documents import count_pieces, decode, find_documents, update
+from plumbing.tokenfiles import open_token_file
+from rag import shown
+from search import documents
+from search.documents import count_pieces, decode, find_documents
 from search.index import Index
 from search.manifest import sha256_of
-from rag import shown
 from search.segment import split
 from tokenizer import PATTERN, dump
 

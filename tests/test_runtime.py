@@ -7,7 +7,6 @@ import signal
 import pytest
 import torch
 
-
 import model
 import train_pt
 from plumbing import costs, optim, runtime

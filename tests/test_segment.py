@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from search.segment import Chunk, clean, split
-from search.topics import sentences, terms, tfidf
+from search.topics import sentences, tfidf
 from tokenizer import PATTERN, Tokenizer, count_pieces, dump, train_bpe
 
 DOCS = Path(__file__).resolve().parents[2] / "shared" / "data" / "docs"
