@@ -290,6 +290,8 @@ def errors_in_one_line(out_dir: str) -> Iterator[None]:
         fail(f"{who()}{error}")
     except BrokenPipeError:  # whoever reads the output has had enough: `run` ends quietly
         raise
+    except BrokenPipeError:
+        raise  # nobody reads what is printed before the loop: `terminal.run` ends it quietly
     except OSError as error:
         code, text = 3, str(error)
         if out_dir not in text and error.errno in DISK:

@@ -60,6 +60,8 @@ def run(main: Callable[[], None]) -> None:
         if error.errno == errno.ENOSPC:
             fail(f"the output cannot be written: {error.strerror}", 3)
         os.dup2(nowhere, sys.stderr.fileno())
+        if isinstance(error.__context__, SystemExit):  # a mistake keeps its exit code
+            raise error.__context__ from None
 
 
 def printable(text: object) -> str:

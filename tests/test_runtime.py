@@ -140,3 +140,10 @@ def test_measured_peak_and_memory_are_plausible():
     assert costs.free_memory(ALONE.device) > 1e8
     assert runtime.all_sum(ALONE, 1.5, torch.tensor(2.0)) == [1.5, 2.0]
     assert [eta(s) for s in (42, 600, 36_000)] == ["42s", "10m", "10.0h"]
+
+
+def test_output_that_nobody_reads_is_no_fault_of_the_disk(tmp_path):
+    """`train_sft.py … | head -1` said "Broken pipe" with the exit code of a mistake when it came to
+    print how many chats it had read."""
+    with pytest.raises(BrokenPipeError), runtime.errors_in_one_line(str(tmp_path)):
+        raise BrokenPipeError(32, "Broken pipe")

@@ -72,6 +72,8 @@ def test_a_mistake_keeps_its_line_and_its_exit_code():
     done = script("print('a'); fail('no\\nsuch \\x1b[31mfile')", "| cat; exit ${PIPESTATUS[0]}")
     assert (done.returncode, done.stdout) == (2, b"a\n")
     assert done.stderr == b"no such \\x1b[31mfile\n"
+    done = script("print('a'); fail('no')", "| true; exit ${PIPESTATUS[0]}", PYTHONUNBUFFERED="")
+    assert (done.returncode, done.stderr) == (2, b"no\n")
 
 
 @pytest.mark.parametrize("terminal", [True, False])
