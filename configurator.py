@@ -4,8 +4,8 @@ Settings of a script: one dataclass says what can be set; Python files and the c
     cfg = configure(Config)          # python train_pt.py config/pt_1b.py --learning_rate=3e-4
 
 Arguments are read left to right and the last one wins. A config file is ordinary Python: every
-public name it assigns must be a setting; imported modules are ignored, and _scratch names are free
-unless they are a setting with a letter missing (`_head`). Only a whole number is converted, where a float is wanted.
+public name it assigns must be a setting; imported modules are ignored, and so are _scratch names,
+unless they are a setting that lacks a letter. Only a whole number is converted, to a float.
 """
 import inspect
 import os
