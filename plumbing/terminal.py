@@ -52,6 +52,8 @@ def run(main: Callable[[], None]) -> None:
             main()
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except OSError as error:
         if error.filename or error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise  # not of what is printed

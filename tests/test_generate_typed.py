@@ -1,6 +1,5 @@
 """`python generate.py` as people type it, in a folder with an `out`: nothing else is said."""
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import generate as script
+from configurator import configure
 from generate import complete
 from plumbing import checkpoint
 from plumbing.loading import newest_checkpoint
@@ -83,12 +83,28 @@ def test_piped_input_is_a_prompt_and_stdout_has_the_text_only(tiny, tmp_path, ki
     assert os.path.relpath(path, tmp_path) in found and f"stage {kind}" in found
 
 
+def test_a_prompt_may_be_the_word_none():
+    """`--prompt=None` was refused: "must be str, got None"."""
+    assert script.read_prompts(configure(script.Config, ["--prompt=None"], show=False)) == ["None"]
+
+
+@pytest.mark.parametrize("redirect, encoding", [("| head -c 5", "utf-8"), (">/dev/null", "gbk")])
+def test_neither_head_nor_a_character_ends_it_with_a_traceback(tiny, redirect, encoding):
+    """What tiny writes at this temperature is full of U+FFFD, which GBK does not have."""
+    words = f"generate.py --checkpoint={tiny.pt} --prompt=a --temperature=9 --max_tokens=200"
+    done = subprocess.run(["bash", "-c", f"$0 {words} {redirect}; exit ${{PIPESTATUS[0]}}",
+                           sys.executable], cwd=ROOT, capture_output=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": encoding})
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("kind, flags", [("pt", ()), ("sft", ()), ("sft", ("--interactive",)),
                                          ("pt", ("--chat",))])
 def test_on_a_terminal_it_talks(tiny, tmp_path, kind, flags):
     """A chat for a model that has learnt to answer, prompts for one that has not, unless the flags
     say otherwise. What tiny writes is noise with control characters in it: none may reach the
     terminal, whose answer to some of them would be typed into the next prompt."""
+    pty = pytest.importorskip("pty")  # not on Windows
     save(tiny, tmp_path / "out" / "x", kind, 0)
     ours, theirs = pty.openpty()
     done = command("--max_tokens=40", "--temperature=3", *flags, cwd=tmp_path, stdin=theirs,

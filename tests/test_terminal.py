@@ -76,6 +76,11 @@ def test_a_mistake_keeps_its_line_and_its_exit_code():
     assert (done.returncode, done.stderr) == (2, b"no\n")
 
 
+def test_ctrl_c_is_no_traceback():
+    done = script("print('a'); raise KeyboardInterrupt")
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"a\n", b"")
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_text_from_outside_does_not_command_the_terminal(terminal, monkeypatch, capsys):
     """A model can write any byte, and so can whoever names a file: ESC [ 2 J clears the screen. A
