@@ -27,7 +27,7 @@ import torch.distributed
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from configurator import Count, FilePath, Natural, NotNegative, Positive, Share
-from plumbing.terminal import fail, printable
+from plumbing.terminal import fail
 
 
 @dataclass(frozen=True)
@@ -285,46 +285,36 @@ def errors_in_one_line(out_dir: str) -> Iterator[None]:
         if os.path.isfile(out_dir):
             raise ValueError(f"--out_dir={out_dir} is a file, and must be a folder")
         yield
-        return
-    except ValueError as error:
-        fail(f"{who()}{error}")
-    except BrokenPipeError:  # whoever reads the output has had enough: `run` ends quietly
-        raise
     except BrokenPipeError:
         raise  # nobody reads what is printed before the loop: `terminal.run` ends it quietly
-    except OSError as error:
-        code, text = 3, str(error)
-        if out_dir not in text and error.errno in DISK:
-            text = f"{out_dir}: {text}"
-        elif out_dir not in text:
-            code = 2
-            text = f"{error.filename}: {error.strerror}" if error.filename else text
-    except FloatingPointError as error:
-        code = 4
+    except Exception as error:
+        code, text = in_one_line(error, out_dir)
+        if code:
+            fail(f"{who()}{text}", code)
+        if who():
+            print(f"{who()}failed, see the traceback", file=sys.stderr, flush=True)
+        raise
+
+
+def in_one_line(error: Exception, out_dir: str) -> tuple[int, str]:
+    """Exit code and message, code 0 for a bug."""
+    said = str(error)
+    if isinstance(error, ValueError):
+        return 2, said
+    if isinstance(error, OSError):
+        if out_dir in said:
+            return 3, said
+        if error.errno in DISK:
+            return 3, f"{out_dir}: {said}"
+        return 2, f"{error.filename}: {error.strerror}" if error.filename else said
+    if isinstance(error, FloatingPointError):
         # newest first by name: the steps have leading zeros, and only finite weights are saved
         saved = max(Path(out_dir).glob("step*.pt"), default=f"none, {out_dir} is empty")
-        text = f"{error}; the last good checkpoint: {saved}; try a lower learning rate"
-    except (MemoryError, torch.OutOfMemoryError):
-        code, text = 5, f"out of memory: {LESS_MEMORY}"
-    except RuntimeError as error:
-        said = str(error)
-        if "allocate memory" in said:  # what the CPU allocator says
-            code, text = 5, f"out of memory: {LESS_MEMORY}"
-        elif who() and any(words in said for words in LOST_CONTACT):
-            code = 6
-            text = (f"lost contact with another process ({said.splitlines()[0][-120:]}); the first "
-                    "failure, which torchrun names as the root cause, is the one to mend")
-        else:
-            name_rank()
-            raise
-    except Exception:
-        name_rank()
-        raise
-    print(printable(f"{who()}{text}"), file=sys.stderr, flush=True)
-    raise SystemExit(code)
-
-
-def name_rank() -> None:
-    """Say before a traceback whose it is."""
-    if who():
-        print(f"{who()}failed, see the traceback", file=sys.stderr, flush=True)
+        return 4, f"{error}; the last good checkpoint: {saved}; try a lower learning rate"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+            isinstance(error, RuntimeError) and "allocate memory" in said):  # the CPU allocator's
+        return 5, f"out of memory: {LESS_MEMORY}"
+    if isinstance(error, RuntimeError) and who() and any(words in said for words in LOST_CONTACT):
+        return 6, (f"lost contact with another process ({said.splitlines()[0][-120:]}); the first "
+                   "failure, which torchrun names as the root cause, is the one to mend")
+    return 0, ""
