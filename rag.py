@@ -71,9 +71,10 @@ def shown(text: str) -> str:
 
 
 def location(hit: Hit) -> str:
-    """path:line"""
+    """path:line  headings"""
     path, here = Path(hit.chunk.doc), Path.cwd()
-    return f"{path.relative_to(here) if path.is_relative_to(here) else path}:{hit.chunk.line}"
+    near = path.relative_to(here) if path.is_relative_to(here) else path
+    return shown(f"{near}:{hit.chunk.line}  {hit.chunk.crumb}").replace("\n", " ").rstrip()
 
 
 def build_messages(question: str, sources: list[str], template: str,
@@ -108,7 +109,7 @@ def build_prompt(question: str, hits: list[Hit], tok: Tokenizer, window: int, cf
     texts: list[str] = []
     for hit in hits:
         head = "" if template == "short" else f"{location(hit)}\n"
-        body = shown(hit.chunk.text if template == "short" else hit.chunk.full)
+        body = shown(f"{hit.chunk.prefix}\n{hit.chunk.text}".lstrip("\n"))
         if cut := len(ids_of([*texts, head + body])) > room:
             size = max(MIN_TOKENS, room - len(ids_of([*texts, head])) - 4)
             body = hit.best(part.text for part in split(
@@ -235,8 +236,7 @@ def ask(question: str, cfg: Config, index: Index, history: list[dict]) -> Answer
         INVISIBLE.sub("", text), end="", flush=True) if cfg.stream else None, history=history)
     print("" if cfg.stream else INVISIBLE.sub("", said.text))
     for number, hit in enumerate(said.sources, 1):
-        where = printable(shown(f"{location(hit)}  {hit.chunk.crumb}")).rstrip()
-        print(f"  [{number}]{'*' if number in said.cited else ' '} {where}")
+        print(f"  [{number}]{'*' if number in said.cited else ' '} {location(hit)}")
     if said.invalid_citations:
         print(f"  dropped from the answer, naming no source: {said.invalid_citations}")
     if said.note:

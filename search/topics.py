@@ -57,7 +57,7 @@ def _sentence_end(text: str, start: int, stop: re.Match) -> int:
     if marks.strip(".!?．"):  # the others stand in numbers, names and addresses as well
         return end
     if after.strip() and (after.isascii() or not (
-            _is_han(before) or marks[0] == "．" and not before.isdigit())):
+            re.match(f"[{HAN}]", before) or marks[0] == "．" and not before.isdigit())):
         return 0
     return 0 if marks == "." and _is_abbreviation(text, start, stop.start()) else end
 
@@ -87,10 +87,6 @@ def _is_abbreviation(text: str, start: int, dot: int) -> bool:
     return initial or word in ABBREVIATIONS
 
 
-def _is_han(char: str) -> bool:
-    return "\u3400" <= char <= "\u9fff" or "\uf900" <= char <= "\ufaff"
-
-
 TERM = re.compile(rf"[{HAN}]+|v?\d+(?:\.\d+){{1,3}}|[a-z]{{1,2}}(?:\+\+|#)(?![a-z])"
                   rf"|(?<![a-z\d_.])\.[a-z]+|[^\W_{HAN}]+")
 ASKING = frozenset("what which who whom whose when where why how is are was were do doe did the a "
@@ -106,7 +102,7 @@ def terms(text: str) -> list[str]:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", INVISIBLE.sub("", text))
     for run in TERM.findall(text.lower()):
-        if _is_han(run[0]):
+        if "\u3400" <= run[0] <= "\u9fff" or "\uf900" <= run[0] <= "\ufaff":
             found += [*run, *(run[i:i + 2] for i in range(len(run) - 1))]
         elif run[0] == ".":
             found += [run, run[1:]]

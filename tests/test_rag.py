@@ -139,6 +139,13 @@ def test_everything_gives_way_to_a_small_window_and_says_so(tiny):
     assert build_prompt("Q?", [hit("x")], tiny.tok, 4000, Config(), [])[2] == ""
 
 
+def test_a_question_is_answered_as_typed_by_a_model_of_256_tokens(notes, tiny):
+    for question in ("Where is the spare key?", "备用电池放在哪里？"):
+        done = run("ask", question, f"--index={notes}/ix", f"--checkpoint={tiny.pt}")
+        assert "  [1]" in done.stdout and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("the model reads 256 tokens: short prompt, ")
+
+
 def test_history_is_forgotten_before_sources_are(tiny):
     history = [{"role": "user", "content": "old " * 60}, {"role": "assistant", "content": "so"}] * 3
     ids, _, _ = build_prompt("Q?", [hit("Source.")], tiny.tok, 1200, Config(max_tokens=50), history)

@@ -1,0 +1,176 @@
+"""An index is what its documents are now, whatever was done to them and however they came in."""
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rag
+from search.documents import count_pieces, forget_gone, remove, update
+from search.index import Index
+from search.segment import split
+
+ROOT = Path(__file__).resolve().parent.parent
+cut = lambda text, name: split(text, name, 64, count=count_pieces)
+WORDS = "alarm bins code Friday hangs key lamp Monday pump spare Tuesday 钥匙 水泵 星期 密码".split()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """rag.py in this process, with an index in tmp_path: (exit code, stdout, stderr)."""
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rag.py", *map(str, arguments), f"--index={tmp_path}/ix"])
+        code = 0
+        try:
+            rag.main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        return code, *capsys.readouterr()
+    return call
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def test_a_file_added_by_its_name_and_then_deleted_is_forgotten_with_its_folder(tmp_path, run):
+    """Its row said that it came through no folder, so no folder ever forgot it: the alarm code of a
+    note that was deleted for its sake was still told."""
+    write(tmp_path / "notes/a.md", "The alarm code of the workshop is 4417.")
+    write(tmp_path / "notes/b.md", "The bins are emptied on Tuesday.")
+    run("add", tmp_path / "notes/a.md")
+    assert "1 new, 1 unchanged" in run("add", tmp_path / "notes")[1]
+    (tmp_path / "notes/a.md").unlink()
+    code, out, _ = run("add", tmp_path / "notes")
+    assert f"forgotten: {tmp_path}/notes/a.md\n" in out and "1 unchanged, 1 gone" in out
+    assert run("ask", "What is the alarm code?")[:2] == (1, rag.REFUSAL["en"] + "\n")
+
+
+def test_a_folder_that_was_renamed_is_not_there_twice(tmp_path, run):
+    """The old "Tuesday" ranked above the new "Friday", and nothing could remove it: adding the old
+    name again only said that there is no such folder."""
+    write(tmp_path / "notes/b.md", "The bins are emptied on Tuesday.")
+    run("add", tmp_path / "notes")
+    os.rename(tmp_path / "notes", tmp_path / "new")
+    write(tmp_path / "new/b.md", "The bins are emptied on Friday.")
+    assert "1 new, 1 gone" in run("add", tmp_path / "new")[1]
+    out = run("ask", "When are the bins emptied?")[1]
+    assert "Friday" in out and "Tuesday" not in out
+    shutil.rmtree(tmp_path / "new")
+    assert "1 gone; 0 chunks of 0 documents" in run("add", tmp_path / "new")[1]
+    assert run("add", tmp_path / "new")[0] == 2  # now it is nothing that the index knows
+
+
+def test_asking_finds_nothing_that_is_gone_and_says_what_has_changed(tmp_path, run):
+    """Without an `add` in between. To fail: the answer came from a file that was not there."""
+    write(tmp_path / "notes/a.md", "The alarm code of the workshop is 4417.")
+    write(tmp_path / "notes/b.md", "The bins are emptied on Tuesday.")
+    run("add", tmp_path / "notes")
+    assert run("ask", "When are the bins emptied?")[2] == ""
+    (tmp_path / "notes/a.md").unlink()
+    later = os.stat(tmp_path / "ix/manifest.json").st_mtime + 9
+    os.utime(tmp_path / "notes/b.md", (later, later))
+    code, out, err = run("ask", "What is the alarm code?")
+    assert (code, out) == (1, rag.REFUSAL["en"] + "\n") and len(err.splitlines()) == 1
+    assert "1 documents are gone and 1 have changed" in err
+    os.utime(tmp_path / "notes/b.md")  # touched, and the same: said until the next `add`
+    run("add", tmp_path / "notes")
+    assert run("ask", "When are the bins emptied?")[2] == ""
+
+
+def test_a_document_that_can_no_longer_be_read_is_no_document(tmp_path, run):
+    """What was known of it stayed: the file said one thing, or nothing, and the answer another."""
+    write(tmp_path / "a.md", "The alarm code of the workshop is 4417.")
+    run("add", tmp_path / "a.md")
+    (tmp_path / "a.md").write_bytes(b"\0\1\2")
+    code, out, _ = run("add", tmp_path / "a.md")
+    assert "a.md: binary" in out and "1 unreadable; 0 chunks of 0 documents" in out
+    (tmp_path / "a.md").unlink()
+    write(tmp_path / "a.md/b.md", "The lamp is red.")  # a folder now, which nobody has added
+    write(tmp_path / "c.md", "The pump is blue.")
+    run("add", tmp_path / "c.md")
+    assert "1 documents" in run("info")[1]
+
+
+def test_remove_forgets_files_and_folders_there_or_not(tmp_path, run):
+    for name in ("notes/a.md", "notes/deep/b.md", "more/c.md"):
+        write(tmp_path / name, f"The word of {name} is lamp.")
+    assert "3 new" in run("add", tmp_path / "notes", tmp_path / "more")[1]
+    shutil.rmtree(tmp_path / "more")
+    assert "2 forgotten; 1 chunks of 1 documents" in run(
+        "remove", tmp_path / "notes/deep", tmp_path / "more")[1]
+    code, _, err = run("remove", tmp_path / "more")
+    assert code == 2 and "the index has nothing of it" in err
+    assert "1 new, 1 unchanged" in run("add", tmp_path / "notes")[1]  # asked for again
+
+
+def everything(index):
+    """Documents, and what three questions find, whatever the numbers of the chunks."""
+    return set(index.manifest["documents"]), [
+        [(hit.chunk, hit.score, hit.coverage) for hit in index.search(question, 30)]
+        for question in ("Where does the spare key hang?", "Friday Monday 星期", "密码 lamp pump")]
+
+
+def change(r, folder):
+    """Write, edit, rename or delete a file or a folder. Returns what was done."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    folders = sorted(path for path in folder.rglob("*") if path.is_dir())
+    act = r.choice(["write", "write", "edit", "rename", "delete", "move folder", "delete folder"])
+    if act == "write" or not files:
+        write(folder / r.choice("abc") / f"{r.randint(0, 5)}.md", " ".join(r.choices(WORDS, k=9)))
+    elif act == "edit":
+        write(r.choice(files), " ".join(r.choices(WORDS, k=9)))
+    elif act == "rename":
+        os.replace(r.choice(files), r.choice(folders) / f"{r.randint(0, 5)}.md")
+    elif act == "delete":
+        r.choice(files).unlink()
+    elif act == "move folder":
+        shutil.move(r.choice(folders), folder / f"moved{r.randint(0, 10_000)}")
+    else:
+        shutil.rmtree(r.choice(folders))
+    return act
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_history_of_changes_tells_it_from_a_rebuild(tmp_path, seed, capsys):
+    """Random files are written, edited, renamed and deleted, folders moved and deleted; now and then
+    some file or folder is added, or removed from the index. After each, the index is to the last
+    bit what one made anew of the same documents is, and a reader finds nothing that is gone."""
+    r, folder, known = random.Random(seed), tmp_path / "docs", set()
+    folder.mkdir()
+    with Index(str(tmp_path / "ix"), True) as index:
+        for step in range(25):
+            for _ in range(r.randint(1, 4)):
+                change(r, folder)
+            there = {path for path in folder.rglob("*.md")}
+            known &= there
+            place = r.choice(sorted(path for path in folder.rglob("*")) or [folder])
+            inside = {path for path in there if path.is_relative_to(place)}
+            if r.random() < 0.2 and known & inside:
+                update(index, [], cut)
+                remove(index, [str(place)])
+                known -= inside
+            else:
+                update(index, [str(place)], cut)
+                known |= inside
+            with Index(str(tmp_path / f"anew{step}"), True) as anew:
+                update(anew, sorted(map(str, known)), cut)
+                assert everything(index) == everything(anew), (seed, step)
+    for _ in range(5):
+        change(r, folder)
+    reader = Index(str(tmp_path / "ix"))
+    forget_gone(reader)
+    assert set(map(Path, reader.manifest["documents"])) == {p for p in known if p.exists()}
+    assert all(Path(hit.chunk.doc).exists() for hit in reader.search("key lamp Monday 星期", 30))
+
+
+def test_the_command_ends_as_it_should_where_there_is_no_index(tmp_path):
+    """And makes no folder for one."""
+    done = subprocess.run([sys.executable, "rag.py", "remove", "x", f"--index={tmp_path}/ix"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no index here" in done.stderr and not done.stdout
+    assert not (tmp_path / "ix").exists()
