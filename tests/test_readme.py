@@ -69,7 +69,7 @@ def resolve(words: list[str]) -> tuple[str, list[str]]:
     """Module and arguments of a command whose file, config files and settings all exist."""
     name, arguments = module_of(words)
     assert (ROOT / f"{name.replace('.', '/')}.py").exists() or (ROOT / name).is_dir(), words
-    if name not in ("bench.estimate", "bench.rag"):  # which read their words otherwise
+    if name != "bench.estimate":  # takes the settings of train_pt.py, too
         words = [a for a in arguments if a.startswith("--") or a.endswith(".py")]
         configure(config_of(name), words, show=False)
     return name, arguments
