@@ -19,7 +19,6 @@ reply that the policy implies; the margin beta h is how much more the chosen rep
 plumbing/chats.py says what a line of --data looks like.
 """
 from plumbing.terminal import end_quietly, run
-
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 import math
@@ -37,16 +36,8 @@ from model import Transformer, token_logps
 from plumbing import runtime, sharding
 from plumbing.costs import flops_per_token, memory_line, peak_line
 from plumbing.evaluation import print_samples
-from plumbing.examples import (
-    Row,
-    Rows,
-    evenly_spaced,
-    in_batches,
-    micro_batches,
-    pad_right,
-    pair_batch,
-    prompts_with_room,
-)
+from plumbing.examples import (Row, Rows, evenly_spaced, in_batches, micro_batches, pad_right,
+                               pair_batch, prompts_with_room)
 from plumbing.jobs import Progress
 from plumbing.loading import load_model
 from plumbing.log import Log

@@ -12,7 +12,6 @@ An optimizer step reads `batch_tokens` tokens: each process takes its share of t
 `batch_size` at a time, and adds up their gradients (Radford et al. 2019, Touvron et al. 2023).
 """
 from plumbing.terminal import end_quietly, run
-
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 from dataclasses import dataclass

@@ -21,7 +21,6 @@ r is clipped to +-5; a reply that does not end gets 1 less than the worst one wr
 Replies are drawn at temperature 1 from all tokens: another distribution would not be the policy's.
 """
 from plumbing.terminal import end_quietly, run
-
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 from dataclasses import dataclass

@@ -17,7 +17,6 @@ own replies is 0.09 and -0.04 (seeds 0 and 1, begun with the SFT of `python -m d
 With --center_coef=0 it is -0.64 and -0.76, and their standard deviation is 0.6.
 """
 from plumbing.terminal import end_quietly, run
-
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 import sys
@@ -36,15 +35,8 @@ from model import RewardModel
 from plumbing import runtime, sharding
 from plumbing.costs import flops_per_token, memory_line, peak_line
 from plumbing.evaluation import print_scores, score_rows
-from plumbing.examples import (
-    Row,
-    Rows,
-    evenly_spaced,
-    in_batches,
-    micro_batches,
-    prompts_with_room,
-    ranking_batch,
-)
+from plumbing.examples import (Row, Rows, evenly_spaced, in_batches, micro_batches,
+                               prompts_with_room, ranking_batch)
 from plumbing.loading import load_model
 from plumbing.log import Log
 from plumbing.optim import make_optimizers, set_learning_rate

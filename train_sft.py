@@ -16,7 +16,6 @@ of the chats one by one. What a line of --data may hold: plumbing/chats.py.
 model is saved. A model of 1B parameters then needs 6 GB beside its activations, not 16.
 """
 from plumbing.terminal import end_quietly, run
-
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 import math

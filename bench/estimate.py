@@ -18,14 +18,8 @@ import train_pt
 from configurator import Count, Positive, configure, fail
 from model import ModelConfig
 from plumbing import terminal
-from plumbing.costs import (
-    count_parameters,
-    flops_per_token,
-    judging_memory,
-    lora_parameters,
-    training_memory,
-    writing_memory,
-)
+from plumbing.costs import (count_parameters, flops_per_token, judging_memory, lora_parameters,
+                            training_memory, writing_memory)
 
 STAGES = ("pt", "sft", "lora", "rm", "dpo", "rl")
 

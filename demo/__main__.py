@@ -22,16 +22,8 @@ import torch
 
 from configurator import Count, FilePath, Share, configure, fail
 from demo.curves import draw
-from demo.judge import (
-    judge_answers,
-    judge_chats,
-    judge_pt,
-    judge_rag,
-    judge_rl,
-    judge_rm,
-    samples,
-    table,
-)
+from demo.judge import (judge_answers, judge_chats, judge_pt, judge_rag, judge_rl, judge_rm,
+                        samples, table)
 from demo.world import show
 from plumbing import terminal
 from plumbing.files import write_text

@@ -20,20 +20,8 @@ import torch.nn.functional as F
 
 import rag
 from configurator import fail
-from demo.world import (
-    ABSTAIN,
-    LANGS,
-    SPACE,
-    STYLES,
-    Fact,
-    asked,
-    fact_text,
-    facts,
-    grade,
-    read_fact,
-    restated_values,
-    wrong,
-)
+from demo.world import (ABSTAIN, LANGS, SPACE, STYLES, Fact, asked, fact_text, facts, grade,
+                        read_fact, restated_values, wrong)
 from generate import replies
 from model import Transformer
 from plumbing.files import write_text

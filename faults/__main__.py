@@ -32,22 +32,8 @@ import data
 from configurator import Count, FilePath, configure, fail
 from faults.damage import crash_at_every_call, damaged_files, disk_full, kill_storm
 from faults.hostile import bad_lines, hostile_files, injections, typos, worst_strings
-from faults.lab import (
-    ROOT,
-    STAGES,
-    Child,
-    Lab,
-    Result,
-    Run,
-    die_after_save,
-    instead,
-    places,
-    same_bits,
-    same_run,
-    side_by_side,
-    trace,
-    workers,
-)
+from faults.lab import (ROOT, STAGES, Child, Lab, Result, Run, die_after_save, instead, places,
+                        same_bits, same_run, side_by_side, trace, workers)
 from plumbing import checkpoint, files, runtime, terminal
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

@@ -19,21 +19,8 @@ import numpy as np
 
 import data
 from demo import world
-from faults.lab import (
-    STAGES,
-    Lab,
-    Result,
-    bits,
-    crash_everywhere,
-    damaged,
-    die_after_save,
-    instead,
-    newest,
-    same_bits,
-    same_run,
-    side_by_side,
-    spoil,
-)
+from faults.lab import (STAGES, Lab, Result, bits, crash_everywhere, damaged, die_after_save,
+                        instead, newest, same_bits, same_run, side_by_side, spoil)
 from plumbing import checkpoint, corpus, examples, tokenfiles
 from plumbing.jobs import Progress
 from search import embed

@@ -19,16 +19,8 @@ from random import Random
 from configurator import configure
 from faults.lab import ROOT, Lab, Result, Run, newest
 from plumbing import checkpoint, corpus, examples, jsonl, runtime
-from tokenizer import (
-    CHAR_PATTERN,
-    PATTERN,
-    SPECIALS,
-    Tokenizer,
-    dump,
-    load_tokenizer,
-    render,
-    train_char,
-)
+from tokenizer import (CHAR_PATTERN, PATTERN, SPECIALS, Tokenizer, dump, load_tokenizer, render,
+                       train_char)
 
 sys.path.insert(0, str(ROOT / "tests"))
 

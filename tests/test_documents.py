@@ -6,13 +6,7 @@ import time
 import pytest
 from notes import NOTES
 
-from search.documents import (
-    count_pieces,
-    decode,
-    find_documents,
-    read_document,
-    update,
-)
+from search.documents import count_pieces, decode, find_documents, read_document, update
 from search.index import Index
 from search.segment import split
 

@@ -7,15 +7,8 @@ import torch
 
 from data import IGNORE, Order, Packed, pack
 from plumbing import examples
-from plumbing.examples import (
-    Row,
-    load_examples,
-    pad_right,
-    prompt_of,
-    prompts_with_room,
-    rows_of,
-    window_batch,
-)
+from plumbing.examples import (Row, load_examples, pad_right, prompt_of, prompts_with_room, rows_of,
+                               window_batch)
 from tokenizer import render
 
 USER = [{"role": "user", "content": "hi 你好"}]

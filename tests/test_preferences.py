@@ -23,14 +23,8 @@ from data import IGNORE, Order
 from model import RewardModel
 from plumbing import checkpoint
 from plumbing.evaluation import row_logps
-from plumbing.examples import (
-    Row,
-    load_examples,
-    micro_batches,
-    pad_right,
-    pair_batch,
-    ranking_batch,
-)
+from plumbing.examples import (Row, load_examples, micro_batches, pad_right, pair_batch,
+                               ranking_batch)
 from plumbing.loading import load_model, load_reward_model
 from tokenizer import render
 

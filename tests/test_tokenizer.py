@@ -13,21 +13,8 @@ import pytest
 import regex
 import tiktoken
 
-from tokenizer import (
-    CHAR_PATTERN,
-    PATTERN,
-    SPECIALS,
-    StreamDecoder,
-    Tokenizer,
-    count_pieces,
-    dump,
-    load_tokenizer,
-    main,
-    render,
-    slow_bpe,
-    train_bpe,
-    train_char,
-)
+from tokenizer import (CHAR_PATTERN, PATTERN, SPECIALS, StreamDecoder, Tokenizer, count_pieces,
+                       dump, load_tokenizer, main, render, slow_bpe, train_bpe, train_char)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TEXT = ("The cat sat on the mat, and the other cat didn't: it's 1,234 miles away.\n\n"
