@@ -60,6 +60,7 @@ def configure(cls: type[C], argv: list[str] | None = None, show: bool = True) ->
         if not _accepts(hints[key], value):
             wanted = re.sub(r"(typing\.)?Annotated\[(\w+), '(.*?)', .*?>\]", r"\2 \3",
                             inspect.formatannotation(hints[key]))
+            wanted = re.sub(r"(typing\.)?Optional\[(.*)\]", r"\2 | None", wanted)
             fail(f"{where}: '{key}' must be {wanted}, got {value!r}")
         values[key] = os.path.expanduser(value) if hints[key] == FilePath else value
         origin[key] = where

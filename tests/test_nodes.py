@@ -95,8 +95,8 @@ def test_two_agents_with_a_static_rendezvous_are_one_run(text, whole, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_two_agents_with_an_elastic_rendezvous_restart_behind_a_killed_rank(text, whole, tmp_path):
-    """The second command of docs/scale.md for several machines: the rank of one agent dies, both agents
-    start theirs again, and the losses are the same to the last bit."""
+    """The second command of docs/scale.md for several machines: the rank of one agent dies; both
+    agents start theirs again, and the losses are the same to the last bit."""
     port = places(2)[0]["MASTER_PORT"]
     nodes = [agent(text, tmp_path, "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3",
                    "--rdzv_backend=c10d", "--rdzv_id=run", f"--rdzv_endpoint=127.0.0.1:{port}",

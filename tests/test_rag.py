@@ -124,8 +124,8 @@ def test_sources_that_fit_are_whole_and_the_last_is_cut_at_a_sentence(tiny):
 
 
 def test_everything_gives_way_to_a_small_window_and_says_so(tiny):
-    """`rag.py ask --checkpoint=out/demo/sft`, as typed, ended with "no source fits beside them". The
-    model reads 256 tokens; the instruction, three sources and 200 tokens of answer are more. Of a
+    """`rag.py ask --checkpoint=out/demo/sft`, as typed, ended with "no source fits beside them".
+    The model reads 256 tokens; the instruction, three sources and 200 tokens of answer are more. Of a
     source that is too long, the part with the answer is kept, wherever it stands."""
     text = "The lamp is old. " * 20 + "The spare key hangs in the kitchen. " + "It rains. " * 20
     long = hit(text)._replace(held={"spare": 3.0, "key": 2.0})
@@ -155,7 +155,8 @@ def test_history_is_forgotten_before_sources_are(tiny):
 
 def test_the_short_template_is_the_toy_worlds(tiny):
     from demo.world import CONTEXT
-    for q, c in (("What is Tobu's pet?", ["A.\nB.", "C."]), ("嘉河的号码是什么？", ["甲。\n乙。", "丙。"])):
+    for q, c in (("What is Tobu's pet?", ["A.\nB.", "C."]),
+                 ("嘉河的号码是什么？", ["甲。\n乙。", "丙。"])):
         lang = "en" if q[0] == "W" else "zh"
         want = CONTEXT[lang].format(c={"en": "A. B. C.", "zh": "甲。乙。丙。"}[lang], q=q)
         assert build_messages(q, c, "short", []) == [{"role": "user", "content": want}]
@@ -223,8 +224,8 @@ def test_add_ask_chat_info_and_split_from_the_command_line(notes, tmp_path):
 
 
 def test_split_passes_over_what_it_cannot_read_and_ends_when_its_reader_does(notes, tmp_path):
-    """Seen to fail (exit code 2) with BrokenPipeError behind OSError, of which it is one. The binary
-    file comes first, before the reader has had enough."""
+    """Seen to fail (exit code 2) with BrokenPipeError after OSError, of which it is one. The
+    binary file comes first, before the reader has had enough."""
     for i in range(40):
         (tmp_path / f"{i}.md").write_text("Many words. " * 4000)
     (tmp_path / "!.txt").write_bytes(b"\0\1")

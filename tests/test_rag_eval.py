@@ -39,7 +39,8 @@ def test_answers_are_scored_as_squad_and_cmrc_do():
     assert score_answer("the Norman dynasty", ["Normans", "Norman dynasty"], "en") == (1, 1)
     assert score_answer("in the year 1066 AD", ["1066"], "en") == (0, pytest.approx(2 / 5))
     assert score_answer("在北京大学。", ["北京大学"], "zh") == (0, pytest.approx(8 / 9))
-    assert score_answer("北海大学", ["北京大学"], "zh")[1] == pytest.approx(4 / 8)  # the longest run: 大学
+    # the longest common run is 大学
+    assert score_answer("北海大学", ["北京大学"], "zh")[1] == pytest.approx(4 / 8)
     assert score_answer("", ["x"], "en") == (0, 0)
 
 
@@ -86,7 +87,8 @@ def test_the_command_prints_a_line_for_each_language(files, tiny):
 def test_an_answer_is_cut_only_where_the_document_holds_it(tmp_path):
     """Of four answers one is whole, one cut, one cut as it is longer than a chunk, and a "yes" is
     nowhere. Seen to fail: 75 % of BoolQ's answers, which are yes and no, counted as cut."""
-    text = "One two three. Four five six. Seven eight nine. Ten red blue. Low high wide. Up down in."
+    text = ("One two three. Four five six. Seven eight nine. Ten red blue. Low high wide. "
+            "Up down in.")
     asked = [{"query": "Which?", "answers": [a], "doc_id": "d", "lang": "en", "source": "x"}
              for a in ("three. Four", "nine. Ten", text, "yes")]
     cfg = Config(passages="chunks", chunk_tokens=16)

@@ -65,8 +65,8 @@ def test_what_is_invisible_hides_no_word_and_reaches_no_terminal(notes, run):
     "pass" alone. And a note that clears the screen did so when it was shown. To fail with
     `terms` and `best_sentences` as they were."""
     folder, index = notes
-    (folder / "evil.md").write_text("# Net\x1b[2J\n\nThe pass\u200bword of the 北\u2060京 router is "
-                                    "\x1b[31mtu\xadlip\U000e0041.\n")
+    (folder / "evil.md").write_text("# Net\x1b[2J\n\nThe pass\u200bword of the 北\u2060京 router "
+                                    "is \x1b[31mtu\xadlip\U000e0041.\n")
     assert run("add", folder, index)[0] == 0
     for question in ("What is the password?", "北京"):
         code, out, _ = run("ask", question, index, "--n_sources=1")

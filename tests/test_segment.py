@@ -13,7 +13,8 @@ from tokenizer import PATTERN, Tokenizer, count_pieces, dump, train_bpe
 DOCS = Path(__file__).resolve().parents[2] / "shared" / "data" / "docs"
 EN = ["The cat sat on the mat, and it slept.", "Dr. Wu paid 3.50 for it!", "Why (if at all)?",
       "A chunk holds whole sentences, e.g. this one.", "\"No,\" she said, \"not now.\""]
-ZH = ["他说：“好。”", "检索先找资料，再回答问题。", "为什么要切分文本？", "版本是3.5，价格是２元；", "真好！！"]
+ZH = ["他说：“好。”", "检索先找资料，再回答问题。", "为什么要切分文本？",
+      "版本是3.5，价格是２元；", "真好！！"]
 TOK = Tokenizer(dump(train_bpe(count_pieces([" ".join(EN + ZH) * 20]), 500), PATTERN))
 BYTES = Tokenizer(dump([bytes([i]) for i in range(256)], PATTERN))
 
@@ -150,7 +151,8 @@ def test_what_is_too_big_is_cut_where_it_hurts_least():
 def test_a_title_is_not_a_path():
     """The breadcrumb of a row without headings is its title, and that of a file its name. They
     were "St", "DC" and "Version 3", since all went through splitext(basename(…))."""
-    for name, crumb in (("St. Louis", "St. Louis"), ("AC/DC", "AC/DC"), ("Version 3.5", "Version 3.5"),
+    for name, crumb in (("St. Louis", "St. Louis"), ("AC/DC", "AC/DC"),
+                        ("Version 3.5", "Version 3.5"),
                         ("a/v1.5 notes.md", "v1.5 notes"), ("a\\b.TXT", "b"), (".md", "")):
         assert split("Text.", name, count=len)[0].crumb == crumb
 

@@ -21,8 +21,10 @@ CORPUS = Path(__file__).resolve().parents[2] / "shared" / "data" / "rag_corpus.j
     "See a.b.c and x.py or http://a.b/c?d=e!f now. |Done.", "1. First item. |2nd one.",
     "It cost 3.5. |Next.", "In 1995. |Next", "wrapped\nline. |Next\n\n|Title\n\n|Text",
     "他来了。|她走了！|真的吗？！|嗯……|好；|完", "他说：“好。”|然后走了。|（完。）|「对！」|走",
-    "他说\"好。\"|然后说\"再见。\"|走了。|\"谁？\"|他问。", "**第一点。**|然后。|**第二点。**|再说。",
-    "版本3.14发布.|下载文件.txt吧. |见图![图](a.png)。|完", "设 $x=0$．|若 3．14 则停．|好", "见[一句。](a.md)。|完",
+    "他说\"好。\"|然后说\"再见。\"|走了。|\"谁？\"|他问。",
+    "**第一点。**|然后。|**第二点。**|再说。",
+    "版本3.14发布.|下载文件.txt吧. |见图![图](a.png)。|完",
+    "设 $x=0$．|若 3．14 则停．|好", "见[一句。](a.md)。|完",
     "他走了......|然后回来", "", "  . |  a  "])
 def test_sentences(marked):
     parts = marked.split("|")
