@@ -125,8 +125,8 @@ def test_sources_that_fit_are_whole_and_the_last_is_cut_at_a_sentence(tiny):
 
 def test_everything_gives_way_to_a_small_window_and_says_so(tiny):
     """`rag.py ask --checkpoint=out/demo/sft`, as typed, ended with "no source fits beside them".
-    The model reads 256 tokens; the instruction, three sources and 200 tokens of answer are more. Of a
-    source that is too long, the part with the answer is kept, wherever it stands."""
+    The model reads 256 tokens; the instruction, three sources and 200 tokens of answer are more.
+    Of a source that is too long, the part with the answer is kept, wherever it stands."""
     text = "The lamp is old. " * 20 + "The spare key hangs in the kitchen. " + "It rains. " * 20
     long = hit(text)._replace(held={"spare": 3.0, "key": 2.0})
     ids, used, note = build_prompt("Where is the spare key?", [long, hit("x")], tiny.tok, 256,
