@@ -18,9 +18,10 @@ import re
 import stat
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -60,11 +61,13 @@ class _HashingFile:
         self.file.flush()
 
 
-def save(out_dir: str, step: int, state: dict, keep: int = 2) -> Path:
+def save(out_dir: str, step: int, state: dict, keep: int = 2,
+         write: Callable[[dict, IO[bytes]], None] | None = None) -> Path:
     """Write `state` (tensors, numbers, strings and containers of them), then delete all but the
-    newest `keep` valid files. Raises FloatingPointError for weights that are not finite, OSError
-    with the reason when the disk fails; older files then stay as they are."""
-    for name, tensor in tensors_of(state):
+    newest `keep` valid files. `write` does what torch.save does, for tensors that do not exist yet
+    (plumbing/weights.py). Raises FloatingPointError for weights that are not finite, OSError with
+    the reason when the disk fails; older files then stay as they are."""
+    for name, tensor in tensors_of(state) if write is None else ():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise FloatingPointError(f"checkpoint for step {step:,} was NOT written: {name} is "
                                      "not finite")
@@ -76,13 +79,13 @@ def save(out_dir: str, step: int, state: dict, keep: int = 2) -> Path:
     f = None
     try:
         f = _HashingFile(temporary)
-        torch.save(state, f)
+        (write or torch.save)(state, f)
         f.flush()
         os.fsync(f.file.fileno())
         f.file.close()
         path = folder / f"step{step:08d}-{f.sha.hexdigest()[:16]}.pt"
         put_in_place(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         cause = (f and f.error) or error
         if f:
             with suppress(OSError):  # what could not be written before cannot be written now

@@ -27,7 +27,7 @@ def load_model(where: str, device: torch.device,
             model = Transformer(ModelConfig(**state["model_config"]))
         model.load_state_dict(state["model"], assign=True)
         tok = Tokenizer(state["tokenizer"], str(path))
-        if tok.n_vocab != model.config.vocab_size:
+        if tok.n_vocab > model.config.vocab_size:  # fewer are allowed: some models have spare rows
             raise ValueError(f"{path}: its tokenizer has {tok.n_vocab:,} tokens, its model "
                              f"{model.config.vocab_size:,}")
         model.kind, model.path = state["kind"], str(path)
@@ -86,9 +86,10 @@ class FewRows(nn.Linear):
         n_out, n_in = self.weight.shape
         rows = x.numel() // n_in
         if rows > 32 or torch.is_grad_enabled() or x.device.type != "cpu" or (
-                self.weight.dtype != torch.float32 or self.bias is not None):
+                self.weight.dtype != torch.float32):
             return super().forward(x)
         slices = self.weight.view(math.gcd(n_out, torch.get_num_threads()), -1, n_in)
         columns = x.reshape(rows, n_in).t().expand(len(slices), -1, -1)
         y = torch.bmm(slices, columns)  # (threads, n_out / threads, rows)
-        return y.view(n_out, rows).t().reshape(*x.shape[:-1], n_out)
+        y = y.view(n_out, rows).t().reshape(*x.shape[:-1], n_out)
+        return y if self.bias is None else y + self.bias
