@@ -140,7 +140,7 @@ def fit(sizes: ModelConfig, found: dict[str, Stored]) -> None:
 
 def take_in(cfg: Config) -> None:
     """Make a checkpoint of somebody's model. One tensor is in memory at a time."""
-    with suppress(AttributeError, TypeError, OSError):  # where glibc is: what is freed leaves at once
+    with suppress(AttributeError, TypeError, OSError):  # with glibc, what is freed leaves at once
         ctypes.CDLL(None).mallopt(-3, 1 << 20)
     path = Path(cfg.input)
     sizes, found, tokenizer = open_folder(path) if path.is_dir() else open_gguf(path)
@@ -161,14 +161,14 @@ def take_in(cfg: Config) -> None:
             raise ValueError(f"{name} {error}") from None
         if permuted and part in heads:
             out.copy_(reordered(out, heads[part], back=True))
-    kind = "sft" if tokenizer.rules.jinja else "pt"
-    del tokenizer
-    state = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes(sizes).items()}
+    empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes(sizes).items()}
     if sizes.tied:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
-    saved = checkpoint.save(cfg.out_dir, 0, {
-        "format": 1, "kind": kind, "step": 0, "model": state, "optimizer": [],
-        "model_config": asdict(sizes), "config": {}, "tokenizer": text}, write=partial(weights.stream, fill=fill))
+        empty["lm_head.weight"] = empty["embed_tokens.weight"]
+    state = {"format": 1, "kind": "sft" if tokenizer.rules.jinja else "pt", "step": 0,
+             "model": empty, "optimizer": [], "model_config": asdict(sizes), "config": {},
+             "tokenizer": text}
+    del tokenizer  # 100 MB of words
+    saved = checkpoint.save(cfg.out_dir, 0, state, write=partial(weights.stream, fill=fill))
     write_text(str(saved.parent / "tokenizer.txt"), text)
     n = sum(map(math.prod, shapes(sizes).values()))
     print(f"saved {saved}: {n:,} parameters, {saved.stat().st_size / 1e9:.2f} GB")

@@ -9,13 +9,13 @@ The text is cut into pieces (PATTERN); inside the pieces the most frequent pair 
 tokens becomes a new token, until the vocabulary is full. The file it writes is text: a line of JSON
 (pattern, special tokens, sha256), then `base64(token bytes) rank` lines as tiktoken reads them.
 """
-import base64
 import codecs
 import hashlib
 import json
 import os
 import time
 import unicodedata
+from binascii import a2b_base64, b2a_base64
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -44,7 +44,6 @@ SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 PATTERN = (r" ?[^\s\p{N}\p{Han}\p{P}\p{S}\p{C}]+|\p{Han}+|'(?i:[sdmt]|ll|ve|re)"
            r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\p{N}|[\r\n]+|[^\S\r\n]+")
 CHAR_PATTERN = r"(?s:.)"
-MOST_TOKENS = 1 << 20  # of any vocabulary: a larger id is damage
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def dump(tokens: list[bytes] | dict[bytes, int], pattern: str,
     the next; a model from elsewhere has ids of its own, and rules (plumbing/templates.py)."""
     ranks = tokens if isinstance(tokens, dict) else {token: i for i, token in enumerate(tokens)}
     specials = specials or {name: len(tokens) + i for i, name in enumerate(SPECIALS)}
-    lines = "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in ranks.items())
+    lines = "".join(f"{b2a_base64(t, newline=False).decode()} {i}\n" for t, i in ranks.items())
     head = {"khaosz_tokenizer": 1, "pattern": pattern, "special_tokens": specials}
     head |= {"rules": rules} if rules else {}
     head["sha256"] = _digest(head, lines)
@@ -115,8 +114,8 @@ def dump(tokens: list[bytes] | dict[bytes, int], pattern: str,
 
 
 def _digest(head: dict, lines: str) -> str:
-    named = json.dumps([head[k] for k in ("pattern", "special_tokens", "rules") if k in head]) + lines
-    return hashlib.sha256(named.encode()).hexdigest()
+    told = [head[key] for key in ("pattern", "special_tokens", "rules") if key in head]
+    return hashlib.sha256((json.dumps(told) + lines).encode()).hexdigest()
 
 
 class Tokenizer(tiktoken.Encoding):
@@ -134,11 +133,11 @@ class Tokenizer(tiktoken.Encoding):
             raise ValueError(f"{name}: damaged: its contents do not match its sha256")
         specials = head["special_tokens"]
         try:  # right hashes do not make right contents, and tiktoken panics on wrong ones
-            pairs = [line.split() for line in lines.splitlines()]
-            ranks = {base64.b64decode(token): int(i) for token, i in pairs}
+            words = lines.split()
+            ranks = dict(zip(map(a2b_base64, words[::2]), map(int, words[1::2])))
             ids = [*ranks.values(), *specials.values()]
-            if (len(set(ids)) < len(pairs) + len(specials) or "" in specials
-                    or not 0 <= min(ids) <= max(ids) < MOST_TOKENS
+            if (2 * (len(set(ids)) - len(specials)) < len(words) or "" in specials
+                    or not 0 <= min(ids) <= max(ids) < 1 << 20
                     or not ranks.keys() >= {bytes([i]) for i in range(256)}):
                 raise ValueError("not what tokenizer.py writes")
             # \s+(?!\S) overflows tiktoken's stack on a million spaces; on 9,999 it does not

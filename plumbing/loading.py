@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from model import ModelConfig, RewardModel, Transformer
-from plumbing import checkpoint, sharding
+from plumbing import checkpoint
 from plumbing.runtime import Dist
 from plumbing.terminal import say
 from tokenizer import Tokenizer
@@ -23,7 +24,7 @@ def load_model(where: str, device: torch.device,
         raise ValueError(f"{path}: a reward model gives scores, it cannot write; give a checkpoint "
                          "of another stage")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             model = Transformer(ModelConfig(**state["model_config"]))
         model.load_state_dict(state["model"], assign=True)
         tok = Tokenizer(state["tokenizer"], str(path))
@@ -59,6 +60,7 @@ def newest_checkpoint(folder: str = "out") -> str:
 
 def load_reward_model(where: str, dist: Dist, shard: bool = False) -> tuple[RewardModel, Tokenizer]:
     """A frozen reward model and its tokenizer. Raises ValueError naming the file."""
+    from plumbing import sharding  # takes a second, which who only writes need not wait
     state, path = checkpoint.load(where)
     if state.get("kind") != "rm":
         raise ValueError(f"{path}: not a reward model, but of stage {state.get('kind')}; "
@@ -68,6 +70,16 @@ def load_reward_model(where: str, dist: Dist, shard: bool = False) -> tuple[Rewa
     tok = Tokenizer(state["tokenizer"], str(path))
     model.eval().requires_grad_(False)
     return sharding.wrap(model, dist, shard), tok
+
+
+class Undrawn(TorchFunctionMode):
+    """Weights that are about to be loaded are not drawn at random before."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 def read_weights_with_all_threads(model: nn.Module) -> None:
