@@ -52,8 +52,7 @@ def rope_table(positions: Tensor, head_dim: int, theta: float,
                scaling: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:
     """cos and signed sin of position times frequency, each (*positions.shape, head_dim) in fp32.
     The frequencies are theta^(-2i/head_dim); both halves of a head use the same ones. Llama 3.1
-    divides the slow ones, with up to `low` turns in `length` tokens, by `factor`; the fast, from
-    `high` turns on, stay; between the two it goes over from one to the other."""
+    divides those below `low` turns in `length` tokens by `factor`, and those below `high` a bit."""
     i = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     frequency = theta ** (-i / head_dim)
     if scaling:
@@ -190,10 +189,10 @@ class Transformer(nn.Module):
         instead. With a cache, `idx` continues what is in it, in chunks of any size. `segments`
         (B, T) numbers the texts that share a row: no text sees another, and each has positions
         from 0. Raises ValueError past `max_seq_len` or the end of the cache."""
-        B, T = idx.shape
+        (B, T), config = idx.shape, self.config
         start = cache.length if cache is not None else 0
-        if start + T > self.config.max_seq_len:
-            raise ValueError(f"the model reads {self.config.max_seq_len} tokens at most, "
+        if start + T > config.max_seq_len:
+            raise ValueError(f"the model reads {config.max_seq_len} tokens at most, "
                              f"got {start} + {T}")
         positions = torch.arange(start, start + T, device=idx.device)
         mask = None
@@ -202,8 +201,7 @@ class Transformer(nn.Module):
             positions, mask = self.cache_mask(positions, cache)
         elif segments is not None:
             positions, mask = self.segment_mask(positions, segments)
-        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta,
-                              self.config.rope_scaling)
+        cos, sin = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         rope = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (T, D) or (B, T, D) -> (…, 1, T, D)
         x = self.embed_tokens(idx)  # (B, T) -> (B, T, C)
         for block in self.layers:

@@ -150,16 +150,14 @@ class Tokenizer(tiktoken.Encoding):
         self.text, self.sha256, self.pattern = text, head["sha256"], head["pattern"]
 
     def _find_ids(self, specials: dict[str, int]) -> None:
-        rules, chat = self.rules, self.rules.chat
-        ids = partial(self.encode, allowed_special="all")
+        rules, chat, ids = self.rules, self.rules.chat, partial(self.encode, allowed_special="all")
         self.endoftext, self.pad = specials[rules.endoftext], specials[rules.pad]
         self.stop = tuple(specials[name] for name in rules.stop)
         self.begin, self.chat_begin = ids(rules.begin), ids(chat.begin)
         self.around = {role: tuple(map(ids, getattr(chat, role))) for role in ROLES}
         self.opening = {True: ids(chat.think[0]), False: ids(chat.think[1])}  # of a reply
         self.thoughts = specials.get("<think>"), specials.get("</think>")  # begin, end of them
-        # named after ChatML, whatever a model calls them
-        self.im_start, self.im_end = (side[0] for side in self.around["assistant"])
+        self.im_start, self.im_end = (side[0] for side in self.around["assistant"])  # or the like
 
     def __reduce__(self):
         return Tokenizer, (self.text, self.name)
@@ -202,10 +200,10 @@ def render(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool = F
            think: bool = False) -> tuple[list[int], list[int]]:
     """A chat as token ids in the model's template, and a mask that is 1 on what the assistant is to
     learn: its content and its <|im_end|>. In ours, ChatML, [{"role": "user", "content": "hi"}] is
-    <|im_start|>user\nhi<|im_end|>\n. Contents are encoded apart and as plain text, so whatever
-    they say, special ids stand only where the template puts them. A lone surrogate, which no text
-    holds but a Python string can, becomes U+FFFD. With `think`, a model that can begins the reply
-    with thoughts. Raises ValueError for a bad message."""
+    <|im_start|>user\nhi<|im_end|>\n. Contents are encoded apart and as plain text: whatever they
+    say, special ids stand only where the template puts them. A lone surrogate, which no text holds
+    but a Python string can, becomes U+FFFD. With `think`, a model that can begins the reply with
+    thoughts. Raises ValueError for a bad message."""
     chat, ids, mask = tok.rules.chat, [*tok.chat_begin], [0] * len(tok.chat_begin)
     roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
     if (chat.default or chat.preface) and roles[:1] != ["system"]:
@@ -223,7 +221,7 @@ def render(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool = F
             head = head + tok.opening[False]
         body, learn = tok.encode_ordinary(content), int(role == "assistant")
         ids += [*head, *body, *tail]
-        mask += [0] * len(head) + [learn] * (len(body) + 1) + [0] * (len(tail) - 1)
+        mask += [0] * len(head) + [learn] * len(body + tail[:1]) + [0] * len(tail[1:])
     if add_generation_prompt:
         head = tok.around["assistant"][0] + tok.opening[think]
         ids, mask = ids + head, mask + [0] * len(head)

@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import torch
 
@@ -63,12 +63,12 @@ class _HashingFile:
 
 
 def save(out_dir: str, step: int, state: dict, keep: int = 2,
-         write: Callable[[dict, IO[bytes]], None] | None = None) -> Path:
+         write: Callable[[dict, Any], None] = torch.save) -> Path:
     """Write `state` (tensors, numbers, strings and containers of them), then delete all but the
     newest `keep` valid files. `write` does what torch.save does, for tensors that do not exist yet
     (plumbing/weights.py). Raises FloatingPointError for weights that are not finite, OSError with
     the reason when the disk fails; older files then stay as they are."""
-    for name, tensor in tensors_of(state) if write is None else ():
+    for name, tensor in tensors_of(state) if write is torch.save else ():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise FloatingPointError(f"checkpoint for step {step:,} was NOT written: {name} is "
                                      "not finite")
@@ -80,7 +80,7 @@ def save(out_dir: str, step: int, state: dict, keep: int = 2,
     f = None
     try:
         f = _HashingFile(temporary)
-        (write or torch.save)(state, f)
+        write(state, f)
         f.flush()
         os.fsync(f.file.fileno())
         f.file.close()

@@ -42,8 +42,9 @@ class Rules:
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
           "message['content'] + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}"
           "{{ '<|im_start|>assistant\\n' }}{% endif %}")  # ours, for others
-LLAMA3 = Template(*[(f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>")
-                    for role in ("system", "user", "assistant")])
+LLAMA3 = Template(("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+                  ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+                  ("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"))
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 WORDS = ("Word1", "Word2", "Word3", "Word4", "Word5")  # of the chats that are written to find out
 ROLES = ("system", "user", "assistant", "user", "assistant")

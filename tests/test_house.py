@@ -24,8 +24,8 @@ BUDGETS = CARD | {"convert.py": 300, "plumbing": 1950, "search": 1550, "demo": 9
                   "faults": 1150}
 LONGEST, ALL, CORE = 400, 10_000, 3_100
 IN_ROOT = {*CARD, "convert.py", "README.md", "README.zh.md", "CONTRIBUTING.md", "LICENSE",
-           "SECURITY.md", "Makefile", "pyproject.toml", "requirements.txt", "requirements.lock", ".gitignore",
-           ".ci", "config", "docs", "tests", *ROOMS}
+           "SECURITY.md", "Makefile", "pyproject.toml", "requirements.txt", "requirements.lock",
+           ".gitignore", ".ci", "config", "docs", "tests", *ROOMS}
 MAY_IMPORT = {"plumbing": {"configurator", "tokenizer", "model"},
               "search": {"plumbing", "tokenizer", "configurator"}}
 ABOVE = {"demo", "bench", "faults"}  # import anything, and only each other import them
