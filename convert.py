@@ -182,30 +182,32 @@ def give_out(cfg: Config) -> None:
     if state["kind"] == "rm":
         raise ValueError(f"{path}: a reward model, which other programs have no place for")
     sizes, tok = ModelConfig(**state["model_config"]), Tokenizer(state["tokenizer"], str(path))
-    (as_folder if cfg.to == "hf" else as_gguf)(sizes, tok, state["model"], cfg)
+    (as_folder if cfg.to == "hf" else as_gguf)(sizes, tok, state, cfg)
     print(f"wrote {cfg.out}")
 
 
-def as_folder(sizes: ModelConfig, tok: Tokenizer, model: dict[str, Tensor], cfg: Config) -> None:
+def as_folder(sizes: ModelConfig, tok: Tokenizer, state: dict, cfg: Config) -> None:
     """Write config.json, the tokenizer's files and the weights, in one file."""
-    folder, stored = Path(cfg.out), model["norm.weight"].dtype
+    folder, model = Path(cfg.out), state["model"]
+    stored = model["norm.weight"].dtype
     dtype = stored if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     ours = {("" if name.startswith("lm_head") else "model.") + name: name for name in shapes(sizes)}
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary.to_folder(tok, folder, sizes.max_seq_len)
+    vocabulary.to_folder(tok, folder, sizes.max_seq_len, state["kind"] != "pt")
     vocabulary.write_json(folder / "config.json", families.to_config(sizes, tok, dtype))
     weights.write_safetensors(
         folder / "model.safetensors", {name: shapes(sizes)[ours[name]] for name in ours}, dtype,
         lambda name: model[ours[name]])
 
 
-def as_gguf(sizes: ModelConfig, tok: Tokenizer, model: dict[str, Tensor], cfg: Config) -> None:
+def as_gguf(sizes: ModelConfig, tok: Tokenizer, state: dict, cfg: Config) -> None:
     """Write one file. Vectors stay in fp32, as do matrices whose rows are no whole blocks."""
     family = families.family_of(sizes)
     number = {"float32": 0, "float16": 1, "auto": 1, "bfloat16": 30, "q8_0": 8}[cfg.dtype]
     block = 32 if cfg.dtype == "q8_0" else 1
     settings = {"general.name": "khaosz", "general.file_type": {0: 0, 1: 1, 8: 7, 30: 32}[number],
-                **families.to_gguf(sizes), **vocabulary.to_gguf(tok, sizes.vocab_size)}
+                **families.to_gguf(sizes),
+                **vocabulary.to_gguf(tok, sizes.vocab_size, state["kind"] != "pt")}
     ours = {gguf_name(name): name for name in shapes(sizes)}
     tensors = {name: (shape, number if len(shape) == 2 and shape[1] % block == 0 else 0)
                for name, shape in ((name, shapes(sizes)[ours[name]]) for name in ours)}
@@ -218,7 +220,7 @@ def as_gguf(sizes: ModelConfig, tok: Tokenizer, model: dict[str, Tensor], cfg: C
         if name == "rope_freqs.weight":
             return families.stretching(sizes.head_dim, sizes.rope_theta, sizes.rope_scaling)
         part = ours[name].split(".")[-2]
-        t = model[ours[name]]
+        t = state["model"][ours[name]]
         return reordered(t, heads[part], back=False) if part in heads else t
     gguffile.write_gguf(cfg.out, family, settings, tensors, make)
 

@@ -82,7 +82,8 @@ def from_gguf(meta: dict[str, Any], tensors: dict[str, Stored]) -> ModelConfig:
     if "rope_freqs.weight" in tensors:  # what Llama 3.1 divides its frequencies by
         factors = torch.ones(head_dim // 2)
         tensors["rope_freqs.weight"].read(factors)
-        scaled = round(float(factors.max()), 3), 1.0, 4.0, 8192.0
+        length = float(get("rope.scaling.original_context_length", 8192))
+        scaled = round(float(factors.max()), 3), 1.0, 4.0, length
         if not torch.allclose(factors, stretching(head_dim, theta, scaled), rtol=1e-3):
             raise ValueError("its frequencies are not stretched as those of Llama 3 are")
     return ModelConfig(
@@ -107,7 +108,8 @@ def to_config(c: ModelConfig, tok: Tokenizer, dtype: torch.dtype) -> dict[str, A
     other two."""
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.rope_scaling:
-        rope |= {"rope_type": "llama3", **dict(zip(LLAMA3_ROPE, c.rope_scaling))}
+        *factors, length = c.rope_scaling
+        rope |= {"rope_type": "llama3", **dict(zip(LLAMA3_ROPE, (*factors, int(length))))}
     family = family_of(c)
     return {
         "architectures": [next(name for name, known in FAMILIES.items() if known == family)],
@@ -123,10 +125,11 @@ def to_config(c: ModelConfig, tok: Tokenizer, dtype: torch.dtype) -> dict[str, A
 
 def to_gguf(c: ModelConfig) -> dict[str, Any]:
     """The settings of a GGUF file that are about its sizes."""
+    scaled = {"rope.scaling.original_context_length": int(n) for n in c.rope_scaling[-1:]}
     return {f"{family_of(c)}.{key}": value for key, value in {
         "block_count": c.n_layer, "context_length": c.max_seq_len, "embedding_length": c.n_embd,
         "feed_forward_length": c.n_hidden, "attention.head_count": c.n_head,
         "attention.head_count_kv": c.n_kv_head, "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim, "rope.dimension_count": c.head_dim,
         "rope.freq_base": c.rope_theta, "attention.layer_norm_rms_epsilon": c.norm_eps,
-        "vocab_size": c.vocab_size}.items()}
+        "vocab_size": c.vocab_size, **scaled}.items()}

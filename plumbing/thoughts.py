@@ -10,7 +10,7 @@ class Answer(StreamDecoder):
     """Text of a growing reply, without the thoughts between <think> and </think>: `on_thought` gets
     those as they grow. `prompt` is what the reply follows; it may end with <think>."""
 
-    def __init__(self, tok: Tokenizer, prompt: list[int], on_thought: Callable[[str], None]):
+    def __init__(self, tok: Tokenizer, prompt: list[int], on_thought: Callable[[str], object]):
         super().__init__(tok)
         self.on_thought = on_thought
         self.thinking = tok.thoughts[0] in prompt[-2:]  # a line end may follow it

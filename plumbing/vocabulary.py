@@ -149,7 +149,8 @@ def from_gguf(meta: dict) -> Vocabulary:
                                for name in ("bos", "eos", "eot", "eom", "padding"))
     jinja = meta.get("tokenizer.chat_template", "")
     rules = Rules(
-        nfc=name == "qwen2", shown=tuple(t for t, i in special.items() if kinds[i] == ours),
+        nfc=meta.get("khaosz.nfc", name == "qwen2"),
+        shown=tuple(t for t, i in special.items() if kinds[i] == ours),
         stop=tuple(end for end in (eos, eot, eom) if end), pad=pad, jinja=jinja,
         begin=bos if get("add_bos_token") else "",
         marks=(bos if get("add_bos_token") or "bos_token" in jinja else "", eos))
@@ -200,10 +201,11 @@ def parts(tok: Tokenizer) -> tuple[dict[str, int], list[tuple[str, ...]], bool]:
     return {spell(token): i for token, i in ranks.items()}, merges, whole
 
 
-def to_folder(tok: Tokenizer, folder: Path, max_len: int) -> None:
-    """Write the tokenizer files of a Hugging Face folder."""
+def to_folder(tok: Tokenizer, folder: Path, max_len: int, chats: bool) -> None:
+    """Write the tokenizer files of a Hugging Face folder, with a template if the model `chats`."""
     tokens, merges, whole = parts(tok)
     rules, special = tok.rules, tok._special_tokens
+    template = rules.jinja or (CHATML if chats else None)
     begin = [{"SpecialToken": {"id": rules.begin, "type_id": 0}}] if rules.begin else []
     text = [{"Sequence": {"id": "A", "type_id": 0}}]
     write_json(folder / "tokenizer.json", {
@@ -230,13 +232,13 @@ def to_folder(tok: Tokenizer, folder: Path, max_len: int) -> None:
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_len,
         "bos_token": rules.marks[0] or None, "eos_token": rules.marks[1], "pad_token": rules.pad,
-        "clean_up_tokenization_spaces": False, "chat_template": rules.jinja or CHATML})
+        "clean_up_tokenization_spaces": False, "chat_template": template})
     write_json(folder / "generation_config.json", {
         "bos_token_id": special.get(rules.marks[0]), "eos_token_id": list(tok.stop),
         "pad_token_id": tok.pad})
 
 
-def to_gguf(tok: Tokenizer, rows: int) -> dict[str, Any]:
+def to_gguf(tok: Tokenizer, rows: int, chats: bool) -> dict[str, Any]:
     """The settings of a GGUF file that are about its tokenizer."""
     tokens, merges, _ = parts(tok)
     name = next((name for name, pattern in PATTERNS.items() if pattern == tok.pattern), "")
@@ -255,4 +257,5 @@ def to_gguf(tok: Tokenizer, rows: int) -> dict[str, Any]:
         "eos_token_id": special.get(rules.marks[1], tok.im_end), "padding_token_id": tok.pad,
         "add_bos_token": bool(rules.begin)}
     return {f"tokenizer.ggml.{key}": value for key, value in found.items()} | {
-        "tokenizer.chat_template": rules.jinja or CHATML}
+        "khaosz.nfc": rules.nfc,  # others do it for all that are cut as Qwen2's, or for none
+        "tokenizer.chat_template": rules.jinja or (CHATML if chats else "")}
