@@ -26,8 +26,9 @@ from model import KVCache, Transformer
 from plumbing import runtime
 from plumbing.files import read_text
 from plumbing.loading import load_model, newest_checkpoint
-from plumbing.terminal import ask, fail, run, say, show
-from tokenizer import StreamDecoder, Tokenizer, render
+from plumbing.terminal import ask, fail, murmur, run, say, show
+from plumbing.thoughts import Answer
+from tokenizer import Tokenizer, render
 
 Part = Annotated[float, "above 0, at most 1", lambda x: 0 < x <= 1]
 
@@ -51,6 +52,7 @@ class Config(Sampling):
     interactive: bool = False  # ask for one prompt after another, each on its own
     chat: bool | None = None  # prompts are messages; None: if the model has learnt to answer
     system: str = ""  # what the assistant is told before the chat
+    think: bool = False  # let a model that can (Qwen3) think before it answers; shown on stderr
     stream: bool | None = None  # print text while it is written; None: if there is only one
     max_tokens: Count | None = None  # most tokens to write; None: 200, or what there is room for
     temperature: NotNegative = 0.8  # below 1: likely tokens grow likelier; 0: always the likeliest
@@ -204,15 +206,14 @@ def read_prompts(cfg: Config) -> list[str]:
 
 def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config,
            history: list[dict] | None = None) -> list[str]:
-    """Print each prompt and the text that follows it; with the history of a chat, only the reply.
-    Returns what was printed."""
-    ids = [tok.encode_ordinary(prompt) if history is None else chat_ids(tok, history, prompt)
-           for prompt in prompts]
+    """Print, and return, each prompt and what follows it; with the history of a chat, a reply."""
+    ids = [[*tok.begin, *tok.encode_ordinary(prompt)] if history is None else
+           chat_ids(tok, history, prompt, cfg.think) for prompt in prompts]
     texts = list(prompts) if history is None else [""] * len(prompts)
     max_tokens = cfg.max_tokens or max(1, min(200, model.config.max_seq_len - max(map(len, ids))))
-    stop = (tok.endoftext, tok.im_end) if cfg.stop else ()
-    stream = len(ids) == 1 and cfg.stream is not False
-    decoders, shown, n, clock = [StreamDecoder(tok) for _ in ids], 0, 0, [time.perf_counter()]
+    stop, stream = tok.stop if cfg.stop else (), len(ids) == 1 and cfg.stream is not False
+    decoders = [Answer(tok, row, murmur if stream else str) for row in ids]
+    shown, n, clock = 0, 0, [time.perf_counter()]
     for step in generate(model, ids, max_tokens, stop=stop, seed=cfg.seed, cache=cfg.cache,
                          **{f.name: getattr(cfg, f.name) for f in fields(Sampling)}):
         clock.append(time.perf_counter())
@@ -233,9 +234,8 @@ def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config,
     return texts
 
 
-def chat_ids(tok: Tokenizer, history: list[dict], line: str) -> list[int]:
-    messages = [*history, {"role": "user", "content": line}]
-    return render(tok, messages, add_generation_prompt=True)[0]
+def chat_ids(tok: Tokenizer, history: list[dict], line: str, think: bool) -> list[int]:
+    return render(tok, [*history, {"role": "user", "content": line}], True, think)[0]
 
 
 def converse(model: Transformer, tok: Tokenizer, line: str, history: list[dict] | None,
@@ -247,7 +247,7 @@ def converse(model: Transformer, tok: Tokenizer, line: str, history: list[dict] 
         return
     room = model.config.max_seq_len - (cfg.max_tokens or min(200, model.config.max_seq_len // 2))
     kept, system = list(history), bool(cfg.system)
-    while len(kept) > system and len(chat_ids(tok, kept, line)) > room:
+    while len(kept) > system and len(chat_ids(tok, kept, line, cfg.think)) > room:
         del kept[system:system + 2]  # a question and its reply
     if len(kept) < len(history):
         say("(the oldest messages no longer fit and are forgotten)")

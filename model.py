@@ -1,13 +1,13 @@
 """
-The language model: a Qwen3-compatible decoder, and the cache that lets it write fast.
+The language model, a decoder like Qwen3 and Llama, and the cache that lets it write fast.
 
     x = E[idx];  x += Attention(RMSNorm(x));  x += SwiGLU(RMSNorm(x));  logits = RMSNorm(x) E^T
 
 RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), grouped-query attention
 (Ainslie et al. 2023) with normalised queries and keys (Henry et al. 2020), SwiGLU (Shazeer 2020),
-no biases, no dropout. Parameters have the names of Qwen3 in `transformers`, so weights move between
-the two by name, and logits agree to 1e-5 (tests/test_model.py). The losses stand in the training
-scripts; all but the reward model's are made of `token_logps`.
+no dropout. Parameters have the names of `transformers`, so weights move between the two by name
+(convert.py), and logits agree to 1e-5. The losses stand in the training scripts; all but the reward
+model's are made of `token_logps`.
 """
 import math
 from dataclasses import dataclass
@@ -32,6 +32,9 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     tied: bool = True  # one matrix is both the embedding and the output head
+    qk_norm: bool = True  # norms queries and keys: Qwen3 does, Llama and Qwen2 do not
+    qkv_bias: bool = False  # queries, keys and values have a bias: Qwen2
+    rope_scaling: tuple[float, ...] = ()  # factor, low, high, length: Llama 3.1, see rope_table
 
     def __post_init__(self):
         sizes = (self.vocab_size, self.n_layer, self.n_head, self.n_kv_head, self.n_embd,
@@ -45,11 +48,18 @@ class ModelConfig:
             raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(positions: Tensor, head_dim: int, theta: float,
+               scaling: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:
     """cos and signed sin of position times frequency, each (*positions.shape, head_dim) in fp32.
-    The frequencies are theta^(-2i/head_dim); both halves of a head use the same ones."""
+    The frequencies are theta^(-2i/head_dim); both halves of a head use the same ones. Llama 3.1
+    divides those below `low` turns in `length` tokens by `factor`, and those below `high` a bit."""
     i = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angle = positions.float()[..., None] * theta ** (-i / head_dim)
+    frequency = theta ** (-i / head_dim)
+    if scaling:
+        factor, low, high, length = scaling
+        fast = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (fast + (1 - fast) / factor)
+    angle = positions.float()[..., None] * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -101,12 +111,12 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         C, D = config.n_embd, config.head_dim
-        self.q_proj = nn.Linear(C, config.n_head * D, bias=False)
-        self.k_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
-        self.v_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
+        self.q_proj = nn.Linear(C, config.n_head * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, config.n_kv_head * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, config.n_kv_head * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.n_head * D, C, bias=False)
-        self.q_norm = nn.RMSNorm(D, config.norm_eps)
-        self.k_norm = nn.RMSNorm(D, config.norm_eps)
+        self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
                 cache: KVCache | None) -> Tensor:
@@ -168,6 +178,8 @@ class Transformer(nn.Module):
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02
                 nn.init.normal_(p, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
         if not config.tied:  # a tied embedding stays small: as the head it must guess evenly
             nn.init.normal_(self.embed_tokens.weight, std=1 / math.sqrt(config.n_embd))
 
@@ -177,10 +189,10 @@ class Transformer(nn.Module):
         instead. With a cache, `idx` continues what is in it, in chunks of any size. `segments`
         (B, T) numbers the texts that share a row: no text sees another, and each has positions
         from 0. Raises ValueError past `max_seq_len` or the end of the cache."""
-        B, T = idx.shape
+        (B, T), config = idx.shape, self.config
         start = cache.length if cache is not None else 0
-        if start + T > self.config.max_seq_len:
-            raise ValueError(f"the model reads {self.config.max_seq_len} tokens at most, "
+        if start + T > config.max_seq_len:
+            raise ValueError(f"the model reads {config.max_seq_len} tokens at most, "
                              f"got {start} + {T}")
         positions = torch.arange(start, start + T, device=idx.device)
         mask = None
@@ -189,7 +201,7 @@ class Transformer(nn.Module):
             positions, mask = self.cache_mask(positions, cache)
         elif segments is not None:
             positions, mask = self.segment_mask(positions, segments)
-        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         rope = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (T, D) or (B, T, D) -> (…, 1, T, D)
         x = self.embed_tokens(idx)  # (B, T) -> (B, T, C)
         for block in self.layers:

@@ -169,7 +169,7 @@ def answer(question: str, cfg: Config = Config(), index: Index | None = None,
     window = writer.config.max_seq_len
     prompt, sources, note = build_prompt(question, hits, tok, window, cfg, history or [])
     tokens = generate(writer, [prompt], min(cfg.max_tokens, window // 4), temperature=0.0,
-                      stop=(tok.im_end, tok.endoftext))
+                      stop=tok.stop)
     text, invalid = checked(tokens, tok, len(sources), on_text)
     cited = sorted({int(n) for n in CITATION.findall(text)})
     return Answer(text, sources, True, cited, invalid, note)
@@ -180,7 +180,7 @@ def checked(tokens: Iterable[list[int | None]], tok: Tokenizer, n_sources: int,
     """(text, invalid citations). A citation is held back until it is known to name a source."""
     decoder, invalid, text, pending = StreamDecoder(tok), [], "", ""
     for (token,) in chain(tokens, [(None,)]):
-        if token not in (tok.im_end, tok.endoftext):
+        if token not in tok.stop:
             pending += decoder.flush() if token is None else decoder.push(token)
         half = re.search(r"\[\d{0,9}$", pending) if token is not None else None
         done = pending[:half.start()] if half else pending

@@ -9,12 +9,13 @@ The text is cut into pieces (PATTERN); inside the pieces the most frequent pair 
 tokens becomes a new token, until the vocabulary is full. The file it writes is text: a line of JSON
 (pattern, special tokens, sha256), then `base64(token bytes) rank` lines as tiktoken reads them.
 """
-import base64
 import codecs
 import hashlib
 import json
 import os
 import time
+import unicodedata
+from binascii import a2b_base64, b2a_base64
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from plumbing.corpus import find_files, parse, read_batches, sampled
 from plumbing.files import write_text
 from plumbing.jobs import Progress, parallel
 from plumbing.jsonl import BadLine, BadLines, Batch
+from plumbing.templates import read_rules
 from plumbing.terminal import fail, run
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
@@ -98,22 +100,26 @@ def train_char(counts: Counter[bytes]) -> list[bytes]:
 
 # ---------------------------------------------------------------------------- the file
 
-def dump(tokens: list[bytes], pattern: str) -> str:
-    """A tokenizer as text; special tokens get the ids after the ranks."""
-    ranks = "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
-    head = {"khaosz_tokenizer": 1, "pattern": pattern,
-            "special_tokens": {name: len(tokens) + i for i, name in enumerate(SPECIALS)}}
-    head["sha256"] = _digest(head, ranks)
-    return json.dumps(head) + "\n" + ranks
+def dump(tokens: list[bytes] | dict[bytes, int], pattern: str,
+         specials: dict[str, int] | None = None, rules: dict | None = None) -> str:
+    """A tokenizer as text. The places of tokens in a list are their ids, and the special tokens get
+    the next; a model from elsewhere has ids of its own, and rules (plumbing/templates.py)."""
+    ranks = tokens if isinstance(tokens, dict) else {token: i for i, token in enumerate(tokens)}
+    specials = specials or {name: len(tokens) + i for i, name in enumerate(SPECIALS)}
+    lines = "".join(f"{b2a_base64(t, newline=False).decode()} {i}\n" for t, i in ranks.items())
+    head = {"khaosz_tokenizer": 1, "pattern": pattern, "special_tokens": specials}
+    head |= {"rules": rules} if rules else {}
+    head["sha256"] = _digest(head, lines)
+    return json.dumps(head) + "\n" + lines
 
 
-def _digest(head: dict, ranks: str) -> str:
-    named = json.dumps([head["pattern"], head["special_tokens"]]) + ranks
-    return hashlib.sha256(named.encode()).hexdigest()
+def _digest(head: dict, lines: str) -> str:
+    told = [head[key] for key in ("pattern", "special_tokens", "rules") if key in head]
+    return hashlib.sha256((json.dumps(told) + lines).encode()).hexdigest()
 
 
 class Tokenizer(tiktoken.Encoding):
-    """A tiktoken.Encoding with the ids of our special tokens, made from the text of a file."""
+    """A tiktoken.Encoding with the ids of its special tokens, made from the text of a file."""
 
     def __init__(self, text: str, name: str = "tokenizer"):
         """Raises ValueError naming `name` if the text is not a tokenizer or is damaged."""
@@ -127,21 +133,48 @@ class Tokenizer(tiktoken.Encoding):
             raise ValueError(f"{name}: damaged: its contents do not match its sha256")
         specials = head["special_tokens"]
         try:  # right hashes do not make right contents, and tiktoken panics on wrong ones
-            pairs = [line.split() for line in lines.splitlines()]
-            ranks = {base64.b64decode(token): int(i) for token, i in pairs}
-            if (list(ranks.values()) != list(range(len(pairs)))
-                    or not ranks.keys() >= {bytes([i]) for i in range(256)}
-                    or specials != {s: len(pairs) + i for i, s in enumerate(SPECIALS)}):
+            words = lines.split()
+            ranks = dict(zip(map(a2b_base64, words[::2]), map(int, words[1::2])))
+            ids = [*ranks.values(), *specials.values()]
+            if (2 * (len(set(ids)) - len(specials)) < len(words) or "" in specials
+                    or not 0 <= min(ids) <= max(ids) < 1 << 20
+                    or not ranks.keys() >= {bytes([i]) for i in range(256)}):
                 raise ValueError("not what tokenizer.py writes")
-            super().__init__(name, pat_str=head["pattern"], special_tokens=specials,
-                             mergeable_ranks=ranks)
-        except (ValueError, TypeError) as error:
+            # \s+(?!\S) overflows tiktoken's stack on a million spaces; on 9,999 it does not
+            super().__init__(name, pat_str=head["pattern"].replace(r"\s+(?", r"\s{1,9999}(?"),
+                             special_tokens=specials, mergeable_ranks=ranks)
+            self.rules = read_rules(head.get("rules", {}))
+            self._find_ids(specials)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise ValueError(f"{name}: not a usable tokenizer: {str(error)[:100]}") from None
-        self.text, self.sha256 = text, head["sha256"]
-        self.endoftext, self.pad, self.im_start, self.im_end = map(specials.get, SPECIALS)
+        self.text, self.sha256, self.pattern = text, head["sha256"], head["pattern"]
+
+    def _find_ids(self, specials: dict[str, int]) -> None:
+        rules, chat, ids = self.rules, self.rules.chat, partial(self.encode, allowed_special="all")
+        self.endoftext, self.pad = specials[rules.endoftext], specials[rules.pad]
+        self.stop = tuple(specials[name] for name in rules.stop)
+        self.begin, self.chat_begin = ids(rules.begin), ids(chat.begin)
+        self.around = {role: tuple(map(ids, getattr(chat, role))) for role in ROLES}
+        self.opening = {True: ids(chat.think[0]), False: ids(chat.think[1])}  # of a reply
+        self.thoughts = specials.get("<think>"), specials.get("</think>")  # begin, end of them
+        self.im_start, self.im_end = (side[0] for side in self.around["assistant"])  # or the like
 
     def __reduce__(self):
         return Tokenizer, (self.text, self.name)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        text = unicodedata.normalize("NFC", text) if self.rules.nfc else text
+        return super().encode_ordinary(text)
+
+    def decode(self, tokens: Iterable[int], errors: str = "replace") -> str:
+        return b"".join(map(self.decode_single_token_bytes, tokens)).decode("utf-8", errors)
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        """b"" for an id without a token: a model may have more rows than its tokenizer."""
+        try:
+            return super().decode_single_token_bytes(token)
+        except KeyError:
+            return b""
 
     def token_bytes(self) -> list[int]:
         """How many bytes of text each token stands for; special tokens stand for none."""
@@ -163,28 +196,34 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 # ---------------------------------------------------------------------------- chats
 
-def render(tok: Tokenizer, messages: list[dict],
-           add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
-    """A chat as token ids in ChatML, and a mask that is 1 on what the assistant is to learn: its
-    content and its <|im_end|>. [{"role": "user", "content": "hi"}] gives
-    <|im_start|>user\nhi<|im_end|>\n. Contents are encoded apart and as plain text, so whatever
-    they say, special ids stand only where the template puts them. A lone surrogate, which no text
-    holds but a Python string can, becomes U+FFFD. Raises ValueError for a bad message."""
-    ids: list[int] = []
-    mask: list[int] = []
-    newline = tok.encode_ordinary("\n")
-    for i, message in enumerate(messages):
-        role, content = (message.get("role"), message.get("content")) \
-            if isinstance(message, dict) else (None, None)
-        if role not in ROLES or not isinstance(content, str):
+def render(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool = False,
+           think: bool = False) -> tuple[list[int], list[int]]:
+    """A chat as token ids in the model's template, and a mask that is 1 on what the assistant is to
+    learn: its content and its <|im_end|>. In ours, ChatML, [{"role": "user", "content": "hi"}] is
+    <|im_start|>user\nhi<|im_end|>\n. Contents are encoded apart and as plain text: whatever they
+    say, special ids stand only where the template puts them. A lone surrogate, which no text holds
+    but a Python string can, becomes U+FFFD. With `think`, a model that can begins the reply with
+    thoughts. Raises ValueError for a bad message."""
+    chat, ids, mask = tok.rules.chat, [*tok.chat_begin], [0] * len(tok.chat_begin)
+    roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
+    if (chat.default or chat.preface) and roles[:1] != ["system"]:
+        messages = [{"role": "system", "content": chat.default}, *messages]
+        roles = ["system", *roles]
+    for i, (role, message) in enumerate(zip(roles, messages)):
+        if role not in ROLES or not isinstance(content := message.get("content"), str):
             raise ValueError(f"message {i}: wanted a role of {', '.join(ROLES)} and a string as "
                              f"content, got {message!r:.80}")
-        head, body = [tok.im_start, *tok.encode_ordinary(role + "\n")], tok.encode_ordinary(content)
-        ids += [*head, *body, tok.im_end, *newline]
-        learn = int(role == "assistant")
-        mask += [0] * len(head) + [learn] * (len(body) + 1) + [0] * len(newline)
+        head, tail = tok.around[role]
+        content = content.strip() if chat.trim else content
+        if i == 0 and role == "system":
+            content = chat.preface + content
+        if i == len(messages) - 1 and role == "assistant":
+            head = head + tok.opening[False]
+        body, learn = tok.encode_ordinary(content), int(role == "assistant")
+        ids += [*head, *body, *tail]
+        mask += [0] * len(head) + [learn] * len(body + tail[:1]) + [0] * len(tail[1:])
     if add_generation_prompt:
-        head = [tok.im_start, *tok.encode_ordinary("assistant\n")]
+        head = tok.around["assistant"][0] + tok.opening[think]
         ids, mask = ids + head, mask + [0] * len(head)
     return ids, mask
 

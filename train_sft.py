@@ -106,7 +106,8 @@ def merge_lora(model: Transformer, tensors: dict[str, Tensor]) -> dict:
     if not updates:
         return {"model": tensors}
     trained = {name: tensors[name] for name, p in model.named_parameters() if p.requires_grad}
-    whole = {k: v for k, v in tensors.items() if not k.endswith((".a", ".b", ".base.weight"))}
+    whole = {k.replace(".base.bias", ".bias"): v for k, v in tensors.items()
+             if not k.endswith((".a", ".b", ".base.weight"))}
     for name, m in updates.items():
         base, a, b = (tensors[f"{name}.{part}"] for part in ("base.weight", "a", "b"))
         whole[f"{name}.weight"] = base + m.scale * (b @ a)

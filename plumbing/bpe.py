@@ -1,5 +1,6 @@
 """
-The tokens that `slow_bpe` of tokenizer.py finds, thousands of times faster; how may be skipped.
+The tokens that `slow_bpe` of tokenizer.py finds, thousands of times faster, and which two tokens
+each is made of; how may be skipped.
 """
 import heapq
 from collections import Counter
@@ -87,3 +88,20 @@ def train_bpe(counts: Counter[bytes], n_tokens: int,
         else:
             del pair_count[key], places[key]
     return tokens
+
+
+def merges_of(ranks: dict[bytes, int]) -> dict[bytes, tuple[bytes, ...]]:
+    """The parts of each token of several bytes that are left when all older tokens in it have been
+    joined: two, if merges can make it."""
+    found = {}
+    for token, rank in ranks.items():
+        parts = tuple(token[i:i + 1] for i in range(len(token)))
+        while len(parts) > 2:
+            older = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = older.index(min(older))
+            if older[i] >= rank:
+                break
+            parts = (*parts[:i], parts[i] + parts[i + 1], *parts[i + 2:])
+        if len(token) > 1:
+            found[token] = parts
+    return found

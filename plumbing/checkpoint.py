@@ -18,9 +18,10 @@ import re
 import stat
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,6 +38,7 @@ NAMES = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
 MAX_OPS = 500_000  # of a pickle: 30 for each tensor
 NAME = re.compile(r"step(\d{8,})-([0-9a-f]{16})\.pt")
 _known_good: dict[Path, tuple[int, int]] = {}  # (size, mtime) of files written or checked here
+LARGE = 1 << 28  # bytes that take longer to check than to load: that they are good is noted beside
 
 
 class _HashingFile:
@@ -60,11 +62,13 @@ class _HashingFile:
         self.file.flush()
 
 
-def save(out_dir: str, step: int, state: dict, keep: int = 2) -> Path:
+def save(out_dir: str, step: int, state: dict, keep: int = 2,
+         write: Callable[[dict, Any], None] = torch.save) -> Path:
     """Write `state` (tensors, numbers, strings and containers of them), then delete all but the
-    newest `keep` valid files. Raises FloatingPointError for weights that are not finite, OSError
-    with the reason when the disk fails; older files then stay as they are."""
-    for name, tensor in tensors_of(state):
+    newest `keep` valid files. `write` does what torch.save does, for tensors that do not exist yet
+    (plumbing/weights.py). Raises FloatingPointError for weights that are not finite, OSError with
+    the reason when the disk fails; older files then stay as they are."""
+    for name, tensor in tensors_of(state) if write is torch.save else ():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise FloatingPointError(f"checkpoint for step {step:,} was NOT written: {name} is "
                                      "not finite")
@@ -76,13 +80,13 @@ def save(out_dir: str, step: int, state: dict, keep: int = 2) -> Path:
     f = None
     try:
         f = _HashingFile(temporary)
-        torch.save(state, f)
+        write(state, f)
         f.flush()
         os.fsync(f.file.fileno())
         f.file.close()
         path = folder / f"step{step:08d}-{f.sha.hexdigest()[:16]}.pt"
         put_in_place(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         cause = (f and f.error) or error
         if f:
             with suppress(OSError):  # what could not be written before cannot be written now
@@ -92,7 +96,7 @@ def save(out_dir: str, step: int, state: dict, keep: int = 2) -> Path:
             raise
         raise OSError(cause.errno, f"checkpoint for step {step:,} was NOT written to {folder} "
                       f"({cause.strerror}); earlier checkpoints are intact") from None
-    _known_good[path] = _stamp(path)
+    _remember(path)
     valid = 0
     for old in list_checkpoints(out_dir):
         if valid < keep and damage(old) is None:
@@ -105,6 +109,21 @@ def save(out_dir: str, step: int, state: dict, keep: int = 2) -> Path:
 def _stamp(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_size, found.st_mtime_ns
+
+
+def _remember(path: Path) -> None:
+    stamp = _known_good[path] = _stamp(path)
+    if stamp[0] >= LARGE:
+        with suppress(OSError):  # a folder that cannot be written to
+            (path.parent / ".checked").write_text(f"{path.name} {stamp}")
+
+
+def _is_known(path: Path) -> bool:
+    stamp = _stamp(path)
+    if _known_good.get(path) != stamp and stamp[0] >= LARGE:
+        with suppress(OSError, UnicodeDecodeError):
+            return (path.parent / ".checked").read_text() == f"{path.name} {stamp}"
+    return _known_good.get(path) == stamp
 
 
 def list_checkpoints(out_dir: str) -> list[Path]:
@@ -120,7 +139,7 @@ def damage(path: Path) -> str | None:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe could wait forever
             return "not a file"
-        if _known_good.get(path) == _stamp(path):
+        if _is_known(path):
             return None
         if match := NAME.fullmatch(path.name):
             with open(path, "rb") as f:
@@ -132,7 +151,7 @@ def damage(path: Path) -> str | None:
             with zipfile.ZipFile(path) as z:
                 if bad := z.testzip():
                     return f"its part {bad} does not match its checksum"
-        _known_good[path] = _stamp(path)
+        _remember(path)
         return None
     except (OSError, zipfile.BadZipFile, RuntimeError) as error:
         return str(error)

@@ -32,7 +32,7 @@ def block_activations(c: ModelConfig, seq_len: int, width: int, masked: bool) ->
     """Bytes per token that autograd keeps of one block of model.py. Norms work in fp32, products in
     `width` bytes. `masked`: chats are packed, and each token says which others it may see."""
     q_and_k = (c.n_head + c.n_kv_head) * c.head_dim
-    norms = 4 * (4 * c.n_embd + 2 * q_and_k)  # of x twice, of q and of k: input and input / rms
+    norms = 4 * (4 * c.n_embd + 2 * q_and_k * c.qk_norm)  # of x twice, q and k: input, input / rms
     copied = 3 * c.n_embd if width < 4 else 0  # autocast makes a copy for q, k, v and for gate, up
     # inputs of q, k, v and of gate, up; rotated q and k, v and y; gate, up, their product and silu
     products = width * (2 * c.n_embd + copied + 2 * q_and_k + 4 * c.n_hidden)
@@ -62,7 +62,7 @@ def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumula
     rerun = of_block if recompute else 0
 
     everything, trained = trained is None, n if trained is None else trained
-    gains = c.n_layer * 2 * (c.n_embd + c.head_dim)  # of the norms
+    gains = c.n_layer * 2 * (c.n_embd + c.head_dim * c.qk_norm)  # of the norms
     one_moment = muon * (trained - root - gains)
     trained -= 0 if head or c.tied else table  # an untied head that predicts nothing is not trained
     gradients, moments = 4 * trained, 8 * trained - 4 * one_moment

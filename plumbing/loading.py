@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from model import ModelConfig, RewardModel, Transformer
-from plumbing import checkpoint, sharding
+from plumbing import checkpoint
 from plumbing.runtime import Dist
 from plumbing.terminal import say
 from tokenizer import Tokenizer
@@ -23,11 +24,11 @@ def load_model(where: str, device: torch.device,
         raise ValueError(f"{path}: a reward model gives scores, it cannot write; give a checkpoint "
                          "of another stage")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             model = Transformer(ModelConfig(**state["model_config"]))
         model.load_state_dict(state["model"], assign=True)
         tok = Tokenizer(state["tokenizer"], str(path))
-        if tok.n_vocab != model.config.vocab_size:
+        if tok.n_vocab > model.config.vocab_size:  # fewer are allowed: some models have spare rows
             raise ValueError(f"{path}: its tokenizer has {tok.n_vocab:,} tokens, its model "
                              f"{model.config.vocab_size:,}")
         model.kind, model.path = state["kind"], str(path)
@@ -59,6 +60,7 @@ def newest_checkpoint(folder: str = "out") -> str:
 
 def load_reward_model(where: str, dist: Dist, shard: bool = False) -> tuple[RewardModel, Tokenizer]:
     """A frozen reward model and its tokenizer. Raises ValueError naming the file."""
+    from plumbing import sharding  # takes a second, which who only writes need not wait
     state, path = checkpoint.load(where)
     if state.get("kind") != "rm":
         raise ValueError(f"{path}: not a reward model, but of stage {state.get('kind')}; "
@@ -70,6 +72,16 @@ def load_reward_model(where: str, dist: Dist, shard: bool = False) -> tuple[Rewa
     tok = Tokenizer(state["tokenizer"], str(path))
     model.eval().requires_grad_(False)
     return sharding.wrap(model, dist, shard), tok
+
+
+class Undrawn(TorchFunctionMode):
+    """Weights that are about to be loaded are not drawn at random before."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 def read_weights_with_all_threads(model: nn.Module) -> None:
@@ -88,9 +100,10 @@ class FewRows(nn.Linear):
         n_out, n_in = self.weight.shape
         rows = x.numel() // n_in
         if rows > 32 or torch.is_grad_enabled() or x.device.type != "cpu" or (
-                self.weight.dtype != torch.float32 or self.bias is not None):
+                self.weight.dtype != torch.float32):
             return super().forward(x)
         slices = self.weight.view(math.gcd(n_out, torch.get_num_threads()), -1, n_in)
         columns = x.reshape(rows, n_in).t().expand(len(slices), -1, -1)
         y = torch.bmm(slices, columns)  # (threads, n_out / threads, rows)
-        return y.view(n_out, rows).t().reshape(*x.shape[:-1], n_out)
+        y = y.view(n_out, rows).t().reshape(*x.shape[:-1], n_out)
+        return y if self.bias is None else y + self.bias

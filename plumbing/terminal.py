@@ -84,6 +84,11 @@ def say(text: object) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
+def murmur(text: str) -> None:
+    """Print on stderr what a model thinks before it answers, as it is written."""
+    print(COMMANDS.sub("", text), file=sys.stderr, end="", flush=True)
+
+
 def ask() -> str:
     """The next line that the user types; "> " asks for it, on stderr."""
     print("\n> ", end="", file=sys.stderr, flush=True)

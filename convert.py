@@ -1,0 +1,248 @@
+"""
+Open weights in, our models out: a Hugging Face folder or a GGUF file becomes a checkpoint of ours,
+and a checkpoint of ours becomes what other programs open.
+
+    python convert.py --input=Qwen3-0.6B/ --out_dir=out/qwen        (or --input=qwen3.gguf)
+    python generate.py --checkpoint=out/qwen
+
+    python convert.py --checkpoint=out/sft --to=hf --out=my-model   for transformers, vLLM
+    python convert.py --checkpoint=out/sft --to=gguf --out=my.gguf --dtype=q8_0   llama.cpp, ollama
+
+This is all there is to a model file: the sizes of the model (`ModelConfig`), a name, a shape and
+numbers for each matrix (`shapes`), and the tokenizer. Others use the same matrices under other
+names. Qwen3, Qwen2.5, Llama 3, SmolLM2 and other models of their shape are read; what is missing
+here for another one is said before anything is read.
+
+Needs no network. GGUF files need a package: pip install '.[weights]'
+"""
+import ctypes
+import math
+import re
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from configurator import FilePath, configure
+from model import ModelConfig
+from plumbing import checkpoint, families, gguffile, vocabulary, weights
+from plumbing.files import write_text
+from plumbing.terminal import fail, run
+from plumbing.vocabulary import Vocabulary, read_json
+from plumbing.weights import Stored
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    input: FilePath = ""  # a Hugging Face folder or a .gguf file, to make a checkpoint of
+    out_dir: FilePath = ""  # where the checkpoint goes
+    checkpoint: FilePath = ""  # a checkpoint of ours, to make a file for others of
+    to: Literal["", "hf", "gguf"] = ""  # what to make of it
+    out: FilePath = ""  # where that goes: a folder for hf, a file for gguf
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = "auto"  # of the matrices
+
+
+# our name of a tensor, and GGUF's; Hugging Face puts "model." before all of ours but lm_head
+GGUF = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
+        "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+
+
+def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a model, by its name in model.py: a matrix (n_out, n_in) turns n_in numbers
+    into n_out. Raises ValueError for more layers than anybody has."""
+    if c.n_layer > 1000:
+        raise ValueError(f"says that it has {c.n_layer:,} layers")
+    C, D, q, kv = c.n_embd, c.head_dim, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    found: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (c.vocab_size, C)}
+    for i in range(c.n_layer):
+        block: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (C,),
+            "self_attn.q_proj.weight": (q, C), "self_attn.k_proj.weight": (kv, C),
+            "self_attn.v_proj.weight": (kv, C), "self_attn.o_proj.weight": (C, q),
+            "post_attention_layernorm.weight": (C,),
+            "mlp.gate_proj.weight": (c.n_hidden, C), "mlp.up_proj.weight": (c.n_hidden, C),
+            "mlp.down_proj.weight": (C, c.n_hidden)}
+        if c.qk_norm:
+            block |= {"self_attn.q_norm.weight": (D,), "self_attn.k_norm.weight": (D,)}
+        if c.qkv_bias:
+            block |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,),
+                      "self_attn.v_proj.bias": (kv,)}
+        found |= {f"layers.{i}.{name}": shape for name, shape in block.items()}
+    found["norm.weight"] = (C,)
+    return found if c.tied else found | {"lm_head.weight": (c.vocab_size, C)}
+
+
+def gguf_name(name: str) -> str:
+    """layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
+    stem, _, what = name.rpartition(".")
+    block, part = re.findall(r"^(layers\.\d+\.)?(.*)", stem)[0]
+    return f"{block.replace('layers', 'blk')}{GGUF[part]}.{what}"
+
+
+def reordered(t: Tensor, heads: int, back: bool) -> Tensor:
+    """llama.cpp rotates neighbours, (0, 1), (2, 3), …, where we rotate a number of the first half
+    of a head with one of the second. So its Llamas have the rows of q and k in another order."""
+    parts = (-1, 2) if back else (2, -1)
+    return t.view(heads, *parts, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
+
+
+# ---------------------------------------------------------------------------- in
+
+def open_folder(folder: Path) -> tuple[ModelConfig, dict[str, Stored], Vocabulary]:
+    """Sizes, tensors by our names, and tokenizer of a Hugging Face folder."""
+    config, index = read_json(folder / "config.json"), folder / "model.safetensors.index.json"
+    sizes, found = families.from_config(config), {}
+    for path in weights.shards(folder, read_json(index) if index.exists() else None):
+        for name, tensor in weights.read_safetensors(path).items():
+            name = name.removeprefix("model.")
+            if name in found:
+                raise ValueError(f"{name} is in two of its files")
+            if not name.endswith("rotary_emb.inv_freq"):  # of old folders, and computed here
+                found[name] = tensor
+    if sizes.tied or "tie_word_embeddings" not in config and "lm_head.weight" not in found:
+        sizes = replace(sizes, tied=True)
+        found.pop("lm_head.weight", None)
+    return sizes, found, vocabulary.from_folder(folder, config)
+
+
+def open_gguf(path: Path) -> tuple[ModelConfig, dict[str, Stored], Vocabulary]:
+    """The same of a GGUF file."""
+    meta, tensors = gguffile.read_gguf(path)
+    sizes = families.from_gguf(meta, tensors)
+    head, embedding = tensors.get("output.weight"), tensors["token_embd.weight"]
+    if head and gguffile.same(head, embedding):  # some write a tied matrix twice
+        sizes = replace(sizes, tied=True)
+        del tensors["output.weight"]
+    tensors.pop("rope_freqs.weight", None)
+    ours = {gguf_name(name): name for name in shapes(sizes)}
+    found = {ours.get(name, name): t for name, t in tensors.items()}
+    return sizes, found, vocabulary.from_gguf(meta)
+
+
+def fit(sizes: ModelConfig, found: dict[str, Stored]) -> None:
+    """Raises ValueError unless these are the tensors of a model of these sizes."""
+    wanted = shapes(sizes)
+    for name in sorted(wanted.keys() | found.keys()):
+        there = found[name].shape if name in found else "not there"
+        if there != wanted.get(name):
+            raise ValueError(f"{name} is {there}, and should be "
+                             f"{wanted.get(name, 'not there')} in a model of its sizes")
+
+
+def take_in(cfg: Config) -> None:
+    """Make a checkpoint of somebody's model. One tensor is in memory at a time."""
+    with suppress(AttributeError, TypeError, OSError):  # with glibc, what is freed leaves at once
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)
+    path = Path(cfg.input)
+    sizes, found, tokenizer = open_folder(path) if path.is_dir() else open_gguf(path)
+    fit(sizes, found)
+    text, rows = vocabulary.our_text(tokenizer, sizes.vocab_size)
+    first = found["embed_tokens.weight"].kind
+    dtype = {"auto": torch.float32 if first == torch.float32 else torch.bfloat16,
+             "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
+    heads = {"q_proj": sizes.n_head, "k_proj": sizes.n_kv_head}
+    permuted = path.is_file() and not sizes.qk_norm and not sizes.qkv_bias
+    sizes = replace(sizes, vocab_size=rows)
+
+    def fill(name: str, out: Tensor) -> None:
+        part = name.split(".")[-2]
+        try:  # rows beyond those of the file are for bytes that its tokenizer lacked
+            found[name].read(out)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+        if permuted and part in heads:
+            out.copy_(reordered(out, heads[part], back=True))
+    empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes(sizes).items()}
+    if sizes.tied:
+        empty["lm_head.weight"] = empty["embed_tokens.weight"]
+    state = {"format": 1, "kind": "sft" if tokenizer.rules.jinja else "pt", "step": 0,
+             "model": empty, "optimizer": [], "model_config": asdict(sizes), "config": {},
+             "tokenizer": text}
+    del tokenizer  # 100 MB of words
+    saved = checkpoint.save(cfg.out_dir, 0, state, write=partial(weights.stream, fill=fill))
+    write_text(str(saved.parent / "tokenizer.txt"), text)
+    n = sum(map(math.prod, shapes(sizes).values()))
+    print(f"saved {saved}: {n:,} parameters, {saved.stat().st_size / 1e9:.2f} GB")
+
+
+# ---------------------------------------------------------------------------- out
+
+def give_out(cfg: Config) -> None:
+    """Make what other programs open of a checkpoint of ours."""
+    state, path = checkpoint.load(cfg.checkpoint)
+    if state["kind"] == "rm":
+        raise ValueError(f"{path}: a reward model, which other programs have no place for")
+    sizes, tok = ModelConfig(**state["model_config"]), Tokenizer(state["tokenizer"], str(path))
+    (as_folder if cfg.to == "hf" else as_gguf)(sizes, tok, state, cfg)
+    print(f"wrote {cfg.out}")
+
+
+def as_folder(sizes: ModelConfig, tok: Tokenizer, state: dict, cfg: Config) -> None:
+    """Write config.json, the tokenizer's files and the weights, in one file."""
+    folder, model = Path(cfg.out), state["model"]
+    stored = model["norm.weight"].dtype
+    dtype = stored if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    ours = {("" if name.startswith("lm_head") else "model.") + name: name for name in shapes(sizes)}
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary.to_folder(tok, folder, sizes.max_seq_len, state["kind"] != "pt")
+    vocabulary.write_json(folder / "config.json", families.to_config(sizes, tok, dtype))
+    weights.write_safetensors(
+        folder / "model.safetensors", {name: shapes(sizes)[ours[name]] for name in ours}, dtype,
+        lambda name: model[ours[name]])
+
+
+def as_gguf(sizes: ModelConfig, tok: Tokenizer, state: dict, cfg: Config) -> None:
+    """Write one file. Vectors stay in fp32, as do matrices whose rows are no whole blocks."""
+    family = families.family_of(sizes)
+    number = {"float32": 0, "float16": 1, "auto": 1, "bfloat16": 30, "q8_0": 8}[cfg.dtype]
+    block = 32 if cfg.dtype == "q8_0" else 1
+    settings = {"general.name": "khaosz", "general.file_type": {0: 0, 1: 1, 8: 7, 30: 32}[number],
+                **families.to_gguf(sizes),
+                **vocabulary.to_gguf(tok, sizes.vocab_size, state["kind"] != "pt")}
+    ours = {gguf_name(name): name for name in shapes(sizes)}
+    tensors = {name: (shape, number if len(shape) == 2 and shape[1] % block == 0 else 0)
+               for name, shape in ((name, shapes(sizes)[ours[name]]) for name in ours)}
+    heads = {"q_proj": sizes.n_head, "k_proj": sizes.n_kv_head} if family == "llama" else {}
+
+    if sizes.rope_scaling:
+        tensors["rope_freqs.weight"] = (sizes.head_dim // 2,), 0
+
+    def make(name: str) -> Tensor:
+        if name == "rope_freqs.weight":
+            return families.stretching(sizes.head_dim, sizes.rope_theta, sizes.rope_scaling)
+        part = ours[name].split(".")[-2]
+        t = state["model"][ours[name]]
+        return reordered(t, heads[part], back=False) if part in heads else t
+    gguffile.write_gguf(cfg.out, family, settings, tensors, make)
+
+
+def main() -> None:
+    cfg = configure(Config)
+    takes, gives = bool(cfg.input and cfg.out_dir), bool(cfg.checkpoint and cfg.to and cfg.out)
+    if takes == gives or bool(cfg.input) == bool(cfg.checkpoint):
+        fail("give --input=… and --out_dir=… to make a checkpoint, or --checkpoint=…, --to=… and "
+             "--out=… to make what others open of one")
+    if cfg.dtype in (("float16", "q8_0") if takes else ("q8_0",) if cfg.to == "hf" else ()):
+        fail(f"--dtype={cfg.dtype} is not written there")
+    where = cfg.input or cfg.checkpoint
+    try:
+        take_in(cfg) if takes else give_out(cfg)
+    except KeyError as error:
+        fail(f"{where}: does not say {error}")
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed: pip install '.[weights]'")
+    except (ValueError, OSError, TypeError, ArithmeticError) as error:
+        fail(str(error) if str(error).startswith(where) else f"{where}: {error}")
+
+
+if __name__ == "__main__":
+    run(main)
