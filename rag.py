@@ -28,7 +28,7 @@ from typing import Any, Literal
 from configurator import Count, FilePath, Share, configure
 from generate import generate
 from model import Transformer
-from plumbing import loading, runtime
+from plumbing import loading, runtime, terminal
 from plumbing.corpus import language
 from plumbing.terminal import fail, printable, run
 from search import documents, embed
@@ -249,15 +249,15 @@ def chat(cfg: Config) -> None:
     index, history = open_index(cfg), []
     while True:
         try:
-            if question := input("> ").strip():
+            if question := terminal.ask().strip():
                 said = ask(question, cfg, index, history)
                 history += [{"role": "user", "content": question},
                             {"role": "assistant", "content": said.text}]
         except (EOFError, KeyboardInterrupt):
-            print()
+            terminal.say("")
             return
         except ValueError as error:  # one question that is too long does not end it all
-            print(printable(error))
+            terminal.say(error)
 
 
 def main() -> None:

@@ -131,7 +131,8 @@ def test_the_checkers_find_nothing(tool):
 def test_ctrl_c_is_heard_by_tests_that_a_shell_started_in_the_background():
     """`make test &` in a script leaves SIGINT ignored, for us and for the children of our tests,
     so that Ctrl-C at a child did nothing and its test failed. conftest.py takes that back."""
-    code = ("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import tests.conftest;"
+    code = ("import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+            "sys.path.insert(0, 'tests'); import conftest;"
             "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr

@@ -1,4 +1,4 @@
-"""torchrun around the scripts: two agents as on two machines, and restarts behind a killed rank."""
+"""torchrun around the scripts: two agents as on two machines, and restarts after a killed rank."""
 import json
 import os
 import random
@@ -94,7 +94,7 @@ def test_two_agents_with_a_static_rendezvous_are_one_run(text, whole, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_two_agents_with_an_elastic_rendezvous_restart_behind_a_killed_rank(text, whole, tmp_path):
+def test_two_agents_with_an_elastic_rendezvous_restart_after_a_killed_rank(text, whole, tmp_path):
     """The second command of docs/scale.md for several machines: the rank of one agent dies; both
     agents start theirs again, and the losses are the same to the last bit."""
     port = places(2)[0]["MASTER_PORT"]

@@ -87,7 +87,7 @@ def test_an_operation_that_is_not_atomic_is_found_out(tmp_path):
     assert crashes >= 8 and bad == 0
 
 
-def test_a_run_killed_behind_a_save_has_that_checkpoint(lab):
+def test_a_run_killed_after_a_save_has_that_checkpoint(lab):
     """The other tool: what the kills rest on."""
     out = lab.new()
     assert lab.start("pt", out, die_after_save(2), max_steps=6).wait() == -signal.SIGKILL

@@ -26,7 +26,7 @@ def done(request, lab) -> tuple[str, Path]:
 
 
 def resume(lab: Lab, stage: str, out: Path, before=lambda: None, **changes) -> tuple[int, str]:
-    """Exit code, and what is said behind the settings."""
+    """Exit code, and what is said after the settings."""
     run = lab.start(stage, out, before, resume=True, **dict(max_steps=4) | changes)
     return run.wait(), run.text.partition("\n\n")[2] or run.text
 
@@ -113,7 +113,7 @@ def test_an_out_dir_that_cannot_be_written_is_named(lab, done, tmp_path):
             subprocess.run(["mount", "-o", "remount,ro", at], check=True)
 
 
-def test_one_signal_stops_behind_the_step_and_a_second_at_once(lab, done, tmp_path):
+def test_one_signal_stops_after_the_step_and_a_second_at_once(lab, done, tmp_path):
     """Seen to fail before anything was said to the first one."""
     def before() -> None:
         terminal.end_quietly()

@@ -11,6 +11,15 @@ from plumbing.terminal import printable, say, show
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def test_every_script_starts_so_that_nothing_it_prints_can_end_it():
+    rooms = ("demo", "bench", "faults")
+    files = [*ROOT.glob("*.py"), *(path for room in rooms for path in ROOT.glob(f"{room}/*.py"))]
+    starts = {path.name: path.read_text().rpartition('if __name__ == "__main__":')[2].strip()
+              for path in files if "\ndef main()" in path.read_text()}
+    assert len(starts) > 12 and {start.removeprefix("terminal.") for start in starts.values()} == {
+        "run(main)"}, starts
+
+
 def script(body: str, redirect: str = "", **env: str) -> subprocess.CompletedProcess:
     """`body` as the main of a script, run by a shell with `redirect` behind the command."""
     code = ("import sys\nfrom plumbing.terminal import fail, run\n"
