@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_tokenizer import TEXT, random_text
 
 import convert
 import train_sft
@@ -15,7 +16,6 @@ from model import KVCache, ModelConfig, Transformer
 from plumbing import checkpoint, runtime
 from plumbing.loading import load_model
 from plumbing.vocabulary import PATTERNS
-from test_tokenizer import TEXT, random_text
 from tokenizer import PATTERN, Tokenizer, count_pieces, dump, render, train_bpe
 
 pytest.importorskip("transformers", reason="the models come from its classes")
