@@ -203,8 +203,8 @@ def open_index(cfg: Config) -> Index:
     index = Index(cfg.index, False, embed.load(cfg.embed, cfg.device), cfg.embed)
     gone, changed = documents.forget_gone(index)
     if gone or changed:
-        print(f"{gone:,} documents are gone and {changed:,} have changed since they were indexed; "
-              "python rag.py add takes that up", file=sys.stderr)
+        print(f"documents gone since they were indexed: {gone:,}, changed: {changed:,}; python "
+              "rag.py add PATH takes that up", file=sys.stderr)
     return index
 
 
@@ -264,12 +264,12 @@ def main() -> None:
     job, *rest = sys.argv[1:] or ["--help"]
     if job == "eval":  # bench/rag.py imports this file, so this file does not import it
         sys.argv[1:] = rest
-        runpy.run_module("bench.rag", run_name="__main__")
+        runpy.run_module("bench.rag", run_name="__main__", alter_sys=True)
         return
     if job not in ("add", "ask", "chat", "remove", "info", "split", "-h", "--help"):
         fail(f"{job}: not one of add, ask, chat, remove, info, split, eval; see --help")
     words = [word for word in rest if not word.startswith("--")]
-    cfg = configure(Config, [word for word in (job, *rest) if word.startswith("-")], show=False)
+    cfg = configure(Config, [job] * (job[0] == "-") + [w for w in rest if w not in words], False)
     if bool(words) == (job in ("chat", "info")):
         fail(f"{job} takes no {words[0]}" if words else f"{job} what? python rag.py {job} …")
     try:

@@ -50,7 +50,7 @@ def find_documents(paths: list[str], max_file_mb: int = 50,
     """(files by their real paths, a line for whatever is passed over). Raises ValueError for a path
     that is not there or is the folder of the index."""
     def refuse(path: str) -> str:
-        if path != path.encode(errors="replace").decode():
+        if (real := os.path.realpath(path)) != real.encode(errors="replace").decode():
             return "its name is not UTF-8"
         if not path.lower().endswith(SUFFIXES):
             return "convert to text first" + " (with pdftotext, perhaps)" * path.endswith(".pdf")

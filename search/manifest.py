@@ -212,9 +212,9 @@ class Files(AbstractContextManager):
         """Add bytes at the valid end of a file."""
         end, crc = self.manifest["files"].get(path.name, (0, 0))
         with open(path, "r+b" if path.exists() else "w+b") as f:
-            f.truncate(end)
             f.seek(end)
             f.write(data)
+            f.truncate()  # what a commit that did not happen has left
             f.flush()
             os.fsync(f.fileno())
         self.manifest["files"][path.name] = [end + len(data), zlib.crc32(data, crc)]

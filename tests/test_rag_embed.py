@@ -45,7 +45,8 @@ def test_rows_are_taken_in_the_order_of_their_index_or_as_they_come():
     ROWS, {"data": None}, {"data": ROWS[:1]}, {"data": {}}, {"data": "x"}, None, 3, {},
     {"error": {"message": "model not loaded"}}, {"data": [None, None]},
     {"data": [{"embedding": None}] * 2}, {"data": [{"embedding": "AAAA"}] * 2},
-    {"data": [{"embedding": [[0.0, 1.0]]}] * 2}, {"data": [{"embedding": [1.0]}, {"embedding": []}]},
+    {"data": [{"embedding": [[0.0, 1.0]]}] * 2},
+    {"data": [{"embedding": [1.0]}, {"embedding": []}]},
     {"data": [{"index": None, "embedding": [1.0]}, {"index": 0, "embedding": [1.0]}]}], ids=repr)
 def test_any_other_reply_is_one_line(reply, server):
     """llama.cpp without /v1 sends a list, others no index, null, or an error with status 200: each
@@ -60,8 +61,9 @@ def test_any_other_reply_is_one_line(reply, server):
 
 
 @pytest.mark.parametrize("status, body, why", [
-    (200, b"<html>", "Expecting value"), (200, b"[" * 100_000, "recursion"), (200, b"\xff", "utf-8"),
-    (206, b"{}", "IncompleteRead"), (400, b'{"error": "too\nlong"}', 'HTTP Error 400.*too'),
+    (200, b"<html>", "Expecting value"), (200, b"[" * 100_000, "recursion"),
+    (200, b"\xff", "utf-8"), (206, b"{}", "IncompleteRead"),
+    (400, b'{"error": "too\nlong"}', 'HTTP Error 400.*too'),
     (429, b"slow down", "429.*slow down")])
 def test_what_is_no_reply_is_one_line_too(status, body, why, server, monkeypatch, capsys, tmp_path):
     url, answers = server

@@ -15,7 +15,7 @@ from search.segment import split
 
 ROOT = Path(__file__).resolve().parent.parent
 cut = lambda text, name: split(text, name, 64, count=count_pieces)
-WORDS = "alarm bins code Friday hangs key lamp Monday pump spare Tuesday 钥匙 水泵 星期 密码".split()
+WORDS = "alarm bins code Friday hangs key lamp Monday pump spare 钥匙 水泵 星期 密码".split()
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_asking_finds_nothing_that_is_gone_and_says_what_has_changed(tmp_path, r
     os.utime(tmp_path / "notes/b.md", (later, later))
     code, out, err = run("ask", "What is the alarm code?")
     assert (code, out) == (1, rag.REFUSAL["en"] + "\n") and len(err.splitlines()) == 1
-    assert "1 documents are gone and 1 have changed" in err
+    assert "gone since they were indexed: 1, changed: 1" in err
     os.utime(tmp_path / "notes/b.md")  # touched, and the same: said until the next `add`
     run("add", tmp_path / "notes")
     assert run("ask", "When are the bins emptied?")[2] == ""
@@ -137,8 +137,8 @@ def change(r, folder):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_no_history_of_changes_tells_it_from_a_rebuild(tmp_path, seed, capsys):
-    """Random files are written, edited, renamed and deleted, folders moved and deleted; now and then
-    some file or folder is added, or removed from the index. After each, the index is to the last
+    """Random files are written, edited, renamed and deleted, folders moved and deleted. Now and
+    then a file or folder is added, or removed from the index. After each, the index is to the last
     bit what one made anew of the same documents is, and a reader finds nothing that is gone."""
     r, folder, known = random.Random(seed), tmp_path / "docs", set()
     folder.mkdir()
