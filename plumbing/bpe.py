@@ -1,6 +1,6 @@
 """
-The tokens that `slow_bpe` of tokenizer.py finds, thousands of times faster, and which two tokens
-each is made of; how may be skipped.
+The tokens that `slow_bpe` of tokenizer.py finds, thousands of times faster, which two tokens each
+is made of, and how other programs write them; how may be skipped.
 """
 import heapq
 from collections import Counter
@@ -105,3 +105,27 @@ def merges_of(ranks: dict[bytes, int]) -> dict[bytes, tuple[bytes, ...]]:
         if len(token) > 1:
             found[token] = parts
     return found
+
+
+def letters() -> dict[int, str]:
+    """GPT-2 writes bytes as letters: as itself what can be seen, as a letter from 256 on the rest.
+    A space is Ġ, the 33rd of them."""
+    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = (b for b in range(256) if b not in seen)
+    return {b: chr(b) for b in seen} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+LETTER = letters()
+BYTE = {letter: b for b, letter in LETTER.items()}
+
+
+def spell(token: bytes) -> str:
+    return "".join(map(LETTER.__getitem__, token))
+
+
+def unspell(token: str) -> bytes:
+    try:
+        return bytes(map(BYTE.__getitem__, token))
+    except KeyError:
+        raise ValueError(f"its token {token!r:.40} is not written in bytes: not a byte-level BPE") \
+            from None

@@ -125,13 +125,13 @@ def to_config(c: ModelConfig, tok: Tokenizer, dtype: torch.dtype) -> dict[str, A
 
 def to_gguf(c: ModelConfig) -> dict[str, Any]:
     """The settings of a GGUF file that are about its sizes."""
-    scaled = {}
-    if c.rope_scaling:
-        scaled["rope.scaling.original_context_length"] = int(c.rope_scaling[-1])
-    return {f"{family_of(c)}.{key}": value for key, value in {
+    sizes = {
         "block_count": c.n_layer, "context_length": c.max_seq_len, "embedding_length": c.n_embd,
         "feed_forward_length": c.n_hidden, "attention.head_count": c.n_head,
         "attention.head_count_kv": c.n_kv_head, "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim, "rope.dimension_count": c.head_dim,
         "rope.freq_base": c.rope_theta, "attention.layer_norm_rms_epsilon": c.norm_eps,
-        "vocab_size": c.vocab_size, **scaled}.items()}
+        "vocab_size": c.vocab_size}
+    if c.rope_scaling:
+        sizes["rope.scaling.original_context_length"] = int(c.rope_scaling[-1])
+    return {f"{family_of(c)}.{key}": value for key, value in sizes.items()}

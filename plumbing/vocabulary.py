@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plumbing.bpe import merges_of
+from plumbing.bpe import merges_of, spell, unspell
 from plumbing.files import write_text
 from plumbing.templates import CHATML, Rules, check, completed, differing, writer
 from tokenizer import Tokenizer, dump, render
@@ -30,36 +30,12 @@ MAX_BYTES = 100 << 20  # of a JSON file; a large vocabulary takes 20 MB
 
 class Vocabulary(NamedTuple):
     """A tokenizer as others keep it."""
-    tokens: dict[str, int]  # in letters: see LETTER
+    tokens: dict[str, int]  # in letters: see plumbing/bpe.py
     merges: list[str]  # "a b", in order
     special: dict[str, int]
     pattern: str
     rules: Rules  # without those of the chat template, which is a program in .jinja
     whole: bool  # a piece that is a token needs no merges
-
-
-def letters() -> dict[int, str]:
-    """GPT-2 writes bytes as letters: as itself what can be seen, as a letter from 256 on the rest.
-    A space is Ġ, the 33rd of them."""
-    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    hidden = (b for b in range(256) if b not in seen)
-    return {b: chr(b) for b in seen} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-
-
-LETTER = letters()
-BYTE = {letter: b for b, letter in LETTER.items()}
-
-
-def spell(token: bytes) -> str:
-    return "".join(map(LETTER.__getitem__, token))
-
-
-def unspell(token: str) -> bytes:
-    try:
-        return bytes(map(BYTE.__getitem__, token))
-    except KeyError:
-        raise ValueError(f"its token {token!r:.40} is not written in bytes: not a byte-level BPE") \
-            from None
 
 
 # ---------------------------------------------------------------------------- from elsewhere

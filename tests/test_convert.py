@@ -32,11 +32,11 @@ TEMPLATES = {
     "qwen2": "{% if messages[0].role != 'system' %}"
              "{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{% endif %}"
              "{% for m in messages %}" + TURN + ASKED + "{% endif %}",
-    "qwen3": "{% set none = '<think>\\n\\n</think>\\n\\n' %}{% for m in messages %}"
+    "qwen3": "{% set empty = '<think>\\n\\n</think>\\n\\n' %}{% for m in messages %}"
              "{% if loop.last and m.role == 'assistant' %}"
-             "{{ '<|im_start|>assistant\\n' + none + m.content + '<|im_end|>\\n' }}{% else %}"
+             "{{ '<|im_start|>assistant\\n' + empty + m.content + '<|im_end|>\\n' }}{% else %}"
              + TURN + "{% endif %}" + ASKED +
-             "{% if enable_thinking is false %}{{ none }}{% endif %}{% endif %}",
+             "{% if enable_thinking is false %}{{ empty }}{% endif %}{% endif %}",
     "llama": "{% set head = '<|start_header_id|>system<|end_header_id|>\\n\\nIt is May.\\n\\n' %}"
              "{{ bos_token + head }}{% if messages[0].role == 'system' %}"
              "{{ messages[0].content | trim }}{% set messages = messages[1:] %}{% endif %}"
