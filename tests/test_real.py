@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_convert import CPU, give, random_text, take
 
 import convert
 from generate import replies
 from plumbing import gguffile
 from plumbing.loading import load_model
-from test_convert import CPU, give, random_text, take
 from tokenizer import render
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_convert import TEMPLATES, folder, give, take  # noqa: F401, folder is a fixture
 
 import convert
 from plumbing import gguffile, weights
 from plumbing.weights import Stored
-from test_convert import TEMPLATES, folder, give, take  # noqa: F401, folder is a fixture
 
 MANY = 1 << 60
 
