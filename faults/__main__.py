@@ -110,6 +110,7 @@ def signals(lab: Lab, moments: int = 20) -> Result:
     traceback, within 2 s, and --resume must give the run that nothing disturbed. Seen to fail
     without `end_quietly` (exit code -15), and when the handler raised instead of setting a flag."""
     r, good, slowest = Random(2), 0, 0.0
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else a fork is born with the handler of a test
     whole = {stage: lab.whole(stage, max_steps=8) for stage in STAGES}
     for i in range(moments):
         stage, number = STAGES[i % 5], (signal.SIGTERM, signal.SIGINT)[i // 5 % 2]
@@ -117,16 +118,16 @@ def signals(lab: Lab, moments: int = 20) -> Result:
         settings: dict = dict(max_steps=8, resume=True, save_every=3)
         if i % 3 == 0:
             run: Child = lab.python(f"train_{stage}.py", *lab.arguments(stage, out, **settings))
-            while not hears_sigterm(run.pid):  # its first lines see to that, then come the imports
-                pass
-            run.ends(r.uniform(0, 0.9))
+            seconds = 0.9
         else:
             run = lab.start(stage, out, terminal.end_quietly, **settings)
-            if i % 6 == 1:
-                while not list(out.glob(".tmp-*")) and not run.ends(0.0002):
-                    pass
-            else:
-                run.ends(r.uniform(0.01, seconds))
+        while not hears_sigterm(run.pid):  # its first lines see to that, then come the imports
+            pass
+        if i % 6 == 1:
+            while not list(out.glob(".tmp-*")) and not run.ends(0.0002):
+                pass
+        else:
+            run.ends(r.uniform(0, seconds))
         start = time.perf_counter()
         run.send(number)
         quiet = run.wait() == 0 and "Traceback" not in run.text

@@ -26,7 +26,7 @@ def end_quietly(name: str = "__main__") -> None:
     exit code 0 and one line instead of a traceback: nothing is lost before the first step. When the
     loop begins, `runtime.StopSignals` takes over: then a signal saves a checkpoint first."""
     if name == "__main__":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)
 
 
