@@ -69,13 +69,14 @@ def find_documents(paths: list[str], max_file_mb: int = 50,
     return list(files), [str(one) for one in found if one.why]
 
 
-def decode(raw: bytes) -> str:
-    """Raises ValueError, with the place of the first byte that does not fit, for what is no text or
-    is in an encoding that cannot be told for certain."""
+def encoding_of(raw: bytes) -> str:
+    """The name of the codec that reads a file. Raises ValueError, with the place of the first byte
+    that does not fit, for what is no text or is in an encoding that cannot be told."""
     for mark, name in MARKS.items():
         if raw.startswith(mark):
             try:
-                return raw.decode(name)
+                raw.decode(name)
+                return name
             except UnicodeDecodeError as error:
                 raise ValueError(f"not {name.upper()} at byte {error.start}, as its first bytes "
                                  "say") from None
@@ -84,28 +85,33 @@ def decode(raw: bytes) -> str:
     try:
         if b"\x1b$" in raw:
             raise ValueError("ISO-2022, it seems: convert it to UTF-8 first")
-        return raw.decode()
+        raw.decode()
+        return "utf-8"
     except UnicodeDecodeError as error:
         if sum(byte >= 0xc0 for byte in raw[max(0, error.start - 10_000):error.start]) >= 10:
             raise ValueError(f"damaged UTF-8 at byte {error.start}") from None
-        if (text := chinese(raw)) is not None:
-            return text
+        if is_chinese(raw):
+            return "gb18030"
         raise ValueError(f"not UTF-8 at byte {error.start}, nor plainly GB18030: convert it first, "
                          "with iconv -f ENCODING -t UTF-8") from None
 
 
-def chinese(raw: bytes) -> str | None:
-    """GB18030 as text. Nearly any bytes are valid GB18030, so None if the most frequent characters
-    of Chinese are rare in it, as in Big5 that is misread, or if it is as good as Korean."""
+def is_chinese(raw: bytes) -> bool:
+    """Is this GB18030? Nearly any bytes are valid GB18030. But in Big5 or in French that is misread
+    so, the most frequent characters of Chinese are rare. Korean looks like it and has a test."""
     try:
         text = raw.decode("gb18030")
     except UnicodeDecodeError:
-        return None
+        return False
     letters = re.sub("[\0-\x7f、。《》（），！？：；“”‘’]+", "", text)
     korean = re.findall("[\uac00-\ud7a3]", raw.decode("euc_kr", "replace"))
     frequent = sum(letter in FREQUENT for letter in letters)
     plain = frequent >= 1 + 0.15 * len(letters) and len(korean) < 0.9 * len(letters)
-    return text if plain and not OTHER.search(text) else None
+    return plain and not OTHER.search(text)
+
+
+def decode(raw: bytes) -> str:
+    return raw.decode(encoding_of(raw))
 
 
 def read_document(path: Path, raw: bytes, cut: Cut) -> tuple[list[Chunk], int]:
@@ -159,8 +165,8 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
     more, passed = find_documents(sorted(filter(os.path.isfile, gone)), max_file_mb)
     files += more
     print("".join(f"{line}\n" for line in (*skipped, *passed)), end="")
-    counts = dict.fromkeys(("new", "changed", "unchanged", "gone", "unreadable", "chunks embedded",
-                            "characters replaced"), 0)
+    counts = dict.fromkeys(("new", "changed", "unchanged", "gone", "unreadable", "read as GB18030",
+                            "characters replaced", "chunks embedded"), 0)
     for name in sorted(gone.difference(map(str, more))):
         print(f"forgotten: {printable(name)}")
         index.remove(name)
@@ -183,6 +189,7 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
                 counts["unreadable"] += 1
                 continue
             counts["characters replaced"] += replaced
+            counts["read as GB18030"] += encoding_of(raw) == "gb18030"
             counts["changed" if before else "new"] += 1
             index.put(name, sha, chunks)
             if len(index.new) >= COMMIT_CHUNKS:

@@ -248,7 +248,6 @@ def test_split_passes_over_what_it_cannot_read_and_ends_when_its_reader_does(not
     (["add", "README.md", "--embed=word2vec"], "sentence-transformers:NAME"),
     (["add", "README.md", "--chunk_tokens=3"], "'chunk_tokens' must be int at least 16"),
     (["remove"], "remove what?"),
-    (["eval"], "eval needs --corpus"),
     (["ask", "x", "--inde=3"], "did you mean 'index'"),
 ])
 def test_a_mistake_is_one_line(arguments, why, capsys, monkeypatch):

@@ -100,6 +100,7 @@ def test_an_answer_is_cut_only_where_the_document_holds_it(tmp_path):
 
 
 def test_what_does_not_fit_is_named(files):
+    assert "eval needs --corpus=FILE" in evaluate(files, "--corpus=", code=2)
     (files / "queries.jsonl").write_text(json.dumps(
         {"query": "x", "answers": [], "doc_id": "nobody", "lang": "en", "source": "notes"}) + "\n")
     assert "doc_id 'nobody' is not in" in evaluate(files, code=2)
