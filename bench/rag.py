@@ -68,8 +68,8 @@ def english_words(text: str) -> list[str]:
 
 def chinese_units(text: str) -> list[str]:
     """Han characters and words of other scripts, without punctuation, as CMRC's evaluation."""
-    return [unit for unit in PIECE.findall(text.lower())
-            if not unicodedata.category(unit[0]).startswith(("P", "S"))]
+    return [unit[0] for unit in PIECE.finditer(text.lower())
+            if not unicodedata.category(unit[0][0]).startswith(("P", "S"))]
 
 
 def longest_common_run(a: list[str], b: list[str]) -> int:

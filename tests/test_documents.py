@@ -134,3 +134,4 @@ def test_an_interrupted_run_keeps_what_was_read(folder, tmp_path, monkeypatch, c
 
 def test_pieces():
     assert count_pieces("Two words, 三个字！x_1") == 2 + 1 + 3 + 1 + 1 + 1 + 1
+    assert count_pieces("====") == 1 and count_pieces("=-=") == 3 and count_pieces("=" * 40) == 3
