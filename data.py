@@ -6,22 +6,20 @@ Text -> token files, and token files -> batches.
 Each language and split becomes one file, DIR/train_zh.bin and so on: a 256-byte header, then the
 token ids of all documents, each closed by <|endoftext|>. A document belongs to the validation split
 by a hash of its text, so copies of it never are on both sides. Several processes share the work,
-and how many does not change the result. A run that was stopped goes on where it was.
+and how many does not change the result. A folder is whole once it has its meta.json.
 
 Pre-training reads windows of a fixed length straight from the mapped files; fine-tuning reads
 chats that were packed into windows. Which windows make up a batch is a pure function of (seed,
 index): a run resumes from one integer, on any number of ranks.
 """
-import hashlib
 import os
 from bisect import bisect_left, bisect_right, insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
-from time import time
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -29,14 +27,16 @@ import torch
 from torch import Tensor
 
 from configurator import FilePath, Natural, configure
-from plumbing.corpus import find_files, parse, read_batches
+from plumbing.corpus import find_files, parse
 from plumbing.examples import Rows, cached_tokenizer, window_batch
-from plumbing.jobs import Progress, parallel
-from plumbing.jsonl import BadLine, BadLines, Batch
+from plumbing.folder import Folder, Made
+from plumbing.jobs import Progress
+from plumbing.jsonl import BadLine, Batch
 from plumbing.order import Order, draw_split, hash64
 from plumbing.runtime import print0
 from plumbing.terminal import fail, run
-from plumbing.tokenfiles import IGNORE, TokenFile, TokenFolder, check_ids, id_type, open_data
+from plumbing.tokenfiles import (HEADER_BYTES, IGNORE, TokenFile, check_ids, id_type, open_data,
+                                 pack_header)
 from tokenizer import SPECIALS, load_tokenizer
 
 ENDOFTEXT = SPECIALS[0]
@@ -175,80 +175,67 @@ class Packed:
 
 # --------------------------------------------------------------------- text -> token files
 
-def encode_batch(batch: Batch, tokenizer: str, val_fraction: float,
-                 ) -> tuple[dict, list[BadLine], int, int, float]:
-    """A worker's share: {(split, lang): (ids, bytes of text, documents)}, the bad lines, how many
-    documents hold the letters <|endoftext|>, and how much was read."""
+def encode_batch(batch: Batch, tokenizer: str, val_fraction: float) -> Made:
+    """A worker's share: token ids for each file, and how many documents and bytes of text they
+    stand for."""
     tok = cached_tokenizer(tokenizer)
-    parts: dict[tuple[str, str], list] = {}
-    bad, n_literal = [], 0
+    ids: dict[str, list[np.ndarray]] = {}
+    counts, bad = Counter(), []
     for item in parse(batch):
         if isinstance(item, BadLine):
             bad.append(item)
             continue
         raw = item.text.encode()
-        n_literal += ENDOFTEXT in item.text
-        part = parts.setdefault((draw_split(raw, val_fraction), item.lang), [[], 0, 0])
-        part[0].append(np.array(tok.encode_ordinary(item.text) + [tok.endoftext], id_type(tok)))
-        part[1] += len(raw)
-        part[2] += 1
-    return ({key: (np.concatenate(ids).tobytes(), n_bytes, n)
-             for key, (ids, n_bytes, n) in sorted(parts.items())}, bad, n_literal, batch.n_bytes,
+        name = f"{draw_split(raw, val_fraction)}_{item.lang}.bin"
+        ids.setdefault(name, []).append(
+            np.array(tok.encode_ordinary(item.text) + [tok.endoftext], id_type(tok)))
+        counts.update({"good": 1, f"{name} documents": 1, f"{name} bytes": len(raw),
+                       ENDOFTEXT: ENDOFTEXT in item.text})
+    return ({name: np.concatenate(parts).tobytes() for name, parts in ids.items()}, counts, bad,
             batch.share)
-
-
-def describe(files: list[str]) -> str:
-    """A hash of the names, sizes and times of the input files."""
-    stats = [(os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def prepare(cfg: Config, progress: Progress) -> None:
     """Write the token files of a folder. Raises ValueError or OSError for what a user can mend."""
-    files, tok = find_files(cfg.input), load_tokenizer(cfg.tokenizer)
-    job = {"inputs": describe(files), "tokenizer": tok.sha256,
-           "settings": [cfg.val_fraction]}
-    out = TokenFolder(cfg.out_dir, job)
+    tok = load_tokenizer(cfg.tokenizer)
+    out = Folder(cfg.out_dir, find_files(cfg.input), tok, cfg.val_fraction)
     if out.finished:
         open_data(cfg.out_dir)  # raises ValueError if it has been damaged since
         print(f"{cfg.out_dir} is up to date")
         return
-    work = partial(encode_batch, tokenizer=cfg.tokenizer, val_fraction=cfg.val_fraction)
-    todo = islice(read_batches(files), out.state["batches"], None)
-    bad_lines = BadLines(cfg.on_bad_line, progress, out.state["bad"])
-    start, first_share, n_read, literal = time(), out.state["share"], 0, 0
-    for parts, bad, n_literal, n_bytes, share in parallel(work, todo, cfg.workers):
-        bad_lines.add(bad)
-        for (split, lang), part in parts.items():
-            out.add(split, lang, *part)
-        out.end_batch(share, bad_lines.kinds)
-        n_read, literal = n_read + n_bytes, literal + n_literal
-        seconds = max(time() - start, 1e-9)
-        left = (1 - share) / max(share - first_share, 1e-9) * seconds
-        progress.show(f"{share:6.1%} | {n_read / 1e6:,.0f} MB | "
-                      f"{n_read / seconds / 1e6:.1f} MB/s | eta {left:,.0f} s")
-    progress.end()
-    print(f"read {n_read / 1e6:,.1f} MB in {time() - start:.1f} s")
-    if literal:
-        print(f"documents that hold the letters {ENDOFTEXT}: {literal:,}. They are learnt as "
-              "letters; for documents that end there, write each as a line of a .jsonl file")
-    bad_lines.finish(sum(file.n_docs for file in out.files.values()))
-    if describe(files) != job["inputs"]:
-        raise ValueError(f"{cfg.input}: changed while it was read; give the command again")
+    if out.meta:
+        raise ValueError(f"{cfg.out_dir} holds data made from other input or settings: delete it, "
+                         "or give another --out_dir")
+    there = [*Path(cfg.out_dir).glob("*.bin")]
+    if there and not Path(cfg.out_dir, "tokenizer.txt").exists():
+        raise ValueError(f"{cfg.out_dir} holds {there[0].name}, made by something else: give "
+                         "another --out_dir")
+    counts = out.fill(partial(encode_batch, tokenizer=cfg.tokenizer, val_fraction=cfg.val_fraction),
+                      cfg.workers, cfg.on_bad_line, progress, HEADER_BYTES)
+    if n := counts[ENDOFTEXT]:
+        print(f"documents that hold the letters {ENDOFTEXT}: {n:,}. They are learnt as letters; "
+              "for documents that end there, write each as a line of a .jsonl file")
     for split in ("train", "val"):
         if not any(name.startswith(split) for name in out.files):
             raise ValueError(f"{cfg.input}: no document fell into the {split} split: give more "
                              f"text or another --val_fraction than {cfg.val_fraction}")
-    out.finish(tok, cfg.input)
+
+    def header(name: str, size: int, sha: bytes) -> bytes:
+        width = id_type(tok).itemsize
+        n, n_docs, n_bytes = size // width, counts[f"{name} documents"], counts[f"{name} bytes"]
+        print(f"{name:<16} {n_docs:>10,} documents {n:>14,} tokens {n_bytes:>16,} bytes "
+              f"{n_bytes / n:6.2f} bytes/token")
+        return pack_header(width, n, tok.n_vocab, n_bytes, n_docs, tok.sha256, sha,
+                           name[:-4].partition("_")[2])
+    out.finish(HEADER_BYTES, header)
 
 
 def main() -> None:
     cfg = configure(Config)
     if not 0 < cfg.val_fraction < 1:
         fail(f"--val_fraction={cfg.val_fraction} must lie between 0 and 1")
-    progress = Progress()
     try:
-        prepare(cfg, progress)
+        prepare(cfg, Progress())
         return
     except BrokenPipeError:
         raise  # nobody reads what is printed: no fault of the disk
@@ -256,10 +243,9 @@ def main() -> None:
         message = str(error)
     except OSError as error:
         reason = f"{error.filename or cfg.out_dir}: {error.strerror}" if error.errno else f"{error}"
-        message = f"{reason}; what is done is kept, the same command goes on from there"
+        message = f"{reason}; mend that, and give the same command again"
     except KeyboardInterrupt:
-        message = "stopped; the same command goes on from there"
-    progress.end()
+        message = "stopped; the same command starts again"
     fail(message)
 
 

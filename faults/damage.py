@@ -21,7 +21,7 @@ import data
 from demo import world
 from faults.lab import (STAGES, Lab, Result, bits, crash_everywhere, damaged, die_after_save,
                         instead, newest, same_bits, same_run, side_by_side, spoil)
-from plumbing import checkpoint, corpus, examples, tokenfiles
+from plumbing import checkpoint, corpus, examples
 from plumbing.jobs import Progress
 from search import embed
 from search.documents import count_pieces, update
@@ -119,7 +119,7 @@ def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
     def of_shards() -> tuple[int, int]:
         text = lab.folder / "few.jsonl"
         text.write_text("".join((lab.folder / "pt.jsonl").read_text().splitlines(True)[:40]))
-        corpus.BATCH_BYTES, tokenfiles.JOURNAL_SECONDS = 5_000, 0  # a journal after each batch
+        corpus.BATCH_BYTES = 5_000
         return of_data(lambda out: data.prepare(data.Config(
             str(text), f"{lab.folder}/tok.txt", str(out), 0.2, workers=1), Progress()))
 

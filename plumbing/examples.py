@@ -11,13 +11,10 @@ there: a corpus of any size works.
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from functools import cache, partial
 from itertools import combinations, pairwise
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -25,19 +22,20 @@ import torch
 from torch import Tensor
 
 from plumbing.chats import read_chat, read_comparison, read_prompt
-from plumbing.corpus import find_files, language, read_batches
-from plumbing.files import write_text
-from plumbing.jobs import Progress, parallel
-from plumbing.jsonl import BadLine, BadLines, Batch, LineError, check_text, parse_records
+from plumbing.corpus import find_files, language
+from plumbing.folder import Folder, Made, mapped
+from plumbing.jobs import Progress
+from plumbing.jsonl import BadLine, Batch, LineError, check_text, parse_records
 from plumbing.order import draw_split, hash64
 from plumbing.runtime import print0
-from plumbing.tokenfiles import IGNORE, read_json
+from plumbing.tokenfiles import IGNORE
 from tokenizer import Tokenizer, load_tokenizer, render
 
 Kind = Literal["chat", "pair", "ranking", "prompt"]
 SPLITS = ("train", "val")
-# of each row: where it ends in .words, language, margin, whether it is the first of its example
-ROW = np.dtype([("end", "<i8"), ("lang", "S8"), ("margin", "<f4"), ("first", "?")])
+VERSION = 4  # of the files; older ones are made again
+# of each row: tokens in .words, language, margin, whether it is the first of its example
+ROW = np.dtype([("length", "<i4"), ("lang", "S8"), ("margin", "<f4"), ("first", "?")])
 LEARN = np.uint32(1 << 31)  # flag on a token id in .words: to be learnt
 cached_tokenizer = cache(load_tokenizer)  # once per worker
 
@@ -115,26 +113,28 @@ def fit_chat(tok: Tokenizer, messages: list[dict], max_len: int, counts: Counter
 
 # ---------------------------------------------------------------------------- preparing
 
-def encode_batch(batch: Batch, kind: Kind, tokenizer: str, max_len: int, val_fraction: float):
-    """A worker's share: {split: (words as bytes, rows)}, the bad lines, how often something was
-    dropped or shortened, the number of records, and how much was read."""
+def encode_batch(batch: Batch, kind: Kind, tokenizer: str, max_len: int,
+                 val_fraction: float) -> Made:
+    """A worker's share: the words and rows of each split, and how many examples that are."""
     tok = cached_tokenizer(tokenizer)
-    parts: dict[str, tuple[list, list]] = {"train": ([], []), "val": ([], [])}
-    bad, counts, n = [], Counter(), 0
+    words: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    rows: dict[str, list[tuple]] = {split: [] for split in SPLITS}
+    bad, counts = [], Counter()
     for item in parse_records(batch, partial(rows_of, kind=kind, tok=tok, max_len=max_len)):
         if isinstance(item, BadLine):
             bad.append(item)
             continue
         key, groups, found = item
-        counts, n = counts + found, n + 1
-        words, rows = parts[draw_split(key.encode(), val_fraction)]
+        split = draw_split(key.encode(), val_fraction)
+        counts.update({**found, "good": 1, split: len(groups)})
         for lang, margin, group in groups:
             for i, (ids, mask) in enumerate(group):
                 learn = np.where(np.array(mask, bool), LEARN, np.uint32(0))
-                words.append(np.array(ids, np.uint32) | learn)
-                rows.append((len(ids), lang.encode(), margin, i == 0))
-    return {split: (b"".join(w.tobytes() for w in words), np.array(rows, ROW))
-            for split, (words, rows) in parts.items()}, bad, counts, n, batch.share
+                words[split].append(np.array(ids, np.uint32) | learn)
+                rows[split].append((len(ids), lang.encode(), margin, i == 0))
+    parts = {f"{split}.words": b"".join(w.tobytes() for w in words[split]) for split in SPLITS}
+    parts |= {f"{split}.rows": np.array(rows[split], ROW).tobytes() for split in SPLITS}
+    return parts, counts, bad, batch.share
 
 
 class Rows:
@@ -146,7 +146,8 @@ class Rows:
         self.table = table  # (rows,) of ROW
         self.name, self.data_id = name, data_id  # data_id: a hash of both
         self.firsts = np.append(np.flatnonzero(table["first"]), len(table))  # row of each example
-        self.starts = np.append(0, table["end"])  # of each row in .words, and where the last ends
+        ends = np.cumsum(table["length"], dtype=np.int64)
+        self.starts = np.append(0, ends)  # of each row in .words, and where the last ends
 
     def __len__(self) -> int:
         return len(self.firsts) - 1
@@ -188,79 +189,39 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
     these, checked against their sha256 if it does. A chat belongs to val by a hash of all of it, a
     pair, ranking or prompt by one of its prompt: the pairs of a prompt stay together. Raises
     ValueError for what a user can mend."""
-    files = find_files(paths)
-    job = {"files": [[f, os.path.getsize(f), os.stat(f).st_mtime_ns] for f in files], "kind": kind,
-           "tokenizer": tok.sha256, "settings": [max_len, val_fraction, on_bad_line], "version": 3}
-    meta = read_json(os.path.join(folder, "meta.json"))
-    if not meta or meta["job"] != job:
-        meta = prepare(files, kind, tok, job, folder)
+    out = Folder(folder, find_files(paths), tok, kind, max_len, val_fraction, on_bad_line, VERSION)
+    if not out.finished:
+        prepare(out, kind, max_len, val_fraction, on_bad_line)
     found = {}
     for split in SPLITS:
         hashes, arrays = [], []
-        for part, dtype in (("words", np.dtype("<u4")), ("rows", ROW)):
-            path = os.path.join(folder, f"{split}.{part}")
-            hashes.append(sha256_of(path))
-            if hashes[-1] != meta["sha256"][f"{split}.{part}"]:
+        for name, dtype in ((f"{split}.words", np.dtype("<u4")), (f"{split}.rows", ROW)):
+            path = os.path.join(folder, name)
+            with open(path, "rb") as f:
+                hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
+            if hashes[-1] != out.meta["files"][name]:
                 raise ValueError(f"{path}: damaged: its contents do not match their sha256; delete "
                                  f"{folder}")
-            empty = not os.path.getsize(path)  # which cannot be mapped
-            arrays.append(np.zeros(0, dtype) if empty else np.memmap(path, dtype, "r"))
+            arrays.append(mapped(path, dtype))
         words, table = arrays
         found[split] = Rows(words, table, f"{paths} ({split})", hash64(*hashes))
     return found
 
 
-def sha256_of(path: str) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def prepare(files: list[str], kind: Kind, tok: Tokenizer, job: dict, folder: str) -> dict:
-    """Write the rows of a folder; what its meta.json says. That comes last: without it a folder is
-    unfinished, and made again."""
-    max_len, val_fraction, on_bad_line = job["settings"]
-    Path(folder, "meta.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)  # not written over: another run may have it mapped
-    os.makedirs(folder)
-    tok_path = os.path.join(folder, "tokenizer.txt")
-    write_text(tok_path, tok.text)
-    progress = Progress()
-    bad_lines = BadLines(on_bad_line, progress)
-    tables = {split: [np.zeros(0, ROW)] for split in SPLITS}
-    counts, n = Counter(), 0
-    work = partial(encode_batch, kind=kind, tokenizer=tok_path, max_len=max_len,
-                   val_fraction=val_fraction)
-    workers = 1 if sum(map(os.path.getsize, files)) < 16 << 20 else 0
-    with ExitStack() as opened:
-        opened.callback(progress.end)
-        outs = {name: opened.enter_context(open(os.path.join(folder, name), "wb"))
-                for split in SPLITS for name in (f"{split}.words", f"{split}.rows")}
-        for parts, bad, found, n_new, share in parallel(work, read_batches(files), workers):
-            bad_lines.add(bad)
-            counts, n = counts + found, n + n_new
-            for split, (words, rows) in parts.items():
-                outs[f"{split}.words"].write(words)
-                tables[split].append(rows)
-            progress.show(f"{share:6.1%} | {n:,} records")
-        for split in SPLITS:
-            table = np.concatenate(tables[split])
-            table["end"] = np.cumsum(table["end"])
-            outs[f"{split}.rows"].write(table.tobytes())
-        for f in outs.values():
-            f.flush()
-            os.fsync(f.fileno())
-    bad_lines.finish(n)
-    many = {split: sum(int(rows["first"].sum()) for rows in tables[split]) for split in SPLITS}
-    notes = "".join(f"; {what}: {often:,}" for what, often in sorted(counts.items()) if often)
-    if not sum(many.values()):
-        raise ValueError(f"{', '.join(files)}: no usable example in it{notes}")
+def prepare(out: Folder, kind: Kind, max_len: int, val_fraction: float, on_bad_line: str) -> None:
+    """Write the rows of a folder, and say how many there are."""
+    work = partial(encode_batch, kind=kind, tokenizer=os.path.join(out.path, "tokenizer.txt"),
+                   max_len=max_len, val_fraction=val_fraction)
+    workers = 1 if sum(map(os.path.getsize, out.inputs)) < 16 << 20 else 0
+    counts = out.fill(work, workers, on_bad_line, Progress())
+    n, train, val = (counts.pop(name, 0) for name in ("good", *SPLITS))
+    notes = "".join(f"; {what}: {often:,}" for what, often in sorted(counts.items()))
+    if not train + val:
+        raise ValueError(f"{', '.join(out.inputs)}: no usable example in it{notes}")
     key = "whole chat" if kind == "chat" else "prompt"
     by = f" ({val_fraction:.1%} by a hash of the {key})" if val_fraction else ""
-    print(f"{n:,} records -> {many['train']:,} {kind}s to train on, {many['val']:,} held out"
-          f"{by}{notes}")
-    meta = {"job": job, "sha256": {name: sha256_of(os.path.join(folder, name)) for name in outs}}
-    write_text(os.path.join(folder, "meta.json"), json.dumps(meta, indent=1))
-    return meta
+    print(f"{n:,} records -> {train:,} {kind}s to train on, {val:,} held out{by}{notes}")
+    out.finish()
 
 
 # ---------------------------------------------------------------------------- batches
