@@ -1,5 +1,5 @@
 """
-13B parameters, a shape to fork: vocabulary 65,536, windows of 4,096 tokens.
+13B parameters, a shape to fork, with a vocabulary of 65,536.
 
     torchrun --nproc_per_node=8 train_pt.py config/pt_13b.py --data_dir=DIR
 
@@ -17,7 +17,6 @@ n_hidden = 16384
 max_seq_len = 4096
 rope_theta = 500_000.0
 tied = False
-
 batch_tokens = 4_194_304
 batch_size = 2
 shard = True

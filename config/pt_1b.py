@@ -1,10 +1,10 @@
 """
-1B parameters (24 layers), the reference size of this project, on 20B tokens.
+1B parameters, the reference size of this project, on 20B tokens with a vocabulary of 65,536.
 
     torchrun --nproc_per_node=8 train_pt.py config/pt_1b.py --data_dir=DIR
 
-It is meant for a vocabulary of 65,536 (python tokenizer.py --vocab_size=65536) and for a node of 8
-GPUs with 80 GB, which was not tried. One H100 learns from 59,000 tokens a second (docs/results.md).
+It is meant for a node of 8 GPUs with 80 GB, which was not tried. One H100 learns from 59,000 tokens
+a second (docs/results.md).
 """
 data_dir = "out/1b/data"
 out_dir = "out/1b/pt"
@@ -16,7 +16,6 @@ n_embd = 2048
 n_hidden = 4096
 max_seq_len = 2048
 rope_theta = 100_000.0
-
 batch_tokens = 1_048_576
 batch_size = 4
 max_steps = 20_000
@@ -27,7 +26,6 @@ final_lr = 0.0
 eval_every = 500
 eval_tokens = 2_000_000
 save_every = 1000
-log_every = 10
 sample_every = 1000
 sample_tokens = 100
 compile = True

@@ -6,26 +6,20 @@ Characters of a small text of your own, an input.txt of a megabyte. 2 CPU cores.
                    --out_dir=out/char/data --val_fraction=0.1
     python train_pt.py config/pt_char.py
 
-The model has the size of nanoGPT's laptop run (4 layers, width 128, windows of 64, 12 windows a
-step) and takes a third of its steps. On tiny Shakespeare the validation loss ends at 1.55
-(docs/results.md).
+The size is that of nanoGPT's laptop run, with a third of its steps. On tiny Shakespeare the
+validation loss ends at 1.55 (docs/results.md).
 """
 data_dir = "out/char/data"
 out_dir = "out/char/pt"
 
-n_layer = 4
-n_head = 4
 n_kv_head = 4
 n_embd = 128
 n_hidden = 352
 max_seq_len = 64
-
 batch_tokens = 768
 batch_size = 12
 max_steps = 667
 optimizer = "muon"
-learning_rate = 1e-2
-muon_lr = 0.02
 final_lr = 0.0
 warmup_steps = 20
 eval_every = 100

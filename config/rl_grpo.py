@@ -4,10 +4,9 @@ than below (DAPO, Yu et al. 2025). 2 CPU cores, a few minutes.
 
     python train_rl.py config/rl_grpo.py
 
-In the first update of a rollout every ratio is 1. In the second the policy has moved: a token that
-has become 1.28 times as likely as when it was written, or 0.8 times, is pushed no further. Watch
-`clipped`, the share of replies in which that happens: a few percent here, none with one update, and
-half of them with --updates_per_rollout=8.
+In the second update the policy has moved: a token that has become 1.28 times as likely as when it
+was written, or 0.8 times, is pushed no further. Watch `clipped`, the share of replies in which that
+happens: a few percent here, none with one update, half with --updates_per_rollout=8.
 """
 init_from = "out/demo/sft"
 reward_from = "out/demo/rm"
@@ -15,11 +14,9 @@ data = "out/demo/world/prompts.jsonl"
 out_dir = "out/grpo/rl"
 
 advantage = "grpo"
-eps_low = 0.2
 eps_high = 0.28
 updates_per_rollout = 2
 beta = 0.25
-group = 8
 prompts_per_step = 16
 batch_size = 64
 answer_tokens = 48

@@ -1,12 +1,10 @@
 """
-Reinforcement learning of the model of config/sft_hour.py on the reward model of config/rm_hour.py.
-2 CPU cores, a quarter of an hour.
+Reinforcement learning of the model of config/sft_hour.py. 2 CPU cores, a quarter of an hour.
 
     python train_rl.py config/rl_hour.py --data=pairs.jsonl
 
-A file of pairs serves as a file of prompts. The reward model is small and easily fooled, so the
-pull towards the reference is strong. The model learns to end its answers, not to please
-(docs/results.md).
+A file of pairs serves as a file of prompts. The reward model is small and easily fooled: the model
+learns to end its answers, not to please (docs/results.md).
 """
 init_from = "out/real/sft"
 reward_from = "out/real/rm"
@@ -15,9 +13,7 @@ out_dir = "out/real/rl"
 beta = 0.1
 group = 4
 prompts_per_step = 16
-batch_size = 32
 answer_tokens = 96
 max_steps = 40
 learning_rate = 1e-4
 eval_prompts = 200
-save_every = 20

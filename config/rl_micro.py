@@ -1,12 +1,10 @@
 """
-The demo's reinforcement learning: 100 steps of 16 questions, each answered 8 times. 2 CPU cores,
-about 2 minutes.
+The demo's reinforcement learning: 16 questions a step, 8 replies each. 2 CPU cores, 2 minutes.
 
     python train_rl.py config/rl_micro.py
 
 beta is the price of a nat of KL, and the demo allows 1.59 nats a reply: log 4 puts all mass on one
-of the four styles, and 0.2 remain. At beta = 0.2 the run spent 1.71 nats, more than allowed,
-because the reward model sees wrong values and they were worth it; at 0.3 it left a third unused.
+of the four styles, and 0.2 remain. At beta = 0.2 the run spent 1.71, at 0.3 it left a third unused.
 """
 init_from = "out/demo/sft"
 reward_from = "out/demo/rm"
@@ -15,14 +13,10 @@ out_dir = "out/demo/rl"
 
 beta = 0.25
 kl_budget = 1.59
-group = 8
 prompts_per_step = 16
 batch_size = 64
 answer_tokens = 48
 max_steps = 100
 learning_rate = 3e-4
 warmup_steps = 5
-eval_every = 20
 eval_prompts = 400
-save_every = 20
-log_every = 5

@@ -1,13 +1,11 @@
 """
-The demo's reward model: 24,000 rankings of four replies, whose order was drawn from known scores.
-2 CPU cores, about 5 minutes.
+The demo's reward model, from 24,000 rankings of four replies. 2 CPU cores, about 5 minutes.
 
     python train_rm.py config/rm_micro.py
 
 The model learns the styles within 100 steps. To see that a value is wrong it must compare the reply
-with the context. From plain pairs over contexts of all lengths it did not learn that at all: 51 %
-right after 1,000 steps. It learns it when short contexts come first (curriculum) and when each
-context brings three comparisons of a right value with a wrong one (rankings).
+with the context. It did not learn that from plain pairs over contexts of all lengths. It does when
+short contexts come first (curriculum) and each context brings three comparisons (rankings).
 """
 init_from = "out/demo/sft"
 data = "out/demo/world/rankings.jsonl"

@@ -4,22 +4,25 @@ The whole ladder on a laptop: makes the toy world, climbs PT -> SFT -> RM -> DPO
     make demo        or        python -m demo [--out_dir=out/demo]
 
 Each stage is a script of this project. The command line that runs it is printed first, and the same
-`python -m demo` again goes on where it was stopped. The report judges every stage on names that are
-in no training file (world.py), by a program that knows the right answers and not by the reward
-model. Its gates were fixed before the runs and stand beside the figures, with controls and
-ceilings. It has curves where matplotlib is installed.
+`python -m demo` again goes on where it was stopped. The report judges every stage (judge.py) on
+names that are in no training file (world.py), and has curves where matplotlib is installed.
 """
 import json
 import os
-import runpy
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
+import train_dpo
+import train_pt
+import train_rl
+import train_rm
+import train_sft
 from configurator import Count, FilePath, Share, configure, fail
 from demo.curves import draw
 from demo.judge import (judge_answers, judge_chats, judge_pt, judge_rag, judge_rl, judge_rm,
@@ -38,8 +41,8 @@ class Config:
     share: Share = 1.0  # of the steps of every stage; less, with less data, is to try things out
 
 
-STAGES = ("pt", "sft", "rm", "dpo", "rl", "rag")
-WRITERS = ("pt", "sft", "dpo", "rl")  # the stages whose model can answer
+STAGES = {"pt": train_pt, "sft": train_sft, "rm": train_rm, "dpo": train_dpo, "rl": train_rl}
+ORDER = ("PT", "SFT", "RM", "DPO", "RL", "RAG")  # of the gates
 
 
 def run(*words: str) -> None:
@@ -50,10 +53,16 @@ def run(*words: str) -> None:
         code = child.wait()
     except KeyboardInterrupt:  # the child has it too: let it save
         child.wait()
-        print("stopped; the same command goes on from there")
-        code = 130
+        stop()
+    if code < 0:  # killed by a signal
+        stop()
     if code:
         raise SystemExit(code)
+
+
+def stop() -> NoReturn:
+    print("stopped; the same command goes on from there")
+    raise SystemExit(130)
 
 
 def keep_settings(cfg: Config) -> None:
@@ -71,18 +80,23 @@ def keep_settings(cfg: Config) -> None:
         fail(f"{path}: {error}")
 
 
+def settings_of(stage: str) -> Any:
+    """What its config file makes of a stage."""
+    return configure(STAGES[stage].Config, [f"config/{stage}_micro.py"], show=False)
+
+
 def report(cfg: Config, start: float) -> str:
     """Judge all stages; the report as Markdown, its gates first."""
     out, n = Path(cfg.out_dir), max(20, round(1000 * cfg.share))
     world = out / "world"
     models = {stage: load_model(str(out / stage), torch.device("cpu"), torch.float32)
-              for stage in WRITERS}
+              for stage in ("pt", "sft", "dpo", "rl")}
     parts = [judge_pt(world, *models["pt"], cfg.seed), judge_answers(world, models, n, cfg.seed),
              (judge_chats(world, models, n), []), judge_rm(out, world),
-             judge_rl(out, runpy.run_path("config/rl_micro.py")),
+             judge_rl(out, settings_of("rl").beta),
              judge_rag(out, min(n, 240), models["sft"], cfg.seed)]
     gates = sorted((gate for _, gates in parts for gate in gates),
-                   key=lambda gate: STAGES.index(gate.stage.lower()))
+                   key=lambda gate: ORDER.index(gate.stage))
     head, *lines = table("What the demo learnt", "", ["stage", "figure", "measured", "gate",
                                                       "passed", "beside it"], [
         [g.stage, g.what, f"{g.value:.3f}", f"{g.low:.2f} … {g.high:.2f}",
@@ -114,14 +128,13 @@ def main() -> None:
     run("data.py", f"--input={text}", f"--tokenizer={tok}", f"--out_dir={data}")
 
     def stage(name: str, *arguments: str) -> None:
-        config = f"config/{name}_micro.py"
-        settings = runpy.run_path(config)
-        steps = []
-        if cfg.share < 1:
-            steps = [f"--max_steps={max(2, round(cfg.share * settings['max_steps']))}",
-                     f"--warmup_steps={round(cfg.share * settings['warmup_steps'])}"]
-        run(f"train_{name}.py", config, *arguments, f"--out_dir={cfg.out_dir}/{name}",
-            f"--seed={cfg.seed}", *steps, "--resume")
+        settings, out_dir = settings_of(name), Path(cfg.out_dir, name)
+        steps, warmup = (round(cfg.share * n) for n in (settings.max_steps, settings.warmup_steps))
+        less = [f"--max_steps={max(2, steps)}", f"--warmup_steps={warmup}"]
+        run(f"train_{name}.py", f"config/{name}_micro.py", *arguments, f"--out_dir={out_dir}",
+            f"--seed={cfg.seed}", *less * (cfg.share < 1), "--resume")
+        if not list(out_dir.glob(f"step{max(2, steps):08d}-*")):  # a signal ended it: exit code 0
+            stop()
 
     def held_out(name: str) -> tuple[str, str]:
         return f"--data={world}/{name}.jsonl", f"--val_data={world}/{name}_heldout.jsonl"

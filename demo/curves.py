@@ -9,12 +9,12 @@ replies apart), the best log-loss that the drawn labels allow, the budget of the
 """
 import json
 import math
-import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import train_rl
 from configurator import FilePath, configure, fail
 from plumbing import terminal
 
@@ -44,7 +44,8 @@ def panels(out: Path) -> list[tuple[str, str, Points, dict[str, float]]]:
         floor = json.loads(file.read_text(encoding="utf-8"))
     entropy = {f"floor {lang}": bits for lang, bits in floor.get("pt", {}).items() if lang != "all"}
     best = {"Bayes": floor["pairs_heldout_bayes"]["loss"]} if floor else {}
-    budget = runpy.run_path(str(Path(__file__).parent.parent / "config/rl_micro.py"))["kl_budget"]
+    config = Path(__file__).parent.parent / "config/rl_micro.py"
+    budget = configure(train_rl.Config, [str(config)], show=False).kl_budget
     stages = [
         ("pt", "PT", "bits / byte", lambda r: {
             lang: v["bits_per_byte"] for lang, v in r.get("val", {}).items()}, entropy),

@@ -228,7 +228,7 @@ def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
                         "50 % by chance")]
 
 
-def judge_rl(out: Path, config: dict) -> tuple[list[str], list[Gate]]:
+def judge_rl(out: Path, beta: float) -> tuple[list[str], list[Gate]]:
     """What reinforcement learning's own log says at the start and at the end. No policy has a J
     above J* (`best_possible` in train_rl.py), which the run itself estimates, at its start."""
     val = [r["val"] for r in read_rows(out / "rl" / "log.jsonl") if "val" in r]
@@ -236,12 +236,12 @@ def judge_rl(out: Path, config: dict) -> tuple[list[str], list[Gate]]:
     lines = table(
         "Reinforcement learning", "", ["", "reward (sd)", "KL (nats/reply)", "J", "tokens", "end"],
         [[name, f"{v['reward']:+.2f}", f"{v['kl']:.2f}",
-          f"{v['reward'] - config['beta'] * v['kl']:+.2f}", f"{v['length']:.1f}",
+          f"{v['reward'] - beta * v['kl']:+.2f}", f"{v['length']:.1f}",
           f"{v['ended']:.1%}"] for name, v in (("before", a), ("after", b))])
     gates: list[Gate] = []
     if "best" in b:
         error = math.hypot(b["best_error"], b["J_error"])
-        lines += [f"J = reward - {config['beta']:g} KL is at most J* = {b['best']:+.2f} "
+        lines += [f"J = reward - {beta:g} KL is at most J* = {b['best']:+.2f} "
                   f"(standard error {b['best_error']:.2f}): beta log of the mean of exp(r / beta) "
                   "over the SFT model's own replies to these questions. J after: "
                   f"{b['J']:+.2f} ({b['J_error']:.2f}).", ""]

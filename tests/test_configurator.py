@@ -245,7 +245,10 @@ def test_every_config_file_fits_the_script_its_name_says():
         job = path.stem.split("_")[0]
         names = [name for name in (f"train_{job}", job) if (ROOT / f"{name}.py").exists()]
         assert names, f"{path}: there is no train_{job}.py and no {job}.py"
-        resolve(path, cls=importlib.import_module(names[0]).Config)
+        cls = importlib.import_module(names[0]).Config
+        found = resolve(path, cls=cls)
+        for key in re.findall(r"^(\w+) = ", path.read_text(), re.M):
+            assert getattr(found, key) != getattr(cls(), key), f"{path}: {key} is so by default"
 
 
 def test_a_script_speaks_on_the_right_stream_with_the_right_exit_code(config):

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -83,13 +84,13 @@ def test_a_j_above_what_any_policy_can_reach_fails_its_gate(tmp_path):
     for J, passes in ((0.9, True), (1.14, True), (1.16, False)):
         rows = [{"step": i, "val": v | best | {"J": J}} for i, v in enumerate((start, fine))]
         (tmp_path / "rl/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        lines, gates = judge.judge_rl(tmp_path, {"beta": 0.3})
+        lines, gates = judge.judge_rl(tmp_path, 0.3)
         gate, = (g for g in gates if g.what.startswith("J"))
         assert gate.value == J and (gate.low <= gate.value <= gate.high) == passes
         assert "J* = +1.00 (standard error 0.04)" in "\n".join(lines)
     (tmp_path / "rl/log.jsonl").write_text("".join(
         json.dumps({"step": i, "val": v}) + "\n" for i, v in enumerate((start, fine))))
-    assert not any(g.what.startswith("J") for g in judge.judge_rl(tmp_path, {"beta": 0.0})[1])
+    assert not any(g.what.startswith("J") for g in judge.judge_rl(tmp_path, 0.0)[1])
 
 
 def last(path: Path, key: str) -> dict:
@@ -101,30 +102,48 @@ def first(path: Path, key: str) -> dict:
     return next(r for r in map(json.loads, path.read_text().splitlines()) if key in r)
 
 
+def stopped(command: list[str], stop: Callable[[int], None], **how) -> str:
+    """What a demo says whose newest stage is stopped at its first step. `stop` gets our pid."""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, start_new_session=True, **how) as demo:
+        said = ""
+        for line in demo.stdout:
+            said += line
+            if line.startswith("val at step 0"):
+                stop(demo.pid)
+                break
+        said += demo.stdout.read()
+    assert demo.returncode == 130 and said.endswith("the same command goes on from there\n"), said
+    return said
+
+
+def term_the_stage(demo: int) -> None:
+    """As `kill PID` does it: the demo itself hears nothing."""
+    os.kill(int(Path(f"/proc/{demo}/task/{demo}/children").read_text()), signal.SIGTERM)
+
+
 def test_the_ladder_is_climbed_in_small_and_the_same_command_goes_on(tmp_path):
-    """All stages at a hundredth of their steps, stopped once on the way. Directions only: PT below
-    the unigram entropy, SFT loss down, RM better than at its start, a DPO margin, a KL that is none
-    below 0."""
+    """All stages at a hundredth of their steps, stopped twice on the way: PT by Ctrl-C, which the
+    whole group gets, and SFT by a SIGTERM of its own, after which it ends with exit code 0. Seen to
+    fail when the demo took that for the end of the stage, and taught RM on half of it.
+    Directions only: PT below the unigram entropy, SFT loss down, RM better than at its start, a DPO
+    margin, a KL that is none below 0."""
     command = [sys.executable, "-m", "demo", f"--out_dir={tmp_path}", "--n_train=4000",
                "--share=0.01"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as all tests: so few steps feel rounding
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, start_new_session=True, env=one_thread) as stopped:
-        said = ""
-        for line in stopped.stdout:
-            said += line
-            if line.startswith("val at step 0"):  # of PT: Ctrl-C, which the whole group gets
-                os.killpg(stopped.pid, signal.SIGINT)
-                break
-        said += stopped.stdout.read()
+    said = stopped(command, lambda demo: os.killpg(demo, signal.SIGINT), env=one_thread)
     assert show(0) in said.partition("$ python")[0]
-    assert stopped.returncode == 130 and "stopped; the same command goes on from there" in said
     step, = re.findall(r"stopped by SIGINT at step (\d+)", said)
+    assert "train_sft.py" not in said
+    if sys.platform == "linux":
+        again = stopped(command, term_the_stage, env=one_thread)
+        assert "stopped by SIGTERM at step" in again and "train_rm.py" not in again
+        assert f"loaded {tmp_path}/pt/step{int(step):08d}-" in again
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900,
                           env=one_thread)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert "is up to date" in done.stdout and "demo.world" not in done.stdout
-    assert f"loaded {tmp_path}/pt/step{int(step):08d}-" in done.stdout and 0 < int(step) < 20
+    assert f"loaded {tmp_path}/pt/step" in done.stdout and 0 < int(step) < 20
     other = subprocess.run([*command, "--seed=1"], cwd=ROOT, capture_output=True, text=True)
     assert other.returncode == 2 and "holds a demo with {'seed': 0, " in other.stderr
     text = (tmp_path / "report.md").read_text()

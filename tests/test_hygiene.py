@@ -23,8 +23,6 @@ FORBIDDEN = {"eval", "exec", "__import__", "pickle.load", "pickle.loads", "pickl
              "marshal.loads", "os.system", "os.popen", "shelve.open", "joblib.load", "yaml.load",
              "torch.hub.load", "tiktoken.get_encoding", "urllib.request.urlopen", "runpy.run_path"}
 ALLOWED = {("plumbing/configfile.py", "exec"),  # the user's own Python, see SECURITY.md
-           ("demo/__main__.py", "runpy.run_path"),  # of config/*_micro.py
-           ("demo/curves.py", "runpy.run_path"),  # of config/rl_micro.py
            ("bench/__main__.py", "runpy.run_path"),  # of what --nanogpt names, see SECURITY.md
            ("search/embed.py", "urllib.request.urlopen")}  # to the server that --embed=http… names
 
