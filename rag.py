@@ -14,9 +14,9 @@ Documents are cut into chunks and found by their words, or by vectors too. If no
 of what the question asks, no model is asked: it could only invent. Else the sources are put before
 the question, as token ids, so that no document can open a turn of the chat.
 """
+import importlib
 import json
 import re
-import runpy
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -264,8 +264,7 @@ def main() -> None:
     job, *rest = sys.argv[1:] or ["--help"]
     if job == "eval":  # bench/rag.py imports this file, so this file does not import it
         sys.argv[1:] = rest
-        runpy.run_module("bench.rag", run_name="__main__", alter_sys=True)
-        return
+        return importlib.import_module("bench.rag").main()
     if job not in ("add", "ask", "chat", "remove", "info", "split", "-h", "--help"):
         fail(f"{job}: not one of add, ask, chat, remove, info, split, eval; see --help")
     words = [word for word in rest if not word.startswith("--")]
