@@ -19,17 +19,15 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from random import Random
 from typing import Any
 
 from plumbing import jsonl
 from plumbing.chats import said_in
 from plumbing.files import Found, find, split_paths
-from plumbing.jsonl import BadLine, Batch, LineError
+from plumbing.jsonl import SUFFIXES, BadLine, Batch, LineError, kind_of, parse_records
 from plumbing.terminal import printable
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 BATCH_BYTES = 4 << 20  # raw bytes handed to a worker at once
 TXT_BYTES = 8 << 10  # a .txt file is cut at the first line end after so many bytes
 LANG = re.compile(r"[a-z]{2,3}(-[a-z0-9]{2,8})?")
@@ -69,12 +67,6 @@ def find_files(paths: str) -> list[str]:
     return list(once.values())
 
 
-def kind_of(path: str) -> str:
-    """Of the SUFFIXES, without .gz, the one that a file has; "" for another file."""
-    suffix = next((s for s in SUFFIXES if path.lower().endswith(s)), "")
-    return suffix.removesuffix(".gz")
-
-
 def read_batches(files: list[str]) -> Iterator[Batch]:
     """The files' raw contents in batches of about BATCH_BYTES, in constant memory.
     Raises ValueError naming the file when one cannot be read to its end."""
@@ -83,9 +75,8 @@ def read_batches(files: list[str]) -> Iterator[Batch]:
     for path, size in zip(files, sizes):
         read = _read_parquet if kind_of(path) == ".parquet" else _read_text
         try:
-            for batch, position in read(path):  # in the file, so compressed bytes of a .gz
-                batch.share = (before + position) / total
-                yield batch
+            for items, position in read(path):  # in the file, so compressed bytes of a .gz
+                yield Batch(path, items, (before + position) / total)
         except (OSError, EOFError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"{path}: cannot be read to its end: {reason}") from None
@@ -103,38 +94,33 @@ def sampled(batches: Iterator[Batch], every: int) -> Iterator[Batch]:
         yield batch
 
 
-def _read_text(path: str) -> Iterator[tuple[Batch, int]]:
+def _read_text(path: str) -> Iterator[tuple[list, int]]:
     with open(path, "rb") as raw:
         f = gzip.open(raw) if path.lower().endswith(".gz") else raw
-        batch = Batch(path, [])
-        for number, item, size in _pieces(f) if kind_of(path) == ".txt" else _lines(f):
-            batch.items.append((number, item))
-            batch.n_bytes += size
-            if batch.n_bytes >= BATCH_BYTES:
-                yield batch, raw.tell()
-                batch = Batch(path, [])
-        if batch.items:
-            yield batch, raw.tell()
+        items: list[tuple[int, bytes | None]] = []
+        size = 0
+        for item in _pieces(f) if kind_of(path) == ".txt" else _lines(f):
+            items.append(item)
+            size += len(item[1] or b"") + 1
+            if size >= BATCH_BYTES:
+                yield items, raw.tell()
+                items, size = [], 0
+        if items:
+            yield items, raw.tell()
 
 
-def _lines(f: Any) -> Iterator[tuple[int, bytes | None, int]]:
-    """Each line with its number and size; None for one longer than MAX_LINE."""
-    for number in count(1):
-        raw = f.readline(jsonl.MAX_LINE + 1)
-        if not raw:
-            return
-        size = len(raw)
-        if size <= jsonl.MAX_LINE:
-            yield number, raw, size
-            continue
-        while not raw.endswith(b"\n") and (raw := f.readline(1 << 20)):
-            size += len(raw)
-        yield number, None, size
+def _lines(f: Any) -> Iterator[tuple[int, bytes | None]]:
+    """Each line with its number; None for one longer than MAX_LINE."""
+    for number, raw in enumerate(iter(partial(f.readline, jsonl.MAX_LINE + 1), b""), 1):
+        too_long = len(raw) > jsonl.MAX_LINE
+        while too_long and raw and not raw.endswith(b"\n"):
+            raw = f.readline(1 << 20)
+        yield number, None if too_long else raw.removeprefix(jsonl.BOM).rstrip(b"\r\n")
 
 
-def _pieces(f: Any) -> Iterator[tuple[int, bytes, int]]:
-    """Pieces of a .txt file with the line each starts at and its size: up to the first line end
-    between 1 and 2 TXT_BYTES, or 2 TXT_BYTES of whole characters where none is."""
+def _pieces(f: Any) -> Iterator[tuple[int, bytes]]:
+    """Pieces of a .txt file with the line each starts at: up to the first line end between 1 and 2
+    TXT_BYTES, or 2 TXT_BYTES of whole characters where none is."""
     line, rest = 1, f.read(1 << 20).removeprefix(jsonl.BOM)
     while rest:
         block, at = f.read(1 << 20), 0
@@ -142,18 +128,18 @@ def _pieces(f: Any) -> Iterator[tuple[int, bytes, int]]:
             end = rest.find(b"\n", at + TXT_BYTES - 1, at + 2 * TXT_BYTES) + 1
             if not end and (end := min(at + 2 * TXT_BYTES, len(rest))) < len(rest):
                 end -= next((n for n in range(4) if rest[end - n] & 0xC0 != 0x80), 0)
-            yield line, rest[at:end], end - at
+            yield line, rest[at:end]
             line, at = line + rest.count(b"\n", at, end), end
         rest = rest[at:] + block
 
 
-def _read_parquet(path: str) -> Iterator[tuple[Batch, int]]:
+def _read_parquet(path: str) -> Iterator[tuple[list, int]]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path}: parquet files need the extra: pip install pyarrow") from None
     try:
-        table, row, size = pyarrow.parquet.ParquetFile(path), 1, os.path.getsize(path)
+        table, n, size = pyarrow.parquet.ParquetFile(path), 0, os.path.getsize(path)
         types = {field.name: field.type for field in table.schema_arrow}
         if "text" not in types:
             raise ValueError(f"{path}: no column 'text', there are {', '.join(types)}")
@@ -161,12 +147,12 @@ def _read_parquet(path: str) -> Iterator[tuple[Batch, int]]:
         for name in names:
             if types[name] not in (pyarrow.string(), pyarrow.large_string()):
                 raise ValueError(f"{path}: column '{name}' must be of strings, is {types[name]}")
+        types["text"] = pyarrow.large_binary()  # which may not be UTF-8
+        schema = pyarrow.schema([(name, types[name]) for name in names])
         for part in table.iter_batches(1024, columns=names, use_threads=False):  # workers do that
-            texts = part.column("text").cast(pyarrow.large_binary()).to_pylist()
-            langs = part.column("lang").to_pylist() if len(names) > 1 else [None] * len(texts)
-            batch = Batch(path, list(enumerate(zip(texts, langs), row)), part.nbytes)
-            row += len(texts)
-            yield batch, size * (row - 1) // table.metadata.num_rows
+            rows = part.select(names).cast(schema).to_pylist()
+            n += len(rows)
+            yield list(enumerate(rows, n + 1 - len(rows))), size * n // table.metadata.num_rows
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: not a readable parquet file: {error}") from None
 
@@ -176,21 +162,7 @@ def _read_parquet(path: str) -> Iterator[tuple[Batch, int]]:
 def parse(batch: Batch, chats: bool = False) -> Iterator[Document | BadLine]:
     """The documents of a batch, and a BadLine for everything that is none. Empty lines are no
     documents. With `chats`, a line may hold a chat or a pair instead of a text."""
-    if kind_of(batch.path) == ".jsonl":
-        yield from jsonl.parse_records(batch, partial(read_document, chats=chats))
-        return
-    parquet = kind_of(batch.path) == ".parquet"
-    for number, item in batch.items:
-        raw, lang = item if parquet else (item, None)
-        try:
-            text = "" if raw is None else jsonl.decode(raw)
-            if parquet or text.strip():
-                yield read_document({"text": text, "lang": lang})
-        except LineError as error:
-            where, what, detail, *below = error.args
-            number += 0 if parquet else sum(below)  # of a parquet file it is the row
-            column = where if isinstance(where, int) else 1
-            yield BadLine(f"{batch.path}:{number}:{column}", what, detail)
+    return parse_records(batch, partial(read_document, chats=chats), SUFFIXES)
 
 
 def read_document(record: dict, chats: bool = False) -> Document:

@@ -16,6 +16,7 @@ from plumbing.jobs import Progress
 from plumbing.terminal import printable
 
 BOM = b"\xef\xbb\xbf"
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 MAX_LINE = 16 << 20  # bytes; a longer line is a bad one
 MAX_DEPTH = 100  # of brackets in a line; json itself gives up at a depth that varies
 MAX_BAD = 0.01  # of the lines; more bad ones are no accident
@@ -26,9 +27,8 @@ TO_LINES = ("make lines of a list: python -c 'import json, sys; [print(json.dump
 @dataclass
 class Batch:
     path: str
-    items: list[tuple[int, Any]]  # (line, its bytes); of a parquet file (row, (bytes, lang))
-    n_bytes: int = 0  # of text, with the JSON around it
-    share: float = 0.0  # of all input that is read by the end of this batch
+    items: list[tuple[int, Any]]  # (line, its bytes); of a parquet file (row, record)
+    share: float  # of all input that is read by the end of this batch
 
 
 @dataclass
@@ -49,8 +49,9 @@ class LineError(Exception):
 class BadLines:
     """Counts what is wrong with the input: stops at the first bad line, or skips and reports."""
 
-    def __init__(self, policy: str, progress: Progress, kinds: dict[str, int] | None = None):
-        self.policy, self.progress, self.kinds = policy, progress, Counter(kinds)
+    def __init__(self, policy: str, progress: Progress):
+        self.policy, self.progress = policy, progress
+        self.kinds: Counter[str] = Counter()
 
     def add(self, bad: list[BadLine]) -> None:
         """Raises ValueError at the first bad line unless they are to be skipped."""
@@ -64,8 +65,7 @@ class BadLines:
 
     def finish(self, n_good: int) -> None:
         """Print the totals. Raises ValueError if too many were bad to be chance."""
-        n = self.kinds.total()
-        if n:
+        if n := self.kinds.total():
             kinds = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.most_common())
             print(f"bad lines skipped: {n:,} ({kinds})")
         if n > MAX_BAD * (n + n_good):
@@ -73,24 +73,39 @@ class BadLines:
                              "mend them, or take them out of the file")
 
 
-def parse_records(batch: Batch, read: Callable[[dict], Any]) -> Iterator[Any | BadLine]:
-    """What `read` makes of each object of a batch of JSONL lines; a BadLine for everything else,
-    and for a record of which `read` raises LineError. Empty lines are nothing."""
-    if not batch.path.lower().endswith((".jsonl", ".jsonl.gz")):
+def kind_of(path: str) -> str:
+    """Of the SUFFIXES, without .gz, the one that a file has; "" for another file."""
+    suffix = next((s for s in SUFFIXES if path.lower().endswith(s)), "")
+    return suffix.removesuffix(".gz")
+
+
+def parse_records(batch: Batch, read: Callable[[dict], Any], kinds: tuple[str, ...] = (".jsonl",),
+                  ) -> Iterator[Any | BadLine]:
+    """What `read` makes of each record of a batch, from a file of these kinds; a BadLine for what
+    is no record, and for one of which `read` raises LineError. Empty lines are nothing."""
+    if (kind := kind_of(batch.path)) not in kinds:
         raise ValueError(f"{batch.path}: not a .jsonl or .jsonl.gz file")
-    for number, raw in batch.items:
+    for number, item in batch.items:
         line = ""
         try:
-            if raw is None:
+            if item is None:
                 raise LineError(1, "line too long", f"more than {MAX_LINE >> 20} MB")
-            line = decode(raw.removeprefix(BOM).rstrip(b"\r\n"))
-            if line.strip():
+            text = decode((item["text"] or b"") if kind == ".parquet" else item)
+            if kind == ".parquet":
+                record = item | {"text": text}
+            elif not text.strip():
+                continue
+            elif kind == ".txt":
+                record = {"text": text}
+            else:
+                line = text
                 record = parse_object(line)
-                yield read({name: value for name, value in record.items() if value is not None})
+            yield read({name: value for name, value in record.items() if value is not None})
         except LineError as error:
-            where, what, detail, *_ = error.args
+            where, what, detail, *below = error.args
             start = len(line) - len(line.lstrip()) + 1
             column = where if isinstance(where, int) else columns_of(line).get(where, start)
+            number += sum(below) if kind == ".txt" else 0
             yield BadLine(f"{batch.path}:{number}:{column}", what, detail)
 
 
@@ -132,7 +147,7 @@ def check_text(text: str, field: str) -> str:
 
 
 def _constant(name: str) -> None:
-    raise ValueError("NaN and Infinity are accepted by json, but not part of JSON")
+    raise ValueError(f"{name} is no JSON")
 
 
 def _object(pairs: list) -> dict:
@@ -142,8 +157,6 @@ def _object(pairs: list) -> dict:
 
 
 _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-
-
 # a string, a number, a word or a mark
 TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[^\s"{}\[\],:]++|[{}\[\],:]')
 
@@ -153,25 +166,25 @@ def columns_of(line: str) -> dict[str, int]:
     where a value stands. Raises LineError at the first thing that json lets pass, or refuses
     without saying where."""
     found: dict[str, int] = {}
-    keys: dict[int, set] = {}  # of the object at each depth
-    depth, key, before, column_before = 0, "", "", 0
+    keys: list[set[str]] = [set()]  # of the object at each depth
+    key, before, column_before = "", "", 0
     for match in TOKEN.finditer(line):
         column, token = match.start() + 1, match[0]
-        if before == ":" and depth == 1:
+        if before == ":" and len(keys) == 2:
             found[key] = column
-        depth += token in "{["
-        if depth > MAX_DEPTH:
+        if token in "{[":
+            keys.append(set())
+        if len(keys) > MAX_DEPTH + 1:
             raise LineError(column, "nested too deeply", f"more than {MAX_DEPTH} brackets")
         if token.startswith(("NaN", "Infinity", "-Infinity")):
             raise LineError(column, "NaN or Infinity", "")
         if re.fullmatch(r"-?\d{4301,}", token):  # int() refuses
             raise LineError(column, "number too long", f"{len(token):,} characters")
-        if token == "{":
-            keys[depth] = set()
-        elif token == ":":
-            if (key := json.loads(before)) in keys[depth]:
+        if token == ":":
+            if (key := json.loads(before)) in keys[-1]:
                 raise LineError(column_before, "key given twice", f"{key!r:.40}")
-            keys[depth].add(key)
-        depth -= token in "}]"
+            keys[-1].add(key)
+        if token in "}]":
+            keys.pop()
         before, column_before = token, column
     return found
