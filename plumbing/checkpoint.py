@@ -12,6 +12,7 @@ Files are data, never code. torch.load(weights_only=True) already refuses code i
 `foreign` comes before it, so that a file of a kilobyte cannot ask for a terabyte either.
 """
 import hashlib
+import io
 import os
 import pickletools
 import re
@@ -30,36 +31,32 @@ from plumbing.terminal import printable
 
 SAFE_TORCH = (2, 10)  # below, weights_only=True can be made to run code: CVE-2026-24747
 # all that our checkpoints name in their pickle: tensors and containers of them
-WIDTH = {f"torch {kind}Storage": width for kind, width in {
-    "Float": 4, "Double": 8, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1,
-    "Byte": 1, "Bool": 1}.items()}  # bytes of a number
 NAMES = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
-         "collections OrderedDict", "torch Size", "torch device", *WIDTH}
+         "collections OrderedDict", "torch Size", "torch device", *(
+             f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long",
+                                                 "Int", "Short", "Char", "Byte", "Bool"))}
+NAMING = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}  # operations that name code
 MAX_OPS = 500_000  # of a pickle: 30 for each tensor
 NAME = re.compile(r"step(\d{8,})-([0-9a-f]{16})\.pt")
-_known_good: dict[Path, tuple[int, int]] = {}  # (size, mtime) of files written or checked here
+_known_good: dict[Path, str] = {}  # stamps of files that were written or checked here
 LARGE = 1 << 28  # bytes that take longer to check than to load: that they are good is noted beside
 
 
-class _HashingFile:
+class _HashingFile(io.BufferedWriter):
     """A file that hashes what is written, and keeps the first OSError, which torch.save hides."""
 
     def __init__(self, path: Path):
-        self.file = open(path, "wb")
+        super().__init__(io.FileIO(path, "w"))
         self.sha = hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data) -> int:
         try:
-            n = self.file.write(data)
+            self.sha.update(data)
+            return super().write(data)
         except OSError as error:
             self.error = self.error or error
             raise
-        self.sha.update(data)
-        return n
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def save(out_dir: str, step: int, state: dict, keep: int = 2,
@@ -82,15 +79,15 @@ def save(out_dir: str, step: int, state: dict, keep: int = 2,
         f = _HashingFile(temporary)
         write(state, f)
         f.flush()
-        os.fsync(f.file.fileno())
-        f.file.close()
+        os.fsync(f.fileno())
+        f.close()
         path = folder / f"step{step:08d}-{f.sha.hexdigest()[:16]}.pt"
         put_in_place(temporary, path)
     except (OSError, RuntimeError, ValueError) as error:
         cause = (f and f.error) or error
         if f:
             with suppress(OSError):  # what could not be written before cannot be written now
-                f.file.close()
+                f.close()
         temporary.unlink(missing_ok=True)
         if not isinstance(cause, OSError):
             raise
@@ -106,24 +103,24 @@ def save(out_dir: str, step: int, state: dict, keep: int = 2,
     return path
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> str:
     found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    return f"{path.name} {found.st_size} {found.st_mtime_ns}"
 
 
 def _remember(path: Path) -> None:
-    stamp = _known_good[path] = _stamp(path)
-    if stamp[0] >= LARGE:
+    _known_good[path] = _stamp(path)
+    if path.stat().st_size >= LARGE:
         with suppress(OSError):  # a folder that cannot be written to
-            (path.parent / ".checked").write_text(f"{path.name} {stamp}")
+            (path.parent / ".checked").write_text(_stamp(path))
 
 
 def _is_known(path: Path) -> bool:
-    stamp = _stamp(path)
-    if _known_good.get(path) != stamp and stamp[0] >= LARGE:
+    known = _known_good.get(path)
+    if not known and path.stat().st_size >= LARGE:
         with suppress(OSError, UnicodeDecodeError):
-            return (path.parent / ".checked").read_text() == f"{path.name} {stamp}"
-    return _known_good.get(path) == stamp
+            known = (path.parent / ".checked").read_text()
+    return known == _stamp(path)
 
 
 def list_checkpoints(out_dir: str) -> list[Path]:
@@ -157,23 +154,19 @@ def damage(path: Path) -> str | None:
         return str(error)
 
 
-def load(where: str, device: str | torch.device = "cpu") -> tuple[dict, Path]:
-    """The state in a file, or in the newest valid file of a folder, and the path of that file. For
-    the CPU, tensors stay on disk until they are used. Raises ValueError when there is none."""
-    if os.path.isdir(where):
-        paths = list_checkpoints(where)
-        if not paths:
-            raise ValueError(f"{where}: no checkpoint in this folder")
-    elif os.path.exists(where):
-        paths = [Path(where)]
-    else:
+def load(where: str) -> tuple[dict, Path]:
+    """The state in a file, or in the newest valid file of a folder, and the path of that file.
+    Tensors stay on disk until they are used. Raises ValueError when there is none."""
+    if not os.path.exists(where):
         raise ValueError(f"{where}: no such file or folder; train_pt.py writes checkpoints")
+    paths = list_checkpoints(where) if os.path.isdir(where) else [Path(where)]
+    if not paths:
+        raise ValueError(f"{where}: no checkpoint in this folder")
     for path in paths:
         wrong = damage(path) or foreign(path)
         if wrong is None:
             try:
-                mmap = torch.device(device).type == "cpu"
-                state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 wrong = untrue(state, path.stat().st_size)
                 if wrong is None:
                     return state, path
@@ -246,43 +239,17 @@ def foreign(path: Path) -> str | None:
             if sum(part.file_size for part in parts) > path.stat().st_size:
                 return "has parts that overlap"
             pickles = [name for name in names if name.endswith("/data.pkl")]
-            if len(pickles) != 1 or any("/code/" in name for name in names):
+            if len(pickles) != 1:
                 return "not written by torch.save"
-            sizes = {name.rpartition("/")[2]: part.file_size for name, part in zip(names, parts)
-                     if "/data/" in name}
-            return _foreign_pickle(z.read(pickles[0]), sizes)
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        return str(error)
-
-
-def _foreign_pickle(pickle: bytes, sizes: dict[str, int]) -> str | None:
-    """The first thing in a pickle that torch.save would not write, or None: a name outside NAMES,
-    an operation for other kinds of objects, a storage of another size than its part in `sizes`."""
-    pushed: list = []  # what went on the pickle machine's stack so far: plain values, None for more
-    memo: dict = {}
-    try:
-        for n, (op, value, _) in enumerate(pickletools.genops(pickle)):
-            if n == MAX_OPS:
-                return f"its pickle has more than {MAX_OPS:,} operations"
-            if op.name == "GLOBAL" and value not in NAMES:
-                name = str(value).replace(" ", ".")
-                return f"refers to {name!r:.80}, which a checkpoint never does"
-            if op.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2",
-                           "EXT4", "PERSID", "MEMOIZE", "PUT", "GET"):
-                return f"holds the operation {op.name}, which torch.save never writes"
-            if op.name in ("BINPUT", "LONG_BINPUT"):
-                memo[value] = pushed[-1]
-            elif op.name == "BINPERSID":  # of ("storage", type, part, device, numbers)
-                kind, part, _, numbers = pushed[-5:-1]
-                if numbers * WIDTH[kind] != sizes[part]:
-                    return f"says that its part {part!r:.20} holds {numbers:,} numbers"
-            elif op.name in ("BINGET", "LONG_BINGET"):
-                pushed.append(memo[value])
-            elif op.stack_after:
-                pushed.append(value)
-    except Exception as error:  # pickletools raises whatever comes to its mind
-        return f"its pickle is damaged: {str(error)[:80]}"
-    return None
+            for n, (op, value, _) in enumerate(pickletools.genops(z.read(pickles[0]))):
+                if n == MAX_OPS:
+                    return f"its pickle has more than {MAX_OPS:,} operations"
+                if op.name in NAMING and value not in NAMES:
+                    name = str(value or op.name).replace(" ", ".")
+                    return f"refers to {name!r:.80}, which a checkpoint never does"
+        return None
+    except Exception as error:  # zipfile and pickletools raise whatever comes to their mind
+        return f"damaged: {str(error)[:80]}"
 
 
 def untrue(state, size: int) -> str | None:
@@ -292,12 +259,16 @@ def untrue(state, size: int) -> str | None:
         return "not a checkpoint of this program"
     weights = state.get("model", {})
     if not isinstance(weights, dict) or not all(
-            isinstance(t, torch.Tensor) and t.device.type != "meta" for t in weights.values()):
+            isinstance(t, torch.Tensor) for t in weights.values()):
         return "its model is not made of tensors"
+    storages = {}
     for name, t in tensors_of(state):
         held = t.untyped_storage().nbytes() if t.layout == torch.strided else 0
-        if t.numel() * t.element_size() > held or held > size:
+        if t.numel() * t.element_size() > held:
             return f"{name} claims {t.numel():,} numbers and holds fewer"
+        storages[t.untyped_storage().data_ptr()] = held
+    if sum(storages.values()) > size:
+        return "its tensors claim more numbers than it holds"
     config = state.get("model_config")
     if config is None:
         return None
@@ -316,9 +287,6 @@ def tensors_of(value, name: str = "state") -> Iterator[tuple[str, torch.Tensor]]
     """Every tensor inside a state, with where it stands: "state.model.norm.weight"."""
     if isinstance(value, torch.Tensor):
         yield name, value
-    elif isinstance(value, dict):
-        for key, part in value.items():
+    elif isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from tensors_of(part, f"{name}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for i, part in enumerate(value):
-            yield from tensors_of(part, f"{name}.{i}")

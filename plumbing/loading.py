@@ -19,7 +19,7 @@ from tokenizer import Tokenizer
 def load_model(where: str, device: torch.device,
                dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint, ready to write. Raises ValueError naming the file."""
-    state, path = checkpoint.load(where, device)
+    state, path = checkpoint.load(where)
     if state.get("kind") == "rm":
         raise ValueError(f"{path}: a reward model gives scores, it cannot write; give a checkpoint "
                          "of another stage")
@@ -38,7 +38,7 @@ def load_model(where: str, device: torch.device,
     if model.config.tied:  # assigning has made two parameters of the one matrix
         model.lm_head.weight = model.embed_tokens.weight
     read_weights_with_all_threads(model)
-    return model.to(dtype).eval(), tok
+    return model.to(device, dtype).eval(), tok
 
 
 def newest_checkpoint(folder: str = "out") -> str:
