@@ -23,9 +23,8 @@ from torch import Tensor
 
 from configurator import Count, FilePath, Natural, NotNegative, Positive, Share, configure
 from model import KVCache, Transformer
-from plumbing import runtime
 from plumbing.files import read_text
-from plumbing.loading import load_model, newest_checkpoint
+from plumbing.loading import Precision, load_writer, newest_checkpoint
 from plumbing.terminal import ask, fail, murmur, run, say, show
 from plumbing.thoughts import Answer
 from tokenizer import Tokenizer, render
@@ -62,7 +61,7 @@ class Config(Sampling):
     timing: bool = False  # say how many tokens/s were read and written
     settings: bool = False  # say all settings first
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on cuda
+    dtype: Precision = "auto"  # of the weights; auto: bfloat16 on cuda, int8 on a CPU if it pays
 
 
 def penalise(logits: Tensor, seen: list[list[int]], penalty: float) -> Tensor:
@@ -139,7 +138,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
         way = f"--max_tokens={limit - longest} fits" if longest < limit else "shorten the prompt"
         raise ValueError(f"a prompt of {longest} tokens and --max_tokens={max_tokens} are more "
                          f"than the {limit} the model can read; {way}")
-    weight = model.embed_tokens.weight
+    weight = model.norm.weight
     if noise is None:
         noise = torch.rand(max_tokens, len(prompts), generator=torch.Generator().manual_seed(seed))
         noise = noise.t()
@@ -278,8 +277,8 @@ def main() -> None:
     try:
         if cfg.stream and cfg.batch:
             raise ValueError("--stream shows one text as it grows, --batch makes many: choose one")
-        prompts, where = read_prompts(cfg), runtime.setup(cfg.device, cfg.dtype)
-        model, tok = load_model(cfg.checkpoint or newest_checkpoint(), where.device, where.dtype)
+        prompts = read_prompts(cfg)
+        model, tok = load_writer(cfg.checkpoint or newest_checkpoint(), cfg.device, cfg.dtype)
         chat = model.kind != "pt" and not cfg.interactive if cfg.chat is None else cfg.chat
         if cfg.system and not chat:
             raise ValueError("--system belongs to a chat: give --chat")

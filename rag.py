@@ -28,7 +28,7 @@ from typing import Any, Literal
 from configurator import Count, FilePath, Share, configure
 from generate import generate
 from model import Transformer
-from plumbing import loading, runtime, terminal
+from plumbing import loading, terminal
 from plumbing.corpus import language
 from plumbing.terminal import fail, printable, run
 from search import documents, embed
@@ -52,6 +52,7 @@ class Config:
     max_tokens: Count = 200  # longest answer; never more than a quarter of what the model reads
     stream: bool = False  # print the answer as it is written
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
+    dtype: loading.Precision = "auto"  # of the model's weights, as in generate.py
 
 
 REFUSAL = {"en": "Not found in the documents.", "zh": "资料中没有找到答案。"}
@@ -194,8 +195,7 @@ def checked(tokens: Iterable[list[int | None]], tok: Tokenizer, n_sources: int,
 
 @lru_cache(1)
 def load_writer(cfg: Config) -> tuple[Transformer, Tokenizer]:
-    where = runtime.setup(cfg.device)
-    return loading.load_model(cfg.checkpoint, where.device, where.dtype)
+    return loading.load_writer(cfg.checkpoint, cfg.device, cfg.dtype)
 
 
 def open_index(cfg: Config) -> Index:

@@ -276,7 +276,8 @@ def untrue(state, size: int) -> str | None:
         heads = 2 * (config["n_head"] + config["n_kv_head"]) * config["head_dim"]
         layer = config["n_embd"] * (heads + 3 * config["n_hidden"])
         asked = config["vocab_size"] * config["n_embd"] + config["n_layer"] * layer
-        held = sum(t.numel() for t in weights.values())
+        held = sum(t.numel() * (2 if t.dtype == torch.uint8 else 1)  # a byte may be two of 4 bits
+                   for t in weights.values())
         return None if asked <= held else (f"its shape asks for {asked:,} parameters, it holds "
                                            f"{held:,}")
     except (KeyError, TypeError):

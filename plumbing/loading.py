@@ -4,29 +4,41 @@ Opens a checkpoint as a model that can write, or as a reward model. The rest may
 import math
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kernels import quantised
 from model import ModelConfig, RewardModel, Transformer
-from plumbing import checkpoint
+from plumbing import checkpoint, runtime
 from plumbing.runtime import Dist
 from plumbing.terminal import say
 from tokenizer import Tokenizer
 
 
+Precision = Literal["auto", "float32", "bfloat16", "int8", "int4"]  # of a model that writes
+
+
+def load_writer(where: str, device: str, dtype: Precision) -> tuple[Transformer, Tokenizer]:
+    """`load_model` for what `--device` and `--dtype` say."""
+    place = runtime.setup(device, dtype)
+    return load_model(where, place.device, None if dtype == "auto" else place.dtype)
+
+
 def load_model(where: str, device: torch.device,
-               dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a checkpoint, ready to write. Raises ValueError naming the file."""
+               dtype: torch.dtype | None) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a checkpoint, ready to write: in 8 or 4 bits for torch.int8 or int4,
+    which can only write, and if dtype is None in what is best. Raises ValueError naming the
+    file."""
     state, path = checkpoint.load(where)
     if state.get("kind") == "rm":
         raise ValueError(f"{path}: a reward model gives scores, it cannot write; give a checkpoint "
                          "of another stage")
     try:
-        with torch.device("meta"), Undrawn():
-            model = Transformer(ModelConfig(**state["model_config"]))
-        model.load_state_dict(state["model"], assign=True)
+        config, weights = ModelConfig(**state["model_config"]), state["model"]
+        model = quantised.writer(config, weights, dtype, device) or plain(config, weights)
         tok = Tokenizer(state["tokenizer"], str(path))
         if tok.n_vocab > model.config.vocab_size:  # fewer are allowed: some models have spare rows
             raise ValueError(f"{path}: its tokenizer has {tok.n_vocab:,} tokens, its model "
@@ -35,10 +47,22 @@ def load_model(where: str, device: torch.device,
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: holds no language model of this program: "
                          f"{str(error)[:200]}") from None
-    if model.config.tied:  # assigning has made two parameters of the one matrix
+    if isinstance(model, quantised.Quantised):
+        return model.eval(), tok
+    kind = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return model.to(device, kind if kind.is_floating_point else torch.float32).eval(), tok
+
+
+def plain(config: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
+    """A Transformer with these weights, which may be stored in 8 or 4 bits."""
+    with torch.device("meta"), Undrawn():
+        model = Transformer(config)
+    model.load_state_dict(quantised.unpack(config, weights) if "lm_head.q" in weights else weights,
+                          assign=True)
+    if config.tied:  # assigning has made two parameters of the one matrix
         model.lm_head.weight = model.embed_tokens.weight
     read_weights_with_all_threads(model)
-    return model.to(device, dtype).eval(), tok
+    return model
 
 
 def newest_checkpoint(folder: str = "out") -> str:

@@ -89,7 +89,8 @@ def setup(device: str = "auto", dtype: str = "auto", timeout: float = 120) -> Di
     rank, world, local = (int(os.environ.get(k, d)) for k, d in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
-        device = ("cuda" if torch.cuda.is_available() else
+        device = ("cpu" if dtype in ("int8", "int4") else
+                  "cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() else "cpu")
     if device == "cuda":
         if not torch.cuda.is_available():

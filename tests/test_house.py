@@ -13,20 +13,21 @@ import pytest
 from plumbing import checkpoint
 
 ROOT = Path(checkpoint.__file__).resolve().parent.parent
-ROOMS = ("plumbing", "search", "demo", "bench", "faults")
+ROOMS = ("kernels", "plumbing", "search", "demo", "bench", "faults")
 FILES = {path.relative_to(ROOT).as_posix(): path
          for room in (".", *ROOMS) for path in sorted(ROOT.glob(f"{room}/*.py"))}
 # the card: what a learner meets first, and at most how many lines of it
 CARD = {"model.py": 280, "tokenizer.py": 330, "data.py": 300, "train_pt.py": 250,
         "train_sft.py": 290, "train_rm.py": 290, "train_dpo.py": 300, "train_rl.py": 320,
         "generate.py": 300, "rag.py": 300, "configurator.py": 100}
-BUDGETS = CARD | {"convert.py": 300, "plumbing": 4200, "search": 1550, "demo": 1025, "bench": 1335,
-                  "faults": 1220}  # rooms may not grow, only shrink: all were to be 10,000 lines
+BUDGETS = CARD | {"convert.py": 300, "kernels": 420, "plumbing": 4200, "search": 1550,
+                  "demo": 1025, "bench": 1335, "faults": 1220}  # rooms may not grow, only shrink: all were to be 10,000 lines
 LONGEST, ALL, CORE = 400, 13_100, 3_100
 IN_ROOT = {*CARD, "convert.py", "README.md", "README.zh.md", "CONTRIBUTING.md", "LICENSE",
            "SECURITY.md", "Makefile", "pyproject.toml", "requirements.txt", "requirements.lock",
            ".gitignore", ".ci", "config", "docs", "tests", *ROOMS}
-MAY_IMPORT = {"plumbing": {"configurator", "tokenizer", "model"},
+MAY_IMPORT = {"kernels": {"model"},
+              "plumbing": {"configurator", "tokenizer", "model", "kernels"},
               "search": {"plumbing", "tokenizer", "configurator"}}
 ABOVE = {"demo", "bench", "faults"}  # import anything, and only each other import them
 

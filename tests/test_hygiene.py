@@ -14,7 +14,7 @@ import torch
 from plumbing import checkpoint
 
 ROOT = Path(checkpoint.__file__).resolve().parent.parent
-ROOMS = ("plumbing", "search", "demo", "bench", "faults")
+ROOMS = ("kernels", "plumbing", "search", "demo", "bench", "faults")
 FILES = sorted(path for room in (".", *ROOMS, "config", ".ci")
                for path in ROOT.glob(f"{room}/*.py"))
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES
