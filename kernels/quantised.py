@@ -14,7 +14,6 @@ All products take their inputs as int8 too, and what stands between them is fp32
 text are worked on in the same order however many come at once, so its logits are the same to the
 last bit with or without a cache, alone or in a batch.
 """
-import math
 import sys
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_void_p
 
@@ -296,8 +295,8 @@ def writer(c: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype | None
     those of a Transformer; None if that is not asked for, or not possible. Lines on stderr say what
     is done. dtype None: 8 bits if that makes a difference, or what is stored."""
     packed_already = "lm_head.q" in weights
-    size = sum(math.prod(shape) for shape in shapes(c).values() if len(shape) == 2)
-    if dtype is None and device.type == "cpu" and (packed_already or size >= WORTH):
+    size = sum(t.numel() for name, t in weights.items() if not (c.tied and "lm_head.w" in name))
+    if dtype is None and device.type == "cpu" and (packed_already or size >= WORTH and fits(c)):
         dtype = torch.int8
         tell(f"{size:,} weights: written with in 8 bits, as if --dtype=int8 (float32 is exact, but "
              f"slow; int4 {'costs so small a model' if size < SMALL else 'is faster and costs'} "
@@ -311,6 +310,14 @@ def writer(c: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype | None
         tell(f"rounding {size:,} weights to {bits} bits", size > SMALL)
         weights = pack(c, weights, bits)
     return Quantised(c, weights)
+
+
+def fits(c: ModelConfig) -> bool:
+    try:
+        return bool(shapes(c))
+    except ValueError as error:
+        tell(f"{error}; written with in float32", True)
+        return False
 
 
 def tell(text: str, when: bool) -> None:
