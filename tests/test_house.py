@@ -21,7 +21,8 @@ CARD = {"model.py": 280, "tokenizer.py": 330, "data.py": 300, "train_pt.py": 250
         "train_sft.py": 290, "train_rm.py": 290, "train_dpo.py": 300, "train_rl.py": 320,
         "generate.py": 300, "rag.py": 300, "configurator.py": 100}
 BUDGETS = CARD | {"convert.py": 300, "kernels": 420, "plumbing": 4200, "search": 1550,
-                  "demo": 1025, "bench": 1335, "faults": 1220}  # rooms may not grow, only shrink: all were to be 10,000 lines
+                  "demo": 1025, "bench": 1335,
+                  "faults": 1220}  # rooms may not grow, only shrink: all were to be 10,000 lines
 LONGEST, ALL, CORE = 400, 13_550, 3_100  # ALL: kernels came later, with 420
 IN_ROOT = {*CARD, "convert.py", "README.md", "README.zh.md", "CONTRIBUTING.md", "LICENSE",
            "SECURITY.md", "Makefile", "pyproject.toml", "requirements.txt", "requirements.lock",

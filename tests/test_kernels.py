@@ -30,7 +30,7 @@ def made(config):
     """A model with weights that say something."""
     torch.manual_seed(0)
     model = Transformer(config).eval().requires_grad_(False)
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         p.add_(0.2 * torch.randn_like(p)) if p.dim() == 1 else p.mul_(3)
     return model
 
