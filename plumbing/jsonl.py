@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from plumbing.jobs import Progress
 from plumbing.terminal import printable
@@ -18,8 +18,8 @@ from plumbing.terminal import printable
 BOM = b"\xef\xbb\xbf"
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 MAX_LINE = 16 << 20  # bytes; a longer line is a bad one
-MAX_DEPTH = 100  # of brackets in a line; json itself gives up at a depth that varies
 MAX_BAD = 0.01  # of the lines; more bad ones are no accident
+KEY = re.compile(r'[\s,]*("(?:[^"\\]|\\.)*")\s*:\s*')  # of an object, up to its value
 TO_LINES = ("make lines of a list: python -c 'import json, sys; [print(json.dumps(x)) for x in "
             "json.load(sys.stdin)]' < LIST.json > LINES.jsonl")
 
@@ -103,8 +103,7 @@ def parse_records(batch: Batch, read: Callable[[dict], Any], kinds: tuple[str, .
             yield read({name: value for name, value in record.items() if value is not None})
         except LineError as error:
             where, what, detail, *below = error.args
-            start = len(line) - len(line.lstrip()) + 1
-            column = where if isinstance(where, int) else columns_of(line).get(where, start)
+            column = where if isinstance(where, int) else column_of(line, where)
             number += sum(below) if kind == ".txt" else 0
             yield BadLine(f"{batch.path}:{number}:{column}", what, detail)
 
@@ -120,21 +119,30 @@ def decode(raw: bytes) -> str:
 
 
 def parse_object(line: str) -> dict:
-    """Raises LineError."""
+    """Raises LineError, also for what json would let pass."""
     try:
         record = _decoder.decode(line)
     except json.JSONDecodeError as error:
         a_list = f"; {TO_LINES}" if line.lstrip().startswith("[") else ""
         raise LineError(error.colno, "not JSON", error.msg + a_list) from None
-    except (ValueError, RecursionError) as error:
-        columns_of(line)
-        raise LineError(1, "not JSON", str(error)) from None
-    if line.count("[") + line.count("{") > MAX_DEPTH:  # perhaps in strings only
-        columns_of(line)
+    except RecursionError:
+        raise LineError("", "nested too deeply", "") from None
+    except ValueError:  # of int()
+        raise LineError("", "number too long", "more than 4,300 digits") from None
     if not isinstance(record, dict):
         raise LineError("", "not an object", TO_LINES if isinstance(record, list) else
                         f"but {type(record).__name__}")
     return record
+
+
+def column_of(line: str, field: str) -> int:
+    """Where the value of a field of an object stands; the object, if it has no such field."""
+    at = line.find("{") + 1
+    while field and (key := KEY.match(line, at)):
+        if json.loads(key[1]) == field:
+            return key.end() + 1
+        _, at = _decoder.raw_decode(line, key.end())
+    return len(line) - len(line.lstrip()) + 1
 
 
 def check_text(text: str, field: str) -> str:
@@ -146,45 +154,15 @@ def check_text(text: str, field: str) -> str:
         raise LineError(field, "lone surrogate", ascii(text[error.start])) from None
 
 
-def _constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+def _constant(name: str) -> NoReturn:
+    raise LineError("", "NaN or Infinity", f"{name} is no JSON")
 
 
 def _object(pairs: list) -> dict:
-    if len(record := dict(pairs)) < len(pairs):
-        raise ValueError("json would keep the last value of a key given twice and say nothing")
+    if len(record := dict(pairs)) < len(pairs):  # json would keep the last value and say nothing
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise LineError("", "key given twice", f"{twice!r:.40}")
     return record
 
 
 _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-# a string, a number, a word or a mark
-TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[^\s"{}\[\],:]++|[{}\[\],:]')
-
-
-def columns_of(line: str) -> dict[str, int]:
-    """The column of the value of each field of an object: json says where a line breaks, but not
-    where a value stands. Raises LineError at the first thing that json lets pass, or refuses
-    without saying where."""
-    found: dict[str, int] = {}
-    keys: list[set[str]] = [set()]  # of the object at each depth
-    key, before, column_before = "", "", 0
-    for match in TOKEN.finditer(line):
-        column, token = match.start() + 1, match[0]
-        if before == ":" and len(keys) == 2:
-            found[key] = column
-        if token in "{[":
-            keys.append(set())
-        if len(keys) > MAX_DEPTH + 1:
-            raise LineError(column, "nested too deeply", f"more than {MAX_DEPTH} brackets")
-        if token.startswith(("NaN", "Infinity", "-Infinity")):
-            raise LineError(column, "NaN or Infinity", "")
-        if re.fullmatch(r"-?\d{4301,}", token):  # int() refuses
-            raise LineError(column, "number too long", f"{len(token):,} characters")
-        if token == ":":
-            if (key := json.loads(before)) in keys[-1]:
-                raise LineError(column_before, "key given twice", f"{key!r:.40}")
-            keys[-1].add(key)
-        if token in "}]":
-            keys.pop()
-        before, column_before = token, column
-    return found
