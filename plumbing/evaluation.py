@@ -16,7 +16,7 @@ import math
 import sys
 from collections.abc import Iterable
 from contextlib import redirect_stdout
-from itertools import pairwise
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +38,9 @@ Scores = dict[str, tuple[float, float]]  # nats per token and bits per byte of e
 
 def by_language(rows: Rows, most: int | None) -> dict[str, list[int]]:
     """Evenly spaced examples of each language, at most `most`, the shortest first."""
-    found: dict[str, list[int]] = {}
-    for i in range(len(rows)):
-        found.setdefault(rows.lang(i), []).append(i)
-    return {lang: sorted(evenly_spaced(all_, most), key=rows.longest)
-            for lang, all_ in sorted(found.items())}
+    langs = [rows.lang(i) for i in range(len(rows))]
+    return {lang: sorted(evenly_spaced([i for i, own in enumerate(langs) if own == lang], most),
+                         key=rows.longest) for lang in sorted(set(langs))}
 
 
 @torch.no_grad()
@@ -113,6 +111,26 @@ def row_scores(reward: RewardModel, rows: list[Row], batch_size: int, dist: Dist
 
 
 @torch.no_grad()
+def scores_of(record: dict, model: RewardModel, tok: Tokenizer, dist: Dist) -> dict:
+    """The line that `print_scores` prints for a record. Raises LineError."""
+    if kind := next((name for name in ("ranking", "chosen") if name in record), ""):
+        prompt, replies, _ = read_comparison(record)
+    else:
+        *prompt, last = read_chat(record)
+        replies = [last["content"]]
+    rows = [reply_row(tok, prompt, reply) for reply in replies]
+    longest, limit = max(len(row.ids) for row in rows), model.backbone.config.max_seq_len
+    if longest > limit:
+        return {"score": None, "why": f"too long: {longest} tokens, the model reads {limit}"}
+    found = score_rows(model, rows, dist)
+    scores, normed = ([round(x, 4) for x in some.tolist()]
+                      for some in (found, (found - model.mean) / model.std))
+    if not kind:
+        return {"score": scores[0], "normalised": normed[0]}
+    named = {"ranking": scores} if kind == "ranking" else dict(zip(("chosen", "rejected"), scores))
+    return named | {"normalised": normed, "right": bool((found[:-1] > found[1:]).all())}
+
+
 def print_scores(files: str, init_from: str, dist: Dist) -> None:
     """Score the chats, pairs and rankings in `files` with the reward model `init_from`. What is too
     long has no score: the part of it that fits would have another. Raises ValueError for a line
@@ -120,28 +138,7 @@ def print_scores(files: str, init_from: str, dist: Dist) -> None:
     out = sys.stdout
     with redirect_stdout(sys.stderr):  # stdout holds the scores and nothing else
         model, tok = load_reward_model(init_from, dist)
-        limit = model.backbone.config.max_seq_len
-
-        def read(record: dict) -> dict:
-            if "chosen" in record or "ranking" in record:
-                prompt, replies, _ = read_comparison(record)
-            else:
-                *prompt, last = read_chat(record)
-                replies = [last["content"]]
-            rows = [reply_row(tok, prompt, reply) for reply in replies]
-            if (longest := max(len(row.ids) for row in rows)) > limit:
-                why = f"too long: {longest} tokens, the model reads {limit}"
-                return {"score": None, "why": why}
-            scores = score_rows(model, rows, dist)
-            normed = [round(x, 4) for x in ((scores - model.mean) / model.std).tolist()]
-            rounded = [round(x, 4) for x in scores.tolist()]
-            right = {"right": all(a > b for a, b in pairwise(scores.tolist()))}
-            if "ranking" in record:
-                return {"ranking": rounded, "normalised": normed, **right}
-            if "chosen" in record:
-                return {"chosen": rounded[0], "rejected": rounded[1], "normalised": normed, **right}
-            return {"score": rounded[0], "normalised": normed[0]}
-
+        read = partial(scores_of, model=model, tok=tok, dist=dist)
         n = without = 0
         for batch in read_batches(find_files(files)):
             for line in parse_records(batch, read):

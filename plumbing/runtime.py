@@ -10,12 +10,11 @@ import errno
 import faulthandler
 import math
 import os
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -68,10 +67,8 @@ class Dist:
     device: torch.device
     dtype: torch.dtype  # of activations; parameters stay fp32
 
-    def autocast(self) -> AbstractContextManager:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
 
 @record  # lets torchrun name the process that failed first
@@ -132,16 +129,14 @@ class RankState:
 def of_process(key: str) -> float:
     """Bytes of this process in memory now (VmRSS) or at most (VmHWM). Without /proc it is always
     the most so far, and 0 on Windows. (On Linux getrusage would include whoever started us.)"""
-    try:
+    with suppress(OSError):
         status = Path("/proc/self/status").read_text()
         return 1024.0 * int(status.split(f"{key}:")[1].split()[0])
-    except OSError:
-        try:
-            import resource
-        except ImportError:
-            return 0.0
+    with suppress(ImportError):
+        import resource
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return 0.0
 
 
 def who() -> str:
@@ -234,39 +229,25 @@ class StopSignals:
             os.write(2, f"{who()}{text}\n".encode())
 
     def report(self, step: int) -> None:
-        """Say at which step the run stopped, and the command that continues it."""
-        print0(f"stopped by {self.name or 'a signal to another process'} at step {step:,}; "
-               f"continue with: {resume_command()}")
-
-
-def resume_command() -> str:
-    """The command that started us, with --resume."""
-    words = [shlex.quote(a) for a in sys.argv if not a.startswith("--resume")]
-    world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    start = f"torchrun --nproc_per_node={here}" if world > 1 else "python"
-    if world > here:
-        start = "on each machine, with the same --nnodes and address as before: " + start
-    return f"{start} {' '.join(words)} --resume"
+        """Say at which step the run stopped, and how it continues."""
+        print0(f"stopped by {self.name or 'a signal to another process'} at step {step:,}; the "
+               "same command with --resume continues")
 
 
 class GradientGuard:
     """Skips steps whose gradient is not finite; three in a row end the run. All ranks decide alike,
     because the norm is that of the averaged gradient."""
-
-    def __init__(self, limit: int = 3):
-        self.limit, self.streak = limit, 0
+    limit, streak = 3, 0
 
     def allows(self, norm: float, step: int, loss: float, samples: str) -> bool:
         """Whether to take the step. Raises FloatingPointError at the limit."""
-        if math.isfinite(norm):
-            self.streak = 0
-            return True
-        self.streak += 1
-        print0(f"step {step:,}: gradient not finite (loss {loss:.4f}, norm {norm}), {samples}, "
-               f"skipped {self.streak}/{self.limit}")
+        self.streak = 0 if math.isfinite(norm) else self.streak + 1
+        if self.streak:
+            print0(f"step {step:,}: gradient not finite (loss {loss:.4f}, norm {norm}), {samples}, "
+                   f"skipped {self.streak}/{self.limit}")
         if self.streak == self.limit:
             raise FloatingPointError(f"{self.limit} steps in a row had no finite gradient")
-        return False
+        return not self.streak
 
 
 # how gloo and NCCL say that another process is gone or silent
@@ -289,33 +270,33 @@ def errors_in_one_line(out_dir: str) -> Iterator[None]:
     except BrokenPipeError:
         raise  # nobody reads what is printed before the loop: `terminal.run` ends it quietly
     except Exception as error:
-        code, text = in_one_line(error, out_dir)
-        if code:
-            fail(f"{who()}{text}", code)
+        if found := in_one_line(error, str(error), out_dir):
+            fail(f"{who()}{found[1]}", found[0])
         if who():
             print(f"{who()}failed, see the traceback", file=sys.stderr, flush=True)
         raise
 
 
-def in_one_line(error: Exception, out_dir: str) -> tuple[int, str]:
-    """Exit code and message, code 0 for a bug."""
-    said = str(error)
-    if isinstance(error, ValueError):
-        return 2, said
-    if isinstance(error, OSError):
-        if out_dir in said:
+def in_one_line(error: Exception, said: str, out_dir: str) -> tuple[int, str] | None:
+    """Exit code and message, None for a bug."""
+    match error:
+        case ValueError():
+            return 2, said
+        case OSError() if out_dir in said:
             return 3, said
-        if error.errno in DISK:
+        case OSError() if error.errno in DISK:
             return 3, f"{out_dir}: {said}"
-        return 2, f"{error.filename}: {error.strerror}" if error.filename else said
-    if isinstance(error, FloatingPointError):
-        # newest first by name: the steps have leading zeros, and only finite weights are saved
-        saved = max(Path(out_dir).glob("step*.pt"), default=f"none, {out_dir} is empty")
-        return 4, f"{error}; the last good checkpoint: {saved}; try a lower learning rate"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-            isinstance(error, RuntimeError) and "allocate memory" in said):  # the CPU allocator's
-        return 5, f"out of memory: {LESS_MEMORY}"
-    if isinstance(error, RuntimeError) and who() and any(words in said for words in LOST_CONTACT):
-        return 6, (f"lost contact with another process ({said.splitlines()[0][-120:]}); the first "
-                   "failure, which torchrun names as the root cause, is the one to mend")
-    return 0, ""
+        case OSError():
+            return 2, f"{error.filename}: {error.strerror}" if error.filename else said
+        case FloatingPointError():
+            # newest by name: the steps have leading zeros, and only finite weights are saved
+            saved = max(Path(out_dir).glob("step*.pt"), default=f"none, {out_dir} is empty")
+            return 4, f"{error}; the last good checkpoint: {saved}; try a lower learning rate"
+        case MemoryError() | torch.OutOfMemoryError():
+            return 5, f"out of memory: {LESS_MEMORY}"
+        case RuntimeError() if "allocate memory" in said:  # the CPU allocator's
+            return 5, f"out of memory: {LESS_MEMORY}"
+        case RuntimeError() if who() and any(words in said for words in LOST_CONTACT):
+            return 6, (f"lost contact with another process ({said.splitlines()[0][-120:]}); the "
+                       "first failure, which torchrun names as the root cause, is the one to mend")
+    return None

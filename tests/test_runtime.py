@@ -65,17 +65,6 @@ def test_a_signal_is_remembered_not_obeyed_at_once():
             signal.signal(number, handler)
 
 
-def test_resume_command_repeats_the_command_line(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train_pt.py", "config/a b.py", "--resume", "--seed=1"])
-    assert runtime.resume_command() == "python train_pt.py 'config/a b.py' --seed=1 --resume"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert runtime.resume_command().startswith("torchrun --nproc_per_node=2 train_pt.py")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert runtime.resume_command().startswith("on each machine, with the same --nnodes and address"
-                                               " as before: torchrun --nproc_per_node=2 train_pt")
-
-
 def test_device_and_precision_are_chosen_or_refused():
     dist = runtime.setup("cpu", "auto")
     assert (dist.rank, dist.world, dist.device.type, dist.dtype) == (0, 1, "cpu", torch.float32)
