@@ -15,6 +15,9 @@ here for another one is said before anything is read.
 
 Needs no network. GGUF files need a package: pip install '.[weights]'
 """
+from plumbing.terminal import fail, only_talk, run, stop_imports
+stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds
+
 import ctypes
 import math
 import re
@@ -31,7 +34,6 @@ from configurator import FilePath, configure
 from model import ModelConfig
 from plumbing import checkpoint, families, gguffile, vocabulary, weights
 from plumbing.files import write_text
-from plumbing.terminal import fail, run
 from plumbing.vocabulary import Vocabulary, read_json
 from plumbing.weights import Stored
 from tokenizer import Tokenizer
@@ -226,6 +228,7 @@ def as_gguf(sizes: ModelConfig, tok: Tokenizer, state: dict, cfg: Config) -> Non
 
 
 def main() -> None:
+    only_talk()
     cfg = configure(Config)
     takes, gives = bool(cfg.input and cfg.out_dir), bool(cfg.checkpoint and cfg.to and cfg.out)
     if takes == gives or bool(cfg.input) == bool(cfg.checkpoint):

@@ -12,6 +12,9 @@ Pre-training reads windows of a fixed length straight from the mapped files; fin
 chats that were packed into windows. Which windows make up a batch is a pure function of (seed,
 index): a run resumes from one integer, on any number of ranks.
 """
+from plumbing.terminal import fail, only_talk, run, stop_imports
+stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds
+
 import os
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, deque
@@ -34,7 +37,6 @@ from plumbing.jobs import Progress
 from plumbing.jsonl import BadLine, Batch
 from plumbing.order import Order, draw_split, hash64
 from plumbing.runtime import print0
-from plumbing.terminal import fail, run
 from plumbing.tokenfiles import (HEADER_BYTES, IGNORE, TokenFile, check_ids, id_type, open_data,
                                  pack_header)
 from tokenizer import SPECIALS, load_tokenizer
@@ -231,14 +233,13 @@ def prepare(cfg: Config, progress: Progress) -> None:
 
 
 def main() -> None:
+    only_talk()
     cfg = configure(Config)
     if not 0 < cfg.val_fraction < 1:
         fail(f"--val_fraction={cfg.val_fraction} must lie between 0 and 1")
     try:
         prepare(cfg, Progress())
         return
-    except BrokenPipeError:
-        raise  # nobody reads what is printed: no fault of the disk
     except ValueError as error:
         message = str(error)
     except OSError as error:

@@ -12,6 +12,9 @@ has not (PT) continues it. stdout has the text, stderr what is said about it. Th
 use the same generator of token ids, `generate`, which writes for many prompts at once. A sampler of
 your own is a function like `keep_min_p`, a setting of `Sampling` and two lines of `sample`.
 """
+from plumbing.terminal import ask, fail, murmur, run, say, show, stop_imports
+stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds
+
 import sys
 import time
 from collections.abc import Iterator
@@ -25,7 +28,6 @@ from configurator import Count, FilePath, Natural, NotNegative, Positive, Share,
 from model import KVCache, Transformer
 from plumbing.files import read_text
 from plumbing.loading import Precision, load_writer, newest_checkpoint
-from plumbing.terminal import ask, fail, murmur, run, say, show
 from plumbing.thoughts import Answer
 from tokenizer import Tokenizer, render
 
@@ -140,11 +142,10 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
                          f"than the {limit} the model can read; {way}")
     weight = model.norm.weight
     if noise is None:
-        noise = torch.rand(max_tokens, len(prompts), generator=torch.Generator().manual_seed(seed))
-        noise = noise.t()
+        chance = torch.Generator().manual_seed(seed)
+        noise = torch.rand(max_tokens, len(prompts), generator=chance).t()
     noise = noise.to(weight.device)
-    rows = [list(prompt) for prompt in prompts]
-    running = [True] * len(rows)
+    rows, running = [list(prompt) for prompt in prompts], [True] * len(prompts)
     if cache:
         pad, kind = [longest - len(row) for row in rows], weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -282,8 +283,7 @@ def main() -> None:
         chat = model.kind != "pt" and not cfg.interactive if cfg.chat is None else cfg.chat
         if cfg.system and not chat:
             raise ValueError("--system belongs to a chat: give --chat")
-        system = [{"role": "system", "content": cfg.system}] if cfg.system else []
-        history = system if chat else None
+        history = [{"role": "system", "content": cfg.system}] * bool(cfg.system) if chat else None
         if not (prompts and cfg.checkpoint):
             say(f"{model.path} (stage {model.kind}) {'answers' if chat else 'continues'} what you "
                 f"type{'' if prompts else '; Ctrl-C ends it'}")

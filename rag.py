@@ -14,8 +14,10 @@ Documents are cut into chunks and found by their words, or by vectors too. If no
 of what the question asks, no model is asked: it could only invent. Else the sources are put before
 the question, as token ids, so that no document can open a turn of the chat.
 """
+from plumbing.terminal import fail, only_talk, printable, run, show_json, stop_imports
+stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds
+
 import importlib
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -30,7 +32,6 @@ from generate import generate
 from model import Transformer
 from plumbing import loading, terminal
 from plumbing.corpus import language
-from plumbing.terminal import fail, printable, run
 from search import documents, embed
 from search.index import Hit, Index
 from search.segment import MIN_TOKENS, Budget, split
@@ -201,10 +202,10 @@ def load_writer(cfg: Config) -> tuple[Transformer, Tokenizer]:
 def open_index(cfg: Config) -> Index:
     """The index, to ask. What is gone is not found any more, and what has changed is said."""
     index = Index(cfg.index, False, embed.load(cfg.embed, cfg.device), cfg.embed)
-    gone, changed = documents.forget_gone(index)
-    if gone or changed:
-        print(f"documents gone since they were indexed: {gone:,}, changed: {changed:,}; python "
-              "rag.py add PATH takes that up", file=sys.stderr)
+    gone, changed, new = documents.forget_gone(index, cfg.max_file_mb)
+    if gone or changed or new:
+        terminal.say(f"documents gone since they were indexed: {gone:,}, changed: {changed:,}; new "
+                     f"files in their folders: {new:,}; python rag.py add PATH takes that up")
     return index
 
 
@@ -217,15 +218,14 @@ def cutter(cfg: Config, embedder: Any) -> documents.Cut:
 
 def change(job: str, paths: list[str], cfg: Config) -> None:
     """Bring the index up to date with files and folders, or forget them, and say what was done."""
-    embedder = embed.load(cfg.embed, cfg.device)
+    only_talk()
     if job == "remove":
         Index(cfg.index).close()  # raises ValueError if there is none
-    with Index(cfg.index, True, embedder, cfg.embed) as index:
-        if job == "add":
-            n = documents.update(index, paths, cutter(cfg, embedder),
-                                 f"{cfg.chunk_tokens} {cfg.semantic}", cfg.max_file_mb)
-        else:
-            n = {"forgotten": documents.remove(index, paths)}
+    embedder = None if job == "remove" else embed.load(cfg.embed, cfg.device)
+    with Index(cfg.index, True, embedder, cfg.embed, job == "remove") as index:
+        n = {"forgotten": documents.remove(index, paths)} if job == "remove" else documents.update(
+            index, paths, cutter(cfg, embedder), f"{cfg.chunk_tokens} {cfg.semantic}",
+            cfg.max_file_mb)
         did = ", ".join(f"{count:,} {what}" for what, count in n.items() if count)
         print(f"{cfg.index}: {did or 'nothing to read'}; {index.size()}")
 
@@ -279,8 +279,7 @@ def main() -> None:
         elif job == "split":
             cut = cutter(cfg, embed.load(cfg.embed, cfg.device))
             for chunk in documents.chunks_of(words, cut, cfg.max_file_mb):
-                line = asdict(chunk) | {"lang": language(chunk.full)}
-                print(json.dumps(line, ensure_ascii=False))
+                show_json(asdict(chunk) | {"lang": language(chunk.full)})
         elif job == "chat":
             chat(cfg)
         else:

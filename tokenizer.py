@@ -9,6 +9,9 @@ The text is cut into pieces (PATTERN); inside the pieces the most frequent pair 
 tokens becomes a new token, until the vocabulary is full. The file it writes is text: a line of JSON
 (pattern, special tokens, sha256), then `base64(token bytes) rank` lines as tiktoken reads them.
 """
+from plumbing.terminal import fail, only_talk, run, stop_imports
+stop_imports(__name__)  # Ctrl-C during the imports below
+
 import codecs
 import hashlib
 import json
@@ -33,7 +36,6 @@ from plumbing.files import write_text
 from plumbing.jobs import Progress, parallel
 from plumbing.jsonl import BadLine, BadLines, Batch
 from plumbing.templates import read_rules
-from plumbing.terminal import fail, run
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 
@@ -186,12 +188,10 @@ class Tokenizer(tiktoken.Encoding):
 def load_tokenizer(path: str) -> Tokenizer:
     """Raises ValueError with the file's name if it cannot be read or is damaged."""
     try:
-        with open(path, encoding="utf-8", newline="") as f:
+        with open(path, encoding="utf-8", errors="replace", newline="") as f:
             return Tokenizer(f.read(), path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; make one with python tokenizer.py") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a tokenizer file") from None
 
 
 # ---------------------------------------------------------------------------- chats
@@ -311,6 +311,7 @@ def make(cfg: Config, progress: Progress) -> None:
 
 
 def main() -> None:
+    only_talk()
     cfg = configure(Config)
     least = 256 + len(SPECIALS)
     if cfg.kind == "bpe" and cfg.vocab_size <= least:
@@ -319,8 +320,6 @@ def main() -> None:
     progress = Progress()
     try:
         make(cfg, progress)
-    except BrokenPipeError:
-        raise  # nobody reads what is printed: no fault of the disk
     except (ValueError, OSError, KeyboardInterrupt) as error:
         progress.end()
         fail(str(error) or "stopped, nothing was written")

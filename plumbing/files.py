@@ -63,16 +63,17 @@ def search(root: str, refuse: Callable[[str], str]) -> list[Found]:
             continue
         entered.add(real)
         try:
-            names = os.listdir(folder)
+            with os.scandir(folder) as listed:
+                entries = list(listed)
         except OSError as error:
             found.append(Found(folder, root, error.strerror or "cannot be read"))
             continue
-        if folder != root and any(map(OURS.fullmatch, names)):
+        if folder != root and any(OURS.fullmatch(entry.name) for entry in entries):
             found.append(Found(folder, root, "made by a script of this project"))
             continue
-        for name in names:
-            path = os.path.join(folder, name)
-            why = unwanted(path, name, home)
+        for entry in entries:
+            path = entry.path
+            why = unwanted(entry, home)
             if not why and os.path.isdir(path):
                 waiting.append(path)
             else:
@@ -80,15 +81,17 @@ def search(root: str, refuse: Callable[[str], str]) -> list[Found]:
     return found
 
 
-def unwanted(path: str, name: str, home: str) -> str:
+def unwanted(entry: os.DirEntry, home: str) -> str:
     """Why something in the folder `home` is no text of its owner's, or ""."""
+    name, path = entry.name, entry.path
     if name in CLUTTER or name.startswith("."):
         return CLUTTER.get(name, "hidden")
     if name != name.encode(errors="replace").decode():
         return "its name is not UTF-8"
-    if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(home):
+    if entry.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
         return "a link out of the folder"
-    return "" if os.path.isfile(path) or os.path.isdir(path) else "not a file"
+    there = entry.is_file(follow_symlinks=False) or os.path.isfile(path) or os.path.isdir(path)
+    return "" if there else "not a file"
 
 
 def own_file(path: str) -> str:

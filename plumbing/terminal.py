@@ -2,20 +2,22 @@
 How a script meets its terminal: it starts, is stopped, and ends a mistake in one line. The rest may
 be skipped.
 
-    from plumbing.terminal import end_quietly, run
-    end_quietly(__name__)       # before `import torch`, which takes seconds
+    from plumbing.terminal import run, stop_imports
+    stop_imports(__name__)      # before `import torch`, which takes seconds
     run(main)                   # nothing that main prints can end the script
 """
 import errno
+import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from io import TextIOWrapper
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 # Control characters but tab and line end, and marks that turn the direction of the text.
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -37,6 +39,19 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(0)  # not sys.exit: an import or a callback could swallow it, and the run would go on
 
 
+def stop_imports(name: str) -> None:
+    """Ctrl-C during the imports that follow ends the process, if `name` says that it runs as a
+    script, in one line. When `run` starts, it is a KeyboardInterrupt again."""
+    if name == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    with suppress(OSError):
+        os.write(2, b"stopped\n")
+    os._exit(130)  # an exception could be swallowed, or turned into another, by what is imported
+
+
 def run(main: Callable[[], None]) -> None:
     """Start a script. A character that the terminal cannot show becomes "?"; a stream that was
     closed swallows what is printed; when whoever reads the output has had enough (`… | head`),
@@ -47,6 +62,8 @@ def run(main: Callable[[], None]) -> None:
             setattr(sys, name, open(os.devnull, mode))
         elif isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if signal.getsignal(signal.SIGINT) is _stop:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
             main()
@@ -79,19 +96,57 @@ def show(text: str) -> None:
     print(COMMANDS.sub("", text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
+def show_json(record: dict) -> None:
+    """Print a line of JSON: every character as it is, or as \\uXXXX where stdout is not in a UTF
+    (a Chinese Windows redirects it in GBK), so that none is lost."""
+    utf = "utf" in (sys.stdout.encoding or "").lower()
+    print(json.dumps(record, ensure_ascii=not utf))
+
+
 def say(text: object) -> None:
     """Talk goes to stderr, on one line: stdout is for the result."""
-    print(printable(text), file=sys.stderr, flush=True)
+    _talk(printable(text) + "\n")
 
 
 def murmur(text: str) -> None:
     """Print on stderr what a model thinks before it answers, as it is written."""
-    print(COMMANDS.sub("", text), file=sys.stderr, end="", flush=True)
+    _talk(COMMANDS.sub("", text))
+
+
+def _talk(text: str) -> None:
+    print(text, file=Talk(sys.stderr), end="", flush=True)
+
+
+class Talk:
+    """A stream that nobody need read: when its reader is gone, the script goes on in silence."""
+
+    def __init__(self, to: TextIO, gone: type[OSError] = OSError):
+        self.to, self.gone = to, gone
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.to, name)
+
+    def write(self, text: str) -> None:
+        self._try(partial(self.to.write, text))
+
+    def flush(self) -> None:
+        self._try(self.to.flush)
+
+    def _try(self, job: Callable[[], Any]) -> None:
+        try:
+            job()
+        except self.gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.to.fileno())
+
+
+def only_talk() -> None:
+    """From now on stdout is talk too: the result of the script is a file."""
+    sys.stdout = Talk(sys.stdout, BrokenPipeError)  # but a full disk is said
 
 
 def ask() -> str:
     """The next line that the user types; "> " asks for it, on stderr."""
-    print("\n> ", end="", file=sys.stderr, flush=True)
+    _talk("\n> ")
     return input()
 
 

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from plumbing.files import Found, find
@@ -49,8 +50,15 @@ def find_documents(paths: list[str], max_file_mb: int = 50,
                    index: str = "") -> tuple[list[Path], list[str]]:
     """(files by their real paths, a line for whatever is passed over). Raises ValueError for a path
     that is not there or is the folder of the index."""
+    real_folder = lru_cache(os.path.realpath)  # a folder holds many files
+
+    def real(path: str) -> str:
+        folder, name = os.path.split(path)
+        return os.path.realpath(path) if os.path.islink(path) else os.path.join(
+            real_folder(folder), name)
+
     def refuse(path: str) -> str:
-        if (real := os.path.realpath(path)) != real.encode(errors="replace").decode():
+        if real(path) != real(path).encode(errors="replace").decode():
             return "its name is not UTF-8"
         if not path.lower().endswith(SUFFIXES):
             return "convert to text first" + " (with pdftotext, perhaps)" * path.endswith(".pdf")
@@ -65,7 +73,7 @@ def find_documents(paths: list[str], max_file_mb: int = 50,
         if index and os.path.realpath(path) == os.path.realpath(index):
             raise ValueError(f"{path}: the index is in this folder; give another as --index")
         found += find(path, refuse)
-    files = dict.fromkeys(Path(os.path.realpath(one.path)) for one in found if not one.why)
+    files = dict.fromkeys(Path(real(one.path)) for one in found if not one.why)
     return list(files), [str(one) for one in found if one.why]
 
 
@@ -143,7 +151,9 @@ def chunks_of(paths: list[str], cut: Cut, max_file_mb: int = 50) -> Iterator[Chu
     print("".join(f"{line}\n" for line in skipped), end="", file=sys.stderr)
     for path in files:
         try:
-            yield from read_document(path, path.read_bytes(), cut)[0]
+            if encoding_of(raw := path.read_bytes()) == "gb18030":
+                print(f"{printable(path)}: read as GB18030", file=sys.stderr)
+            yield from read_document(path, raw, cut)[0]
         except (OSError, ValueError) as error:
             print(Found(str(path), "", getattr(error, "strerror", None) or str(error)),
                   file=sys.stderr)
@@ -157,6 +167,8 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
     files count as changed. Returns the number of files by what became of them. Raises ValueError
     for a path that is not there; OSError when the index cannot be written: it stays as it was."""
     start, known, progress = time.time(), index.manifest["documents"], Progress(sys.stderr)
+    folders = [os.path.realpath(path) for path in map(os.path.expanduser, paths)]
+    folders = list(filter(os.path.isdir, folders + index.manifest["folders"]))
     earlier = [name for name, row in known.items() if row[0]]  # those that were read from a file
     paths = [path for path in paths if os.path.exists(os.path.expanduser(path))
              or not within(path, earlier)]  # a path that is gone is known: it is forgotten
@@ -167,6 +179,8 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
     print("".join(f"{line}\n" for line in (*skipped, *passed)), end="")
     counts = dict.fromkeys(("new", "changed", "unchanged", "gone", "unreadable", "read as GB18030",
                             "characters replaced", "chunks embedded"), 0)
+    refused = set(filter(os.path.exists, index.manifest["refused"])).difference(map(str, files))
+    index.note(folders, refused)
     for name in sorted(gone.difference(map(str, more))):
         print(f"forgotten: {printable(name)}")
         index.remove(name)
@@ -186,6 +200,7 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
                 progress.end()
                 print(Found(name, "", getattr(error, "strerror", None) or str(error)))
                 index.remove(name)
+                refused.add(name)
                 counts["unreadable"] += 1
                 continue
             counts["characters replaced"] += replaced
@@ -198,6 +213,7 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
         progress.end()
         print("stopped: what was read is kept, and the same command goes on", file=sys.stderr)
     progress.end()
+    index.note(folders, refused)
     counts["chunks embedded"] += index.commit()
     if (manifest := index.folder / "manifest.json").exists():
         os.utime(manifest, (start, start))  # documents are as they were then: see forget_gone
@@ -209,10 +225,14 @@ def remove(index: Index, paths: list[str]) -> int:
     not. Returns how many. Raises ValueError for a path at which the index has none."""
     before = len(index.manifest["documents"])
     for path in paths:
-        if not (there := within(path, index.manifest["documents"])):
+        there = within(path, index.manifest["documents"])
+        folders = within(path, index.manifest["folders"])
+        if not there and not folders:
             raise ValueError(f"{path}: the index has nothing of it; see python rag.py info")
         for name in there:
             index.remove(name)
+        index.note({*index.manifest["folders"]}.difference(folders),
+                   index.manifest["refused"] + there)
     index.commit()
     return before - len(index.manifest["documents"])
 
@@ -223,9 +243,10 @@ def within(path: str, documents: Iterable[str]) -> list[str]:
     return [name for name in documents if Path(name).is_relative_to(place)]
 
 
-def forget_gone(index: Index) -> tuple[int, int]:
-    """How many documents are gone, and how many changed, since the index was written. No search
-    finds those that are gone, until the index is opened again."""
+def forget_gone(index: Index, max_file_mb: int = 50) -> tuple[int, int, int]:
+    """How many documents are gone and how many changed since the index was written, and how many
+    files came into the folders that were added. No search finds the documents that are gone, until
+    the index is opened again."""
     written, gone, changed = os.stat(index.folder / "manifest.json").st_mtime, [], 0
     for name in (name for name, row in index.manifest["documents"].items() if row[0]):
         try:
@@ -236,4 +257,6 @@ def forget_gone(index: Index) -> tuple[int, int]:
             pass
     for name in gone:
         index.remove(name)
-    return len(gone), changed
+    there, _ = find_documents(list(filter(os.path.isdir, index.manifest["folders"])), max_file_mb)
+    new = set(map(str, there)).difference(index.manifest["documents"], index.manifest["refused"])
+    return len(gone), changed, len(new)

@@ -75,12 +75,13 @@ def blend(lexical: np.ndarray, cosines: np.ndarray, alive: np.ndarray) -> np.nda
 
 class Index(Files):
     """Chunks on disk that can be searched. Raises ValueError for a damaged index, or one made with
-    another embedder. An embedder with a name must speak the languages of the texts."""
+    another embedder. An embedder with a name must speak the languages of the texts. None is needed
+    to ask by words, or to `only_remove`."""
 
     def __init__(self, folder: str, writable: bool = False, embed: Embed | None = None,
-                 embed_name: str = ""):
+                 embed_name: str = "", only_remove: bool = False):
         self.embed: Any = embed
-        self.embed_name = embed_name
+        self.embed_name, self.only_remove = embed_name, only_remove
         super().__init__(folder, writable)
 
     def _open(self, writable: bool) -> None:
@@ -110,9 +111,9 @@ class Index(Files):
     def _check_embedder(self) -> None:
         known, name = self.manifest["embed"], self.embed_name
         if self.embed is None:
-            if known and self.lock:
+            if known and self.lock and not self.only_remove:
                 raise ValueError(f"{self.folder}: was made with --embed={known['name']}, which "
-                                 "changing it needs too")
+                                 "adding to it needs too")
             return
         probe = self._vectors([PROBE], "passage")
         digest = np.round(probe[0], 2).tolist()[:8]
@@ -163,6 +164,14 @@ class Index(Files):
                            for i in range(first, min(first + n, len(self.vectors)))}
         self.show(slice(first, first + n), False)
 
+    def note(self, folders: Iterable[str], refused: Iterable[str]) -> None:
+        """Remember which folders are indexed, and which files in them are no documents. An index
+        without documents is not written for that."""
+        now = {"folders": sorted(set(folders)), "refused": sorted(set(refused))}
+        changed = any(self.manifest[key] != value for key, value in now.items())
+        self._changed |= changed and bool(self.manifest["documents"])
+        self.manifest |= now
+
     def show(self, chunks: slice | list[int], alive: bool = True) -> None:
         """Let searches find these chunks, or not."""
         self.alive[chunks] = alive
@@ -193,7 +202,7 @@ class Index(Files):
             self._append(path, b"".join(lines))
             self._append(self._path("starts", ".u64"), starts.astype(np.uint64).tobytes())
             self._add_segment(make_segment(n, [terms(c.full) for c in chunks]))
-        if chunks and self.embed:
+        if chunks and self.manifest["embed"]:
             made = iter(self._vectors(fresh, "passage") if fresh else ())
             rows = [self._kept[c.id] if c.id in self._kept else next(made) for c in chunks]
             self._append(self._path("vectors", ".f32"), np.array(rows, np.float32).tobytes())
@@ -252,8 +261,8 @@ class Index(Files):
             self._norm = (K1 * (1 - B + B * self.lengths / mean)).astype(np.float32)
         norm = self._norm
         parts = [p.idf * (p.counts / (p.counts + norm[p.chunks])) for p in postings]
-        return np.bincount(np.concatenate([p.chunks for p in postings]),
-                           np.concatenate(parts), minlength=len(self.alive))
+        return np.bincount(np.concatenate([p.chunks for p in postings]), np.concatenate(parts),
+                           minlength=len(self.alive)).astype(float)  # of nothing, it is of int
 
     def cosines(self, question: str) -> np.ndarray:
         """(chunks,) of question and chunk; the dead have -1."""

@@ -38,7 +38,7 @@ AGAIN = "remove the folder and index the documents again"
 OURS = re.compile(r"(chunks-\d+\.jsonl|starts-\d+\.u64|vectors-\d+\.f32|terms-\d+-\d+-\d+\.npz"
                   r"|manifest\.json\.tmp)")  # removed if not named; other files are a user's
 EMPTY: dict = {"format": FORMAT, "generation": 0, "chunks": 0, "files": {}, "documents": {},
-               "dead": [], "segments": [], "embed": None}
+               "dead": [], "segments": [], "embed": None, "folders": [], "refused": []}
 ARRAYS = ("lengths", "keys", "starts", "chunks", "counts")  # of a Segment, in this order
 
 
@@ -169,7 +169,7 @@ class Files(AbstractContextManager):
         while path.exists() and path.read_bytes() != raw:
             raw = path.read_bytes()
             try:
-                self.manifest = read_manifest(path, raw)
+                self.manifest = deepcopy(EMPTY) | read_manifest(path, raw)
                 self._check_files()
                 self.segments = [self._read_segment(name) for name in self.manifest["segments"]]
                 break

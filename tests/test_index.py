@@ -189,6 +189,30 @@ def test_another_embedder_is_refused_by_name(tmp_path):
         Index(str(tmp_path / "n"), True, hashing, "hash")
 
 
+def test_a_question_of_unknown_words_is_answered_by_vectors(tmp_path):
+    """That is what vectors are for. The sums of BM25 were those of nothing, which numpy makes of
+    integers, and the blend of both scores ended in an OverflowError."""
+    made = fill(tmp_path, range(5), embed=hashing, embed_name="hash")
+    made.embed = lambda texts, kind: hashing(["tea"] * len(texts), kind)
+    best = int(np.argmax(made.cosines("tea")))
+    assert made.search("unheard", 1)[0].chunk == made.chunk(best)
+
+
+def test_documents_are_removed_without_the_embedder(tmp_path):
+    """Forgetting a note needed the server or the model that had made its vectors. Four of five go,
+    so that the index is written anew, and the vectors that stay are those that were there."""
+    with fill(tmp_path, range(5), embed=hashing, embed_name="hash") as made:
+        names, before = sorted(made.manifest["documents"]), made.cosines("tea")[made.alive]
+    with Index(str(tmp_path), True, only_remove=True) as index:
+        for name in names[1:]:
+            index.remove(name)
+        index.commit()
+        assert index.manifest["generation"] == 1
+    after = Index(str(tmp_path), False, hashing, "hash")
+    assert list(after.manifest["documents"]) == names[:1]
+    assert np.allclose(after.cosines("tea"), before[:len(after)]) and after.search("tea")
+
+
 def test_an_embedder_that_does_not_speak_the_language_is_refused(tmp_path):
     """It gives every Chinese text the same vector, as a model does that knows none of its words."""
     def english(texts, kind):

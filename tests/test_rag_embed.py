@@ -35,6 +35,26 @@ def server():
     made.server_close()
 
 
+def test_remove_needs_no_embed(server, monkeypatch, capsys, tmp_path):
+    """`rag.py remove` of an index with vectors asked for --embed, though it embeds nothing: without
+    the server a note could not be forgotten."""
+    url, answers = server
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"The key of {name} is here.")
+    answers[0] = 200, json.dumps({"data": [{"embedding": [0.0, 1.0]}]}).encode()
+    monkeypatch.setattr(rag.embed, "load", lambda name, device: name and openai_style(name))
+    monkeypatch.setattr("search.index.check_language", lambda *args: None)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["rag.py", *words, f"--index={tmp_path}/ix"])
+        rag.main()
+        return capsys.readouterr().out
+    call("add", f"{tmp_path}/a.txt", f"--embed={url}")
+    call("add", f"{tmp_path}/b.txt", f"--embed={url}")
+    answers[0] = 500, b"the server must not be asked"
+    assert "1 forgotten; 1 chunks of 1 documents" in call("remove", f"{tmp_path}/a.txt")
+
+
 def test_rows_are_taken_in_the_order_of_their_index_or_as_they_come():
     assert vectors_in({"data": ROWS}, 2).tolist() == [[1, 0], [0, 1]]
     bare = [{"embedding": row["embedding"]} for row in ROWS]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import rag
-from search.documents import count_pieces, decode, find_documents, update
+from search.documents import chunks_of, count_pieces, decode, find_documents, update
 from search.index import Index
 from search.segment import split
 from search.topics import terms
@@ -48,7 +48,7 @@ def test_an_encoding_that_cannot_be_told_is_refused_by_the_name_of_the_file(tmp_
     assert f"skipped {tmp_path}/letter.txt: " in capsys.readouterr().out
 
 
-def test_gb18030_that_is_plainly_chinese_is_read_and_so_is_what_bears_its_mark(tmp_path):
+def test_gb18030_that_is_plainly_chinese_is_read_and_so_is_what_bears_its_mark(tmp_path, capsys):
     traditional = "他說這個問題我們不能在這裡說，因為大家都要上學，他的書在家裡。"
     for text in (CHINESE, CHINESE[:14], "第三章 " + CHINESE + " see page 12", traditional):
         assert decode(text.encode("gb18030")) == text
@@ -59,6 +59,9 @@ def test_gb18030_that_is_plainly_chinese_is_read_and_so_is_what_bears_its_mark(t
     with Index(str(tmp_path / "ix"), True) as index:  # and that it was is said
         counts = update(index, [str(tmp_path)], lambda text, name: split(text, name, count=len))
         assert counts["read as GB18030"] == counts["new"] == 1
+    capsys.readouterr()
+    list(chunks_of([str(tmp_path / "old.txt")], lambda text, name: split(text, name, count=len)))
+    assert capsys.readouterr().err == f"{tmp_path}/old.txt: read as GB18030\n"  # so does `split`
     with pytest.raises(ValueError, match="not UTF-32 at byte 8, as its first bytes say"):
         decode("ab".encode("utf-32")[:-1])
 

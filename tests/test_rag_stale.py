@@ -82,6 +82,29 @@ def test_asking_finds_nothing_that_is_gone_and_says_what_has_changed(tmp_path, r
     assert run("ask", "When are the bins emptied?")[2] == ""
 
 
+def test_asking_says_how_many_files_came_into_the_folders(tmp_path, run):
+    """Only `add` found a new note, and the answer came from the older ones without a word. What
+    was refused, or removed on purpose, is not new; neither is what lies beside a file that was
+    added by its name. A moved file keeps its time, so times cannot tell."""
+    for name in ("notes/deep/a.md", "notes/removed.md", "single/b.md"):
+        write(tmp_path / name, f"The word of {name} is lamp.")
+    (tmp_path / "notes/binary.md").write_bytes(b"\0\1")
+    run("add", tmp_path / "notes", tmp_path / "single/b.md")
+    run("remove", tmp_path / "notes/removed.md")
+    write(tmp_path / "single/c.md", "Nobody asked for this one.")
+    assert run("ask", "Which word?")[2] == ""
+    write(tmp_path / "moved.md", "The bins are emptied on Friday.")
+    os.utime(tmp_path / "moved.md", (0, 0))
+    os.rename(tmp_path / "moved.md", tmp_path / "notes/deep/moved.md")
+    err = run("ask", "Which word?")[2]
+    assert len(err.splitlines()) == 1 and "new files in their folders: 1; python rag.py add" in err
+    assert "1 new" in run("add", tmp_path / "notes/deep")[1]
+    assert run("ask", "When are the bins emptied?")[2] == ""
+    run("remove", tmp_path / "notes")
+    write(tmp_path / "notes/late.md", "The folder is forgotten.")
+    assert run("ask", "Which word?")[2] == ""
+
+
 def test_a_document_that_can_no_longer_be_read_is_no_document(tmp_path, run):
     """What was known of it stayed: the file said one thing, or nothing, and the answer another."""
     write(tmp_path / "a.md", "The alarm code of the workshop is 4417.")

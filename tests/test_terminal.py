@@ -1,5 +1,7 @@
 """What a script prints can neither end it nor command the terminal."""
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,8 +64,9 @@ def test_a_reader_who_has_had_enough_is_no_error(n, redirect):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_under_the_output_is_one_line():
-    done = script("print('a')", ">/dev/full")
+@pytest.mark.parametrize("before", ["", "from plumbing.terminal import only_talk; only_talk(); "])
+def test_a_full_disk_under_the_output_is_one_line(before):
+    done = script(before + "print('a')", ">/dev/full")
     assert done.returncode == 3
     assert done.stderr == b"the output cannot be written: No space left on device\n"
 
@@ -85,9 +88,63 @@ def test_a_mistake_keeps_its_line_and_its_exit_code():
     assert (done.returncode, done.stderr) == (2, b"no\n")
 
 
+@pytest.mark.parametrize("redirect", ["2>&1 | head -0", "2>&1 >&- | head -0", "2>/dev/full"])
+def test_a_mistake_keeps_its_exit_code_when_nobody_reads_it(redirect):
+    """`train_pt.py --max_steps=0 2>&1 | head -0` ended with exit code 0, as if it had trained: the
+    line of the mistake could not be written, and that was taken for a reader who has had enough."""
+    wait = "import time; time.sleep(0.3); "
+    for body in ("fail('no')", "print('a'); fail('no')"):
+        done = script(wait + body, f"{redirect}; exit ${{PIPESTATUS[0]}}", PYTHONUNBUFFERED="")
+        assert (done.returncode, done.stderr) == (2, b""), body
+
+
+def test_the_result_is_written_whole_though_nobody_reads_the_talk():
+    """What a script says beside its result must not cost the result."""
+    done = script("import time; time.sleep(0.3); from plumbing.terminal import murmur, say; "
+                  "print('a'); say('talk'); murmur('more'); say('and more'); print('b')",
+                  "2> >(head -c 0)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"a\nb\n", b"")
+
+
+def test_work_whose_result_is_a_file_goes_on_when_nobody_reads_what_it_says():
+    """`data.py … | head -3` stopped where the fourth line was said, with exit code 0 and half of
+    the files; `rag.py add … | head -1` left the index as it was."""
+    done = script("from plumbing.terminal import only_talk; only_talk(); "
+                  "[print(i, flush=True) for i in range(100_000)]; raise SystemExit(7)",
+                  "| head -1; exit ${PIPESTATUS[0]}")
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"0\n", b"")
+
+
 def test_ctrl_c_is_no_traceback():
     done = script("print('a'); raise KeyboardInterrupt")
     assert (done.returncode, done.stdout, done.stderr) == (130, b"a\n", b"")
+
+
+@pytest.mark.parametrize("name", ["convert", "data", "generate", "rag", "tokenizer"])
+def test_ctrl_c_during_the_imports_is_one_line(name, tmp_path):
+    """They take seconds, in which people change their minds: the answer was thirty lines of
+    torch. Whatever is imported may swallow an exception, so this is none."""
+    for package in ("numpy", "regex", "torch"):
+        (tmp_path / f"{package}.py").write_text(
+            "import time\nprint('imports', flush=True)\ntry: time.sleep(60)\n"
+            "except BaseException: time.sleep(60)")
+    with subprocess.Popen([sys.executable, f"{name}.py"], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(tmp_path)}
+                          ) as started:
+        assert started.stdout.readline() == b"imports\n"
+        started.send_signal(signal.SIGINT)
+        assert started.communicate(timeout=20) == (b"", b"stopped\n")
+    assert started.returncode == 130
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "ascii", "utf-8"])
+def test_json_lines_lose_no_character(encoding):
+    """A Chinese Windows redirects output in GBK. `rag.py split … > chunks.jsonl` wrote "?" for each
+    character that GBK lacks, and our own readers refuse the file, which is not UTF-8."""
+    done = script("from plumbing.terminal import show_json; show_json({'a': '键 \\U0001f642'})",
+                  PYTHONIOENCODING=encoding)
+    assert json.loads(done.stdout.decode()) == {"a": "键 🙂"}
+    assert (b"\\u" in done.stdout) == (encoding != "utf-8")
 
 
 @pytest.mark.parametrize("terminal", [True, False])
