@@ -1,0 +1,218 @@
+"""
+Writes many texts at once, each of which comes and goes when it likes; serve.py uses it. The rest
+may be skipped.
+
+    batch = Batch(model, rows=8, window=2048)
+    batch.submit(Text(prompt_ids, max_tokens=50, stop=tok.stop, on_token=print))   # in any thread
+    batch.run()                                                 # in a thread of its own, for ever
+
+All rows share one KVCache and end at the same column; shorter ones are padded on the left. Between
+two steps a text may join: its prompt is read into a cache of its own, a part at a time so that the
+others do not wait, and is then copied into a free row. What a text has in common with one before
+it, such as the system prompt or the first turns of a chat, is copied instead of read.
+"""
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import KVCache, Transformer
+
+PART = 128  # tokens of a prompt that are read between two steps
+Sampler = Callable[..., Tensor]
+
+
+@dataclass(eq=False)
+class Text:
+    """A text to write. `on_token(id, log P, {id: log P of the likeliest})` is called in the thread
+    of the batch for each token, with None for the id at the end; then `ended` says why: "stop" or
+    "length"."""
+    prompt: list[int]
+    max_tokens: int
+    on_token: Callable[[int | None, float, dict[int, float]], None]
+    stop: tuple[int, ...] = ()
+    seed: int = 0
+    sampling: dict[str, Any] = field(default_factory=dict)  # settings of generate.Sampling
+    top_logprobs: int = -1  # how many of the likeliest tokens to report; -1: no log P at all
+    cancelled: bool = False  # set by whoever no longer wants the text
+    ended: str = ""
+
+    def __post_init__(self) -> None:
+        self.ids = list(self.prompt)
+        self.chance = torch.Generator().manual_seed(self.seed)
+        self.cache: KVCache | None = None  # of its own, while the prompt is read
+        self.reused = 0  # tokens of the prompt that were copied
+
+
+class Batch:
+    """The texts that are being written and those that wait. `sample` is generate.sample."""
+
+    def __init__(self, model: Transformer, sample: Sampler, rows: int, window: int,
+                 waiting: int = 64):
+        self.model, self.sample, self.window = model, sample, window
+        weight = model.embed_tokens.weight
+        self.cache = KVCache(model.config, rows, window, None, weight.device, weight.dtype)
+        self.store = self.cache.kv  # (layers, 2, rows, heads, window, D); the first rows are in use
+        self.texts: list[Text] = []  # one for each row in use
+        self.waiting: queue.SimpleQueue[Text] = queue.SimpleQueue()
+        self.room = rows + waiting  # most texts that may be written, read or waiting
+        self.past: deque[tuple[list[int], Tensor]] = deque(maxlen=rows)  # ended: ids, their kv
+        self.wake, self.over = threading.Event(), False
+        self.tokens_read = self.copied = self.written = 0
+        self.seconds = 0.0  # tokens; time that writing took
+
+    def submit(self, text: Text) -> bool:
+        """Hand in a text; False if too many wait."""
+        if self.waiting.qsize() + len(self.texts) >= self.room:
+            return False
+        self.waiting.put(text)
+        self.wake.set()
+        return True
+
+    def run(self) -> None:
+        """Write until `stop` is called."""
+        reading: Text | None = None
+        while not self.over:
+            if reading is None and len(self.texts) < self.store.size(2) and self.waiting.qsize():
+                reading = self.waiting.get()
+            if reading is None and not self.texts:
+                self.wake.wait()
+                self.wake.clear()
+                continue
+            start = time.perf_counter()
+            if reading is not None and self.read(reading):
+                reading = None
+            if self.texts:
+                self.step()
+            self.seconds += time.perf_counter() - start
+        while self.waiting.qsize():
+            self.texts.append(self.waiting.get())
+        for text in [*self.texts, *([reading] if reading else [])]:
+            text.ended = "length"  # cut short
+            text.on_token(None, 0.0, {})
+
+    def stop(self) -> None:
+        """End all texts where they are."""
+        self.over = True
+        self.wake.set()
+
+    def counts(self) -> dict[str, float]:
+        return {"texts_writing": len(self.texts), "texts_waiting": self.waiting.qsize(),
+                "tokens_read": self.tokens_read, "tokens_copied": self.copied,
+                "tokens_written": self.written,
+                "tokens_per_second": self.written / max(self.seconds, 1e-9)}
+
+    @torch.inference_mode()
+    def read(self, text: Text) -> bool:
+        """Read a part of the prompt. True when it has joined, or is no longer wanted."""
+        if text.cancelled:
+            text.on_token(None, 0.0, {})
+            return True
+        if text.cache is None:
+            weight = self.model.embed_tokens.weight
+            text.cache = KVCache(self.model.config, 1, len(text.prompt), None, weight.device,
+                                 weight.dtype)
+            common, kv = self.longest_prefix(text.prompt)
+            text.cache.kv[..., :common, :] = kv[..., :common, :]
+            text.cache.length = text.reused = common
+        at = text.cache.length
+        ids = torch.tensor([text.prompt[at:at + PART]], device=text.cache.kv.device)
+        hidden = self.model(ids, text.cache, hidden=True)
+        if text.cache.length < len(text.prompt):
+            return False
+        self.copied += text.reused
+        self.tokens_read += len(text.prompt) - text.reused
+        self.join(text, text.cache.kv)
+        self.take(len(self.texts) - 1, self.model.lm_head(hidden[:, -1]))
+        self.leave()
+        return True
+
+    def longest_prefix(self, prompt: list[int]) -> tuple[int, Tensor]:
+        """How many first tokens of a prompt, but not its last, stand in a text that is being
+        written or has ended, and (layers, 2, 1, heads, length, D) keys and values of that text."""
+        known = [(text.ids, self.row(i)) for i, text in enumerate(self.texts)] + [*self.past]
+        found, best = 0, self.store[:, :, :1, :, :0]
+        for ids, kv in known:
+            n = min(len(prompt) - 1, kv.size(-2))
+            common = next((i for i in range(n) if ids[i] != prompt[i]), n)
+            if common > found:
+                found, best = common, kv
+        return found, best
+
+    def row(self, i: int) -> Tensor:
+        """Keys and values of a row, without its padding."""
+        return self.store[:, :, i:i + 1, :, int(self.cache.pad[i]):self.cache.length]
+
+    def join(self, text: Text, kv: Tensor) -> None:
+        """Put a text into the next free row, so that it ends at the common column."""
+        n, row = kv.size(-2), len(self.texts)
+        if not row:
+            self.cache.length = n
+        self.shift(max(0, n - self.cache.length))
+        self.store[:, :, row:row + 1, :, self.cache.length - n:self.cache.length] = kv
+        self.texts.append(text)
+        self.use([*self.cache.pad.tolist()[:row], self.cache.length - n])
+        text.cache = None
+
+    def shift(self, by: int) -> None:
+        """Move all rows right (left if negative) by so many columns."""
+        if by and self.texts:
+            old, n = self.cache.length, len(self.texts)
+            kept = self.store[:, :, :n, :, max(0, -by):old].clone()
+            self.store[:, :, :n, :, max(0, by):old + by] = kept
+            self.cache.length = old + by
+            self.use((self.cache.pad[:n] + by).tolist())
+
+    def use(self, pad: list[int]) -> None:
+        """Let the cache show as many rows as there are paddings."""
+        self.cache.kv = self.store[:, :, :len(pad)]
+        self.cache.pad = torch.tensor(pad, dtype=torch.long, device=self.store.device)
+        self.cache.padded = any(pad)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Write one token of every text."""
+        if self.cache.length == self.window:  # the longest text has ended, so there is padding
+            self.shift(-int(self.cache.pad.min()))
+        fresh = torch.tensor([[text.ids[-1]] for text in self.texts], device=self.store.device)
+        logits = self.model.lm_head(self.model(fresh, self.cache, hidden=True)[:, -1])
+        for i in range(len(self.texts)):
+            self.take(i, logits[i:i + 1])
+        self.leave()
+
+    def take(self, i: int, logits: Tensor) -> None:
+        """Draw a token of row i from its logits (1, V), and tell whoever wants it."""
+        text = self.texts[i]
+        noise = torch.rand(1, generator=text.chance).to(logits.device)
+        token = int(self.sample(logits, [text.ids], noise, **text.sampling))
+        logp, likeliest = 0.0, {}
+        if text.top_logprobs >= 0:
+            logps = logits[0].float().log_softmax(-1)
+            values, ids = logps.topk(text.top_logprobs)
+            logp, likeliest = float(logps[token]), dict(zip(ids.tolist(), values.tolist()))
+        text.ids.append(token)
+        self.written += 1
+        text.on_token(token, logp, likeliest)
+        if token in text.stop:
+            text.ended = "stop"
+        elif len(text.ids) - len(text.prompt) == text.max_tokens:
+            text.ended = "length"
+
+    def leave(self) -> None:
+        """Free the rows of texts that have ended or are no longer wanted: the last row moves in."""
+        pad = self.cache.pad.tolist()
+        for i in reversed(range(len(self.texts))):
+            text = self.texts[i]
+            if text.ended or text.cancelled:
+                self.past.append((text.ids[:-1], self.row(i).clone()))
+                self.store[:, :, i] = self.store[:, :, len(self.texts) - 1]
+                self.texts[i], pad[i] = self.texts[-1], pad[-1]
+                self.texts.pop(), pad.pop()
+                self.use(pad)
+                text.on_token(None, 0.0, {})

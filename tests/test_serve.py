@@ -1,0 +1,261 @@
+"""serve.py, asked by the official client and by hostile ones. Needs the extra `serve`."""
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from notes import NOTES
+
+from generate import replies
+from tokenizer import render
+
+pytest.importorskip("uvicorn", reason="the extra `serve`")
+pytest.importorskip("starlette", reason="the extra `serve`")
+ROOT = Path(__file__).parent.parent
+HI = [{"role": "user", "content": "Hi 你好"}]
+
+
+def start(*settings: str, **environ: str) -> SimpleNamespace:
+    """A server, once it listens."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "serve.py", f"--port={port}", *settings], cwd=ROOT, text=True,
+        stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"} | environ)
+    said = process.stderr.readline()
+    assert "the page" in said, said + process.stderr.read()
+    server = SimpleNamespace(process=process, url=f"http://127.0.0.1:{port}", port=port)
+    for _ in range(200):
+        try:
+            urllib.request.urlopen(server.url + "/health").close()
+            break
+        except urllib.error.URLError:
+            time.sleep(0.05)
+    return server
+
+
+def end(server: SimpleNamespace) -> None:
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+    assert "Traceback" not in server.process.stderr.read()
+
+
+@pytest.fixture(scope="module")
+def server(tiny):
+    server = start(f"--checkpoint={tiny.pt}", "--rows=4", "--waiting=6", "--max_body_kb=64")
+    yield server
+    end(server)
+
+
+def call(server: SimpleNamespace, path: str, body=None, **headers: str) -> tuple[int, dict]:
+    """Status and JSON of a request."""
+    raw = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, raw, {
+        "Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def figure(server: SimpleNamespace, name: str) -> float:
+    with urllib.request.urlopen(server.url + "/metrics") as reply:
+        return float(re.search(rf"khaosz_{name} (\S+)", reply.read().decode())[1])
+
+
+def alone(tiny, messages: list[dict], n: int) -> str:
+    ids, _ = render(tiny.tok, messages, add_generation_prompt=True)
+    reply, = replies(tiny.model.eval(), [ids], n, stop=tiny.tok.stop, temperature=0.0)
+    return tiny.tok.decode([token for token in reply if token not in tiny.tok.stop])
+
+
+def test_the_official_client(server, tiny):
+    """Whole and streamed, several choices, log P, usage, stop strings, text completions."""
+    openai = pytest.importorskip("openai", reason="its client is the oracle")
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    assert [m.id for m in client.models.list()] == ["pt"]
+    ask = dict(model="any", messages=HI, max_tokens=20, temperature=0)
+    expected = alone(tiny, HI, 20)
+    whole = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2, n=2)
+    assert [choice.message.content for choice in whole.choices] == [expected] * 2
+    found = whole.choices[0].logprobs.content
+    assert all(x.top_logprobs[0].logprob == x.logprob for x in found)  # greedy: the likeliest
+    n_read = len(render(tiny.tok, HI, add_generation_prompt=True)[0])
+    assert whole.usage.prompt_tokens == 2 * n_read and whole.usage.completion_tokens <= 40
+    events = [*client.chat.completions.create(**ask, stream=True,
+                                              stream_options={"include_usage": True})]
+    assert "".join(e.choices[0].delta.content for e in events if e.choices) == expected
+    assert events[-1].usage.completion_tokens * 2 == whole.usage.completion_tokens
+    stop = expected[len(expected) // 2:][:3]
+    cut = client.chat.completions.create(**ask, stop=[stop, "never said"])
+    assert cut.choices[0].message.content == expected[:expected.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    both = client.completions.create(model="any", prompt=["Once", "从前"], max_tokens=5, seed=1)
+    again = client.completions.create(model="any", prompt=["Once", "从前"], max_tokens=5, seed=1)
+    assert [c.text for c in both.choices] == [c.text for c in again.choices]
+    with pytest.raises(openai.BadRequestError, match="a prompt has 1 to 255 tokens, not 1,0"):
+        client.completions.create(model="any", prompt="x" * 1000)
+
+
+def test_eight_clients_get_what_each_gets_alone(server, tiny):
+    questions = [[{"role": "user", "content": "Who is " + "ABCDEFGH"[i] * (3 * i + 1)}]
+                 for i in range(8)]
+
+    def ask(messages):
+        return call(server, "/v1/chat/completions", {"messages": messages, "temperature": 0,
+                                                     "max_tokens": 40})[1]
+    with ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(ask, questions)]
+    for messages, one in zip(questions, found):
+        assert one["choices"][0]["message"]["content"] == alone(tiny, messages, 40)
+
+
+@pytest.mark.parametrize("path, body, headers, status, said", [
+    ("/none", None, {}, 404, "Not Found"),
+    ("/v1/completions", None, {}, 405, "Method Not Allowed"),
+    ("/v1/completions", b"{", {}, 400, "the body is not JSON"),
+    ("/v1/completions", b"[" * 30_000, {}, 400, "the body is not JSON"),
+    ("/v1/completions", b"[]", {}, 400, "a JSON object"),
+    ("/v1/completions", {}, {}, 400, "a prompt has 1 to 255 tokens, not 0"),
+    ("/v1/completions", {"prompt": "x" * 10**5}, {}, 413, "65,536 bytes"),
+    ("/v1/completions", {"prompt": "a"}, {"Content_Type": "text/plain"}, 415, "application/json"),
+    ("/v1/completions", {"prompt": "a"}, {"Host": "evil.example"}, 403, "Host"),
+    ("/v1/completions", {"prompt": "a", "temperature": "hot"}, {}, 400, "temperature must be"),
+    ("/v1/completions", {"prompt": "a", "temperature": float("nan")}, {}, 400, "temperature"),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 1.5}, {}, 400, "max_tokens must be an int"),
+    ("/v1/completions", {"prompt": "a", "n": True}, {}, 400, "n must be an integer"),
+    ("/v1/completions", {"prompt": "a", "stop": [""]}, {}, 400, "stop must be a string"),
+    ("/v1/completions", {"prompt": "a", "logit_bias": {"1": 5}}, {}, 400, "not supported"),
+    ("/v1/chat/completions", {"messages": []}, {}, 400, "at least one message"),
+    ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "a"}]}, {}, 400, "role"),
+    ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, {}, 400, "user"),
+    ("/v1/embeddings", {"input": "a"}, {}, 400, "without --embed"),
+    ("/upload", {"text": "a"}, {}, 400, "without --upload")])
+def test_a_request_that_cannot_be_answered(server, path, body, headers, status, said):
+    found, reply = call(server, path, body, **headers)
+    assert (found, set(reply["error"])) == (status, {"message", "type", "param", "code"})
+    assert said in reply["error"]["message"]
+
+
+def test_too_many_at_once_are_refused_and_the_rest_are_answered(server):
+    def ask(i: int) -> int:
+        return call(server, "/v1/completions", {"prompt": f"{i} is", "max_tokens": 200})[0]
+    with ThreadPoolExecutor(40) as pool:
+        found = [*pool.map(ask, range(40))]
+    assert set(found) == {200, 429}
+
+
+def test_a_client_that_hangs_up_frees_its_row(server):
+    """200 of them, streamed or not, in the middle of a reply or before it begins."""
+    for i in range(200):
+        body = json.dumps({"prompt": f"{i}", "max_tokens": 200, "stream": i % 2 == 0}).encode()
+        with socket.create_connection(("127.0.0.1", server.port)) as s:
+            s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                      b"application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            if i % 4 == 0:
+                s.recv(100)
+    for _ in range(200):
+        if figure(server, "texts_writing") == figure(server, "texts_waiting") == 0:
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("rows are still taken")
+    assert call(server, "/v1/completions", {"prompt": "a", "max_tokens": 2})[0] == 200
+
+
+def test_noise_is_never_an_error_of_the_server(server):
+    """Random bodies, half of them nearly right. `python -m faults` sends more."""
+    r = random.Random(0)
+    values = [None, True, -1, 0, 3, 1e400, "a", "", [], ["a"], {}, {"role": "user"}, [HI[0]],
+              "\ud800", "x" * 500, 2**70, [[]], "\0"]
+    names = ["prompt", "messages", "temperature", "top_p", "top_k", "stop", "seed", "n", "stream",
+             "max_tokens", "logprobs", "stream_options", "chat_template_kwargs", "tools"]
+    for _ in range(300):
+        body = {r.choice(names): r.choice(values) for _ in range(r.randrange(6))}
+        body |= r.choice([{}, {"messages": HI}, {"prompt": "a"}]) | {"max_tokens": 2}
+        body.pop("stream", None)
+        status, _ = call(server, r.choice(["/v1/chat/completions", "/v1/completions"]), body)
+        assert status in (200, 400, 429), body
+
+
+@pytest.fixture(scope="module")
+def librarian(tiny, tmp_path_factory):
+    """A server that answers from notes, takes uploads and wants a key."""
+    folder = tmp_path_factory.mktemp("library")
+    for name, text in NOTES.items():
+        (folder / name).write_text(text, "utf-8")
+    add = [sys.executable, "rag.py", "add", str(folder), f"--index={folder}/.index"]
+    subprocess.run(add, cwd=ROOT, check=True, capture_output=True)
+    server = start(f"--checkpoint={tiny.pt}", f"--index={folder}/.index",
+                   f"--upload={folder}/uploaded", KHAOSZ_API_KEY="secret")
+    server.folder = folder
+    yield server
+    end(server)
+
+
+def test_answers_from_documents_name_their_sources(librarian):
+    def ask(question: str) -> dict:
+        status, reply = call(librarian, "/v1/chat/completions", {"messages": [
+            {"role": "user", "content": question}]}, Authorization="Bearer secret")
+        assert status == 200, reply
+        return reply
+    found = ask("Where is the spare key?")["sources"][0]
+    assert "spare key hangs" in found["text"] and found["path"].endswith("bike.md")
+    nothing = ask("Who won the chess match?")
+    assert nothing["sources"] == []
+    assert nothing["choices"][0]["message"]["content"] == "Not found in the documents."
+    status, _ = call(librarian, "/upload", {"text": "The chess match was won by Vera."},
+                     Authorization="Bearer secret")
+    assert status == 200
+    assert "Vera" in ask("Who won the chess match?")["sources"][0]["text"]
+    names = [path.name for path in (librarian.folder / "uploaded").iterdir()]
+    assert re.fullmatch(r"note-[0-9a-f]{16}\.md", *names)
+
+
+def test_the_key(librarian):
+    body = {"messages": HI}
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \xff"}):
+        assert call(librarian, "/v1/chat/completions", body, **headers)[0] == 401
+        assert call(librarian, "/upload", {"text": "a"}, **headers)[0] == 401
+
+
+def test_sigterm_ends_a_stream_and_then_the_server(tiny):
+    server = start(f"--checkpoint={tiny.pt}")
+    body = json.dumps({"prompt": "a", "max_tokens": 250, "stream": True}).encode()
+    request = urllib.request.Request(server.url + "/v1/completions", body,
+                                     {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as reply:
+        first = reply.readline()
+        start_of_end = time.monotonic()
+        end(server)
+        assert time.monotonic() - start_of_end < 10
+        assert first.startswith(b"data: {") and reply.read().endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("settings, said", [
+    (["--host=0.0.0.0"], "give an --api_key"), (["--upload=up"], "--upload needs an --index"),
+    (["--port=0"], "at least 1"), (["--checkpoint=nowhere"], "nowhere")])
+def test_a_mistake_is_one_line(tiny, settings, said):
+    done = subprocess.run([sys.executable, "serve.py", f"--checkpoint={tiny.pt}", *settings],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and said in done.stderr
+
+
+def test_without_the_extra_it_names_it():
+    code = "import sys, runpy; sys.modules['uvicorn'] = None; runpy.run_path('serve.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "serve.py needs the extra `serve`: pip install starlette uvicorn\n"
