@@ -9,7 +9,7 @@ Serve a model to several people at once: an API like OpenAI's, and a page to cha
     client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.chat.completions.create(model="any", messages=[{"role": "user", "content": "Hi"}])
 
-All texts are rows of one batch (plumbing/batching.py): a request joins at the next token and leaves
+All texts are rows of one batch (serving/batching.py): a request joins at the next token and leaves
 when it ends, or when its client hangs up. Only this computer can connect, unless there is a key.
 """
 from plumbing.terminal import end_quietly
@@ -29,17 +29,17 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from threading import Thread
-from types import FrameType
 from typing import Any, Literal
 
 import rag
 from configurator import Count, FilePath, configure
 from generate import Sampling, sample
-from plumbing import api, runtime
-from plumbing.api import Form, Piece, Refused
-from plumbing.batching import Batch, Text
+from plumbing import runtime
 from plumbing.loading import load_model, newest_checkpoint
 from plumbing.terminal import fail, run, say
+from serving import api
+from serving.api import Form, Piece, Refused
+from serving.batching import Batch, Text
 from tokenizer import render
 
 try:
@@ -49,7 +49,9 @@ try:
     from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError:
-    fail("serve.py needs the extra `serve`: pip install starlette uvicorn")
+    if __name__ == "__main__":
+        fail("serve.py needs the extra `serve`: pip install starlette uvicorn")
+    raise
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Config:
     embed: str = ""  # embedder for /v1/embeddings, and for an index with vectors; see rag.py
     upload: FilePath = ""  # folder for notes that the page adds to the index; none: no upload
     host: str = "127.0.0.1"  # address to listen at; any but this computer's own needs an api_key
-    port: Count = 8000
+    port: Count = 8000  # of that address
     api_key: str = ""  # what clients must send; else KHAOSZ_API_KEY of the environment
     rows: Count = 8  # texts that are written at once
     waiting: Count = 64  # texts that may wait; one more is refused with 429
@@ -173,8 +175,8 @@ class Server:
                 yield Piece(0, piece)
             await work
             yield Piece(0, finish=text.ended or "stop")
-        return [text], pieces(), [api.source(number, hit.chunk, rag.location(hit), rag.shown)
-                                  for number, hit in enumerate(hits, 1)]
+        return [text], pieces(), [api.source(n, hit.chunk, rag.location(hit), rag.shown)
+                                  for n, hit in enumerate(hits, 1)]
 
     async def completions(self, request: Request) -> Response:
         """/v1/chat/completions and /v1/completions."""
@@ -243,13 +245,13 @@ class Server:
         return PlainTextResponse("".join(f"khaosz_{k} {v:g}\n" for k, v in found.items()))
 
     async def page(self, request: Request) -> Response:
-        page = Path(__file__).parent / "plumbing/page.html"
+        page = Path(__file__).parent / "serving/page.html"
         return Response(page.read_bytes(), media_type="text/html; charset=utf-8", headers={
             "Content-Security-Policy": "default-src 'self' 'unsafe-inline'"})
 
     async def failed(self, request: Request, error: Exception) -> Response:
-        gone = 499 if isinstance(error, ClientDisconnect) else 500
-        status = getattr(error, "status", getattr(error, "status_code", gone))
+        status = 499 if isinstance(error, ClientDisconnect) else getattr(
+            error, "status", getattr(error, "status_code", 500))
         self.refused += 1
         message = "an error of the server, see its terminal" if status == 500 else str(error)
         return JSONResponse(api.error(status, message), status)
@@ -267,15 +269,6 @@ class Server:
         return api.Gate(app, self.key, 1024 * self.cfg.max_body_kb)
 
 
-class Listener(uvicorn.Server):
-    """uvicorn, which ends all texts first when it is asked to stop."""
-    batch: Batch
-
-    def handle_exit(self, number: int, frame: FrameType | None) -> None:
-        self.batch.stop()
-        super().handle_exit(number, frame)
-
-
 def main() -> None:
     cfg = configure(Config, show=False)
     try:
@@ -285,15 +278,20 @@ def main() -> None:
         server = Server(cfg)
     except (ValueError, RuntimeError, OSError) as error:
         fail(f"{cfg.host}:{cfg.port}: {error}" if isinstance(error, OSError) else f"{error}")
-    about = f", answers from {cfg.index}" if cfg.index else ""
-    say(f"{server.model.path} (stage {server.model.kind}){about}: http://{cfg.host}:{cfg.port} is "
-        f"the page, http://{cfg.host}:{cfg.port}/v1 the API; Ctrl-C ends it")
+    at = f"http://{cfg.host}:{cfg.port}"
+    say(f"{server.model.path}: {at} is the page, {at}/v1 the API; Ctrl-C ends it")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn raises it once more when all has ended
-    listener = Listener(uvicorn.Config(
+    listener = uvicorn.Server(uvicorn.Config(
         server.app(), cfg.host, cfg.port, log_level="warning", server_header=False,
         timeout_keep_alive=5, timeout_graceful_shutdown=1, h11_max_incomplete_event_size=32768))
-    listener.batch = server.batch
+    leave = listener.handle_exit
+
+    def end_texts_and_leave(sig: int, frame: Any) -> None:
+        server.batch.stop()
+        leave(sig, frame)
+
+    listener.handle_exit = end_texts_and_leave  # type: ignore
     listener.run()
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import fields
 from functools import partial
 from operator import eq
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
@@ -54,10 +55,12 @@ def bad_lines(lab: Lab, n: int = 10_000) -> Result:
 
 
 def scripts() -> list[str]:
-    """Modules that have settings: the scripts in the root, and those in the rooms."""
+    """Modules that have settings: the scripts in the root, and those in the rooms; serve.py only
+    where its extra is installed."""
     return [".".join(path.relative_to(ROOT).with_suffix("").parts)
             for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")])
             if path.parent.name not in ("config", "tests")
+            and (path.stem != "serve" or find_spec("uvicorn"))
             and re.search(r"^class Config\b", path.read_text(encoding="utf-8"), re.M)]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from generate import replies, sample
 from model import ModelConfig, Transformer
-from plumbing.batching import Batch, Text
+from serving.batching import Batch, Text
 
 STOP = (7, 9, 13)
 

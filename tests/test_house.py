@@ -13,21 +13,21 @@ import pytest
 from plumbing import checkpoint
 
 ROOT = Path(checkpoint.__file__).resolve().parent.parent
-ROOMS = ("kernels", "plumbing", "search", "demo", "bench", "faults")
+ROOMS = ("kernels", "plumbing", "search", "serving", "demo", "bench", "faults")
 FILES = {path.relative_to(ROOT).as_posix(): path
          for room in (".", *ROOMS) for path in sorted(ROOT.glob(f"{room}/*.py"))}
 # the card: what a learner meets first, and at most how many lines of it
 CARD = {"model.py": 280, "tokenizer.py": 330, "data.py": 300, "train_pt.py": 250,
         "train_sft.py": 290, "train_rm.py": 290, "train_dpo.py": 300, "train_rl.py": 320,
         "generate.py": 300, "rag.py": 300, "configurator.py": 100}
-BUDGETS = CARD | {"convert.py": 300, "kernels": 420, "plumbing": 4200, "search": 1550,
-                  "demo": 1025, "bench": 1335,
-                  "faults": 1220}  # rooms may not grow, only shrink: all were to be 10,000 lines
-LONGEST, ALL, CORE = 400, 13_550, 3_100  # ALL: kernels came later, with 420
-IN_ROOT = {*CARD, "convert.py", "README.md", "README.zh.md", "CONTRIBUTING.md", "LICENSE",
-           "SECURITY.md", "Makefile", "pyproject.toml", "requirements.txt", "requirements.lock",
-           ".gitignore", ".ci", "config", "docs", "tests", *ROOMS}
-MAY_IMPORT = {"kernels": {"model"},
+LATER = {"convert.py": 300, "serve.py": 300}  # came after the card, each one concept in one file
+BUDGETS = CARD | LATER | {"kernels": 420, "serving": 530, "plumbing": 4200, "search": 1550,
+                          "demo": 1025, "bench": 1335, "faults": 1220}  # no room may grow
+LONGEST, ALL, CORE = 400, 14_400, 3_100  # ALL: kernels came later, with 420, and serving, with 830
+IN_ROOT = {*CARD, *LATER, "README.md", "README.zh.md", "CONTRIBUTING.md", "LICENSE", "SECURITY.md",
+           "Makefile", "pyproject.toml", "requirements.txt", "requirements.lock", ".gitignore",
+           ".ci", "config", "docs", "tests", *ROOMS}
+MAY_IMPORT = {"kernels": {"model"}, "serving": {"plumbing", "tokenizer", "model"},
               "plumbing": {"configurator", "tokenizer", "model", "kernels"},
               "search": {"plumbing", "tokenizer", "configurator"}}
 ABOVE = {"demo", "bench", "faults"}  # import anything, and only each other import them
@@ -56,7 +56,7 @@ def breaches(edges: dict[str, set[str]]) -> list[str]:
     for who, whom in edges.items():
         room = who.partition(".")[0] if who.partition(".")[0] in ROOMS else ""
         allowed = MAY_IMPORT.get(room) or {*module_names(CARD), "plumbing"} | (
-            {"search"} if who == "rag" else set())
+            {"search"} if who == "rag" else {"serving"} if who == "serve" else set())
         bad += [f"{who} -> {name}" for name in sorted(whom) if room not in ABOVE
                 and name.partition(".")[0] not in allowed | {room}]
     try:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,8 @@ TINY = ("--max_steps=2 --warmup_steps=1 --batch_size=2 --log_every=1 --eval_ever
         "--prompts_per_step=2 --batch_pairs=2 --group=2 --answer_tokens=4 --max_tokens=4 "
         "--workers=1 --limit=4 --device=cpu").split()
 ELSEWHERE = ("help", "key", "rdzv_conf", "max-restarts", "only")  # settings of no Config
-LONG = ("demo", "bench", "bench.gpu", "bench.rag", "demo.curves", "faults")  # not run here
+LONG = ("demo", "bench", "bench.gpu", "bench.rag", "demo.curves", "faults",
+        "serve", "convert")  # not run here
 WORLD = "--n_train=200 --n_chat=300 --n_pairs=200 --n_rankings=200 --n_prompts=200 --n_val=40"
 
 
@@ -69,6 +71,8 @@ def resolve(words: list[str]) -> tuple[str, list[str]]:
     """Module and arguments of a command whose file, config files and settings all exist."""
     name, arguments = module_of(words)
     assert (ROOT / f"{name.replace('.', '/')}.py").exists() or (ROOT / name).is_dir(), words
+    if name == "serve" and not find_spec("uvicorn"):  # the extra `serve`
+        return name, arguments
     if name != "bench.estimate":  # takes the settings of train_pt.py, too
         words = [a for a in arguments if a.startswith("--") or a.endswith(".py")]
         configure(config_of(name), words, show=False)
@@ -148,7 +152,7 @@ def test_every_command_works_as_typed(page, home):
         words = words_of(line.rpartition(" | ")[2])
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), line
-        elif words[0] in ("pip", "python3", ".", "export"):
+        elif words[0] in ("pip", "python3", ".", "export", "vllm"):
             assert words[1:2] != ["-r"] or (ROOT / words[2]).exists(), line
         elif words[0] == "torchrun":
             resolve(words)

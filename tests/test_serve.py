@@ -35,7 +35,7 @@ def start(*settings: str, **environ: str) -> SimpleNamespace:
         [sys.executable, "serve.py", f"--port={port}", *settings], cwd=ROOT, text=True,
         stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"} | environ)
     said = process.stderr.readline()
-    assert "the page" in said, said + process.stderr.read()
+    assert "is the page" in said, said + process.stderr.read()
     server = SimpleNamespace(process=process, url=f"http://127.0.0.1:{port}", port=port)
     for _ in range(200):
         try:
@@ -141,7 +141,8 @@ def test_eight_clients_get_what_each_gets_alone(server, tiny):
     ("/v1/completions", {"prompt": "a", "logit_bias": {"1": 5}}, {}, 400, "not supported"),
     ("/v1/chat/completions", {"messages": []}, {}, 400, "at least one message"),
     ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "a"}]}, {}, 400, "role"),
-    ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, {}, 400, "user"),
+    ("/v1/chat/completions", {"messages": [*HI, {"role": "assistant", "content": "a"}]}, {}, 400,
+     "user"),
     ("/v1/embeddings", {"input": "a"}, {}, 400, "without --embed"),
     ("/upload", {"text": "a"}, {}, 400, "without --upload")])
 def test_a_request_that_cannot_be_answered(server, path, body, headers, status, said):
@@ -255,7 +256,8 @@ def test_a_mistake_is_one_line(tiny, settings, said):
 
 
 def test_without_the_extra_it_names_it():
-    code = "import sys, runpy; sys.modules['uvicorn'] = None; runpy.run_path('serve.py')"
+    code = ("import sys, runpy; sys.modules['uvicorn'] = None; "
+            "runpy.run_path('serve.py', run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "serve.py needs the extra `serve`: pip install starlette uvicorn\n"

@@ -1,6 +1,5 @@
 """
-Writes many texts at once, each of which comes and goes when it likes; serve.py uses it. The rest
-may be skipped.
+Many texts are written at once, each of which comes and goes when it likes.
 
     batch = Batch(model, rows=8, window=2048)
     batch.submit(Text(prompt_ids, max_tokens=50, stop=tok.stop, on_token=print))   # in any thread

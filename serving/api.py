@@ -1,5 +1,5 @@
 """
-Requests and replies in the form of OpenAI's API, read and written for serve.py; may be skipped.
+Requests and replies in the form of OpenAI's API, read and written for serve.py.
 
     asked = read_numbers(body)                  {"temperature": 0.8, "n": 1, …}, or Refused
     Form(True, "model", texts).whole(pieces)    {"object": "chat.completion", "choices": […], …}
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from plumbing import chats
-from plumbing.batching import Text
 from plumbing.jsonl import LineError
 from plumbing.thoughts import Answer
+from serving.batching import Text
 from tokenizer import Tokenizer
 
 AT_HOME = ("127.0.0.1", "localhost", "::1")  # names of this computer
