@@ -12,8 +12,8 @@ import time
 from collections import Counter
 from dataclasses import fields
 from functools import partial
-from operator import eq
 from importlib.util import find_spec
+from operator import eq
 from pathlib import Path
 from random import Random
 

@@ -8,7 +8,7 @@ pytest.importorskip("uvicorn", reason="the extra `serve`")
 pytest.importorskip("selenium", reason="drives the browser")
 from test_serve import ROOT, end, start  # noqa: E402
 
-from demo.page import ask, browser, until  # noqa: E402
+from serving.browser import ask, browser, until  # noqa: E402
 
 
 @pytest.fixture(scope="module")

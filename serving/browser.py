@@ -2,9 +2,9 @@
 Opens the page of serve.py in a real browser, asks it something, and makes the picture of README.
 
     python serve.py --checkpoint=out/demo/sft --index=out/try/index &
-    python -m demo.page --url=http://127.0.0.1:8000 --ask="What is Rite's job?" --out=docs/page.png
+    python -m serving.browser --questions="What is Rite's job?" --picture=docs/page.png
 
-It needs `pip install selenium`, and Debian's chromium and chromium-driver or the like.
+It needs `pip install selenium`, and chromium with chromedriver in /usr/bin, as Debian has them.
 """
 import time
 from dataclasses import dataclass
@@ -16,13 +16,12 @@ from plumbing.terminal import fail, run
 
 @dataclass(frozen=True)
 class Config:
-    url: str = "http://127.0.0.1:8000"  # where serve.py listens
-    ask: str = "What is Rite's job?"  # what is typed; several questions with | between
-    out: FilePath = "docs/page.png"  # the picture
-    dark: bool = False  # in dark colours
+    address: str = "http://127.0.0.1:8000"  # where serve.py listens
+    questions: str = "What is Rite's job?"  # what is typed; several with | between
+    picture: FilePath = "docs/page.png"  # file of the picture
 
 
-def browser(width: int = 1000, height: int = 700, dark: bool = False) -> Any:
+def browser(width: int = 1000, height: int = 700) -> Any:
     """A browser without a window. Raises RuntimeError if there is none."""
     try:
         from selenium import webdriver
@@ -31,7 +30,7 @@ def browser(width: int = 1000, height: int = 700, dark: bool = False) -> Any:
         raise RuntimeError("needs `pip install selenium`") from None
     options = webdriver.ChromeOptions()
     for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage",
-                 f"--window-size={width},{height}", *["--force-dark-mode"] * dark):
+                 f"--window-size={width},{height}"):
         options.add_argument(word)
     try:
         return webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
@@ -59,16 +58,16 @@ def until(true: Any, seconds: float) -> None:
 def main() -> None:
     cfg = configure(Config)
     try:
-        page = browser(dark=cfg.dark)
+        page = browser()
     except RuntimeError as error:
         fail(str(error))
     try:
-        page.get(cfg.url)
-        for question in cfg.ask.split("|"):
+        page.get(cfg.address)
+        for question in cfg.questions.split("|"):
             ask(page, question)
         for source in page.find_elements("css selector", "details.source summary")[-1:]:
             source.click()
-        page.save_screenshot(cfg.out)
+        page.save_screenshot(cfg.picture)
     finally:
         page.quit()
 
