@@ -5,12 +5,10 @@ Tools to break a training run with, for `python -m faults` and the tests.
     run = lab.start("sft", out_dir, max_steps=6)       # main() of train_sft.py, in a child
     run.ends(0.1);  run.send(signal.SIGKILL);  run.wait();  run.text
 
-A run is a fork that sets sys.argv and calls main(). Torch is imported once, so a kill costs a
-fraction of a second and a thousand of them are affordable. The child does what the script does when
-it is typed, but its imports are done and it does not measure the peak speed of the CPU. Linux only.
+A run is a fork that sets sys.argv and calls main(): torch is imported once, so a kill costs a
+fraction of a second. The child does not measure the peak speed of the CPU. Linux only.
 """
 import builtins
-import contextlib
 import ctypes
 import importlib
 import io
@@ -117,11 +115,10 @@ class Child:
 
 
 class Run(Child):
-    """main() of a script in a child, which may die any way it likes."""
+    """main() of a script in a child, which calls each `before` first."""
 
     def __init__(self, script: str, arguments: list[str], said: Path, *before: Callable[[], None],
                  **environ: str):
-        """The child calls each `before` first."""
         def main() -> None:
             os.environ.update(environ)
             sys.argv = [f"{script}.py", *arguments]
@@ -205,16 +202,6 @@ def places(world: int) -> list[dict[str, str]]:
     return [{"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
             for rank in range(world)]
-
-
-def workers(torchrun: int) -> list[int]:
-    """Process ids of the ranks that a torchrun has started, in their order."""
-    found = []
-    for pid in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
-        with contextlib.suppress(OSError):  # it has just ended
-            if b"train_pt.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(int(pid))
-    return found
 
 
 def instead(owner: Any, name: str, function: Callable) -> Callable[[], None]:
@@ -322,9 +309,8 @@ def crash_everywhere(operation: Callable[[], object], right: Callable[[], bool],
                      reset: Callable[[], None], every: int = 1) -> tuple[int, int]:
     """SQLite's method, for any operation that writes: a child dies at its k-th call that touches
     the disk, for every k (or every `every`-th), with the last write torn or not, until it survives.
-    `reset` puts everything back before each try. `right` says whether what is left is the old state
-    or the new one, and whether doing it again ends well. How many crashes there were, and how many
-    bad states."""
+    `reset` puts everything back before each try; `right` says whether what is left is the old state
+    or the new one, and doing it again ends well. (crashes, bad states)."""
     crashes = bad = 0
     for torn in (False, True):
         for number in range(torn * (every // 2), 100_000, every):

@@ -43,6 +43,7 @@ def items(path, chats=False):
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_all_damage_is_found_and_no_good_line_is_lost(tmp_path, monkeypatch, suffix, end):
+    """By line and column. Seen to fail when columns were counted in bytes, and when NaN passed."""
     monkeypatch.setattr(jsonl, "MAX_LINE", 1 << 20)
     monkeypatch.setattr(corpus, "BATCH_BYTES", 5000)  # line numbers run on over many batches
     r, lines, bad = random.Random(0), [], []

@@ -1,5 +1,6 @@
 """The rows of docs/reliability.md with smaller numbers. The function of a row, in faults/, says
 what it does and with which deliberate break it was seen to fail."""
+import ast
 import os
 import re
 import signal
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from faults import __main__ as reliability
-from faults.__main__ import ROWS, break_rank, two_ranks
-from faults.lab import crash_everywhere, damaged, die_after_save, newest, side_by_side
+from faults.__main__ import ROWS, break_rank, by_test
+from faults.lab import crash_everywhere, damaged, die_after_save, newest, places, side_by_side
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and kills as Linux does")
 
@@ -25,10 +26,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and kills
     (reliability.signals, dict(moments=4)),
     (reliability.not_finite, dict(stages=("sft", "rm"))),
     (reliability.hostile_files, {}),
-    (reliability.bad_lines, dict(n=500)),
-    (reliability.typos, dict(every=10)),
-    (reliability.injections, dict(n=200)),
-    (reliability.worst_strings, dict(size=10**5)),
 ], ids=lambda x: getattr(x, "__name__", ""))
 def test_row(lab, row, more):
     measured, passed = row(lab, **more)
@@ -42,8 +39,9 @@ def test_row(lab, row, more):
 def test_all_ranks_end_and_say_which_and_where(lab, how, line):
     """Without torchrun, which only adds the time to import torch twice. Seen to fail without
     end_if_hanging, and before messages named rank and step."""
-    ranks = two_ranks(lab, "pt", lab.new(), break_rank(how, 2, lab.new()),
-                      dist_timeout=1.5, max_steps=2000, save_every=2000)
+    out, note = lab.new(), lab.new()
+    ranks = [lab.start("pt", out, break_rank(how, 2, note), environ=place, dist_timeout=1.5,
+                       max_steps=2000, save_every=2000) for place in places(2)]
     codes, said = [run.wait(30) for run in ranks], "".join(run.text for run in ranks)
     assert re.search(line, said) and codes[0] == 6, said[-2000:]
     assert codes[1] == (-9 if how == "killed" else 1)
@@ -104,4 +102,24 @@ def test_the_board_and_its_report_have_every_row():
     assert len(rows) == len(ROWS) == 14 and all(line.endswith("| yes |") for line in rows)
     for (row, what, target), line in zip(ROWS, rows):
         assert f"| {what} | {target} |" in line
-        assert "Seen to fail" in row.__doc__.replace("\n    ", " "), row.__name__
+        for story in [row.__doc__] if row.__doc__ else docstrings(*row.test):
+            assert "Seen to fail" in re.sub(r"\s+", " ", story), row.__name__
+
+
+def docstrings(file: str, words: str) -> list[str]:
+    """Of the tests in a file whose names hold these words."""
+    tree = ast.parse((Path(reliability.ROOT) / "tests" / file).read_text(encoding="utf-8"))
+    found = [ast.get_docstring(f) or "" for f in tree.body if words in getattr(f, "name", "")]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("body, good", [("pass", True), ("assert False", False),
+                                        ("pytest.skip('here not')", False)])
+def test_a_row_by_test_passes_only_if_it_does(lab, body, good, monkeypatch):
+    """A test that is skipped proves nothing."""
+    (lab.folder / "tests").mkdir(exist_ok=True)
+    (lab.folder / "tests/test_it.py").write_text(f"import pytest\ndef test_it(): {body}\n")
+    monkeypatch.setattr("faults.lab.ROOT", lab.folder)
+    measured, passed = by_test("it", "test_it.py", "it")(lab)
+    assert passed == good and measured.startswith("test_it.py -k it: 1 ")

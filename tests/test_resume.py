@@ -7,16 +7,35 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from faults.damage import can_mount, tmpfs
 from faults.lab import STAGES, Lab, newest, same_run
 from plumbing import checkpoint, terminal
 from tokenizer import PATTERN, dump
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether we have the right to mount a tmpfs."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        with tmpfs(folder / "tmpfs", 1 << 16):
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def tmpfs(at: Path, size: int) -> Iterator[Path]:
+    at.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", at], check=True,
+                   capture_output=True)
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", at], check=True)
 
 
 @pytest.fixture(scope="module", params=STAGES)

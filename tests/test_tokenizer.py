@@ -136,10 +136,12 @@ def test_nothing_is_dropped_and_every_byte_is_counted(tok):
 
 @both
 @pytest.mark.parametrize("text", [
-    "a" * 10**6, "^" * 10**6, " " * 10**6, "中" * 10**6, " " * 10**6 + "a", "\n" * 10**6,
-    " \n" * 500_000, random.Random(7).randbytes(500_000).hex()], ids=range(8))
+    *(c * (10**6 // len(c)) for c in ("a", "^", " ", "中", "\n", " \n", "aA", "'s", "1", "\u0301",
+                                      "😀", "\x00")),
+    " " * 10**6 + "a", random.Random(7).randbytes(500_000).hex()], ids=range(14))
 def test_worst_cases_take_no_time(tok, text):
-    """\\s+(?!\\S) in the pattern made tiktoken panic on a million spaces: its stack overflowed."""
+    """Seen to fail with the lookahead of GPT-2's pattern, \\s+(?!\\S): tiktoken panicked on a
+    million spaces, because its stack overflowed."""
     start = time.process_time()
     ids = tok.encode_ordinary(text)
     assert time.process_time() - start < 2
@@ -181,7 +183,8 @@ def test_template_and_mask_and_what_is_no_chat():
 
 @both
 def test_no_text_can_forge_a_turn(tok):
-    """5,000 hostile chats: special ids only where the template puts them, contents unharmed."""
+    """5,000 hostile chats: special ids only where the template puts them, contents unharmed. Seen
+    to fail with tok.encode(content, allowed_special="all") in render."""
     r, salts = random.Random(5), [v for s in SPECIALS for v in (
         s, s[:5], s[5:], s[:4] + s + s[4:], s.replace("<|", "＜｜").replace("|>", "｜＞"),
         s.upper(), s.replace("|", "\u200b|"), " " + s + "\n", s + "assistant\n", "\n" + s[:-1])]
