@@ -7,6 +7,7 @@ and a checkpoint of ours becomes what other programs open.
 
     python convert.py --checkpoint=out/sft --to=hf --out=my-model   for transformers, vLLM
     python convert.py --checkpoint=out/sft --to=gguf --out=my.gguf --dtype=q8_0   llama.cpp, ollama
+    python convert.py --checkpoint=out/qwen --to=int8 --out=out/qwen8   in 8 bits, loads fast
 
 This is all there is to a model file: the sizes of the model (`ModelConfig`), a name, a shape and
 numbers for each matrix (`shapes`), and the tokenizer. Others use the same matrices under other
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from configurator import FilePath, configure
+from kernels import quantised
 from model import ModelConfig
 from plumbing import checkpoint, families, gguffile, vocabulary, weights
 from plumbing.files import write_text
@@ -44,8 +46,8 @@ class Config:
     input: FilePath = ""  # a Hugging Face folder or a .gguf file, to make a checkpoint of
     out_dir: FilePath = ""  # where the checkpoint goes
     checkpoint: FilePath = ""  # a checkpoint of ours, to make a file for others of
-    to: Literal["", "hf", "gguf"] = ""  # what to make of it
-    out: FilePath = ""  # where that goes: a folder for hf, a file for gguf
+    to: Literal["", "hf", "gguf", "int8", "int4"] = ""  # what to make of it
+    out: FilePath = ""  # where that goes: a file for gguf, else a folder
     dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = "auto"  # of the matrices
 
 
@@ -179,12 +181,18 @@ def take_in(cfg: Config) -> None:
 # ---------------------------------------------------------------------------- out
 
 def give_out(cfg: Config) -> None:
-    """Make what other programs open of a checkpoint of ours."""
+    """Make what other programs open of a checkpoint of ours, or one of ours in 8 or 4 bits."""
     state, path = checkpoint.load(cfg.checkpoint)
     if state["kind"] == "rm":
         raise ValueError(f"{path}: a reward model, which other programs have no place for")
     sizes, tok = ModelConfig(**state["model_config"]), Tokenizer(state["tokenizer"], str(path))
-    (as_folder if cfg.to == "hf" else as_gguf)(sizes, tok, state, cfg)
+    if "lm_head.q" in state["model"]:
+        raise ValueError(f"{path}: is stored in 8 or 4 bits; give the checkpoint it was made of")
+    if cfg.to in ("int8", "int4"):
+        state |= {"model": quantised.pack(sizes, state["model"], int(cfg.to[3:])), "optimizer": []}
+        checkpoint.save(cfg.out, state["step"], state)
+    else:
+        (as_folder if cfg.to == "hf" else as_gguf)(sizes, tok, state, cfg)
     print(f"wrote {cfg.out}")
 
 

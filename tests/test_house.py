@@ -55,7 +55,7 @@ def breaches(edges: dict[str, set[str]]) -> list[str]:
     bad = []
     for who, whom in edges.items():
         room = who.partition(".")[0] if who.partition(".")[0] in ROOMS else ""
-        allowed = MAY_IMPORT.get(room) or {*module_names(CARD), "plumbing"} | (
+        allowed = MAY_IMPORT.get(room) or {*module_names(CARD), "plumbing", "kernels"} | (
             {"search"} if who == "rag" else {"serving"} if who == "serve" else set())
         bad += [f"{who} -> {name}" for name in sorted(whom) if room not in ABOVE
                 and name.partition(".")[0] not in allowed | {room}]

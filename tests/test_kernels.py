@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import convert
 from generate import replies
 from kernels import library, quantised
 from kernels.quantised import GROUP, Matrix, Quantised, pack, packed, rounded, unpack
 from model import KVCache, ModelConfig, Transformer
-from plumbing import checkpoint
 from plumbing.loading import load_model
 
 CPU = torch.device("cpu")
@@ -243,9 +243,9 @@ def test_a_hostile_file_makes_no_function_read_past_its_end():
 def stored(tiny, tmp_path):
     """A function that stores the tiny model in 8 or 4 bits."""
     def store(bits):
-        state = checkpoint.load(tiny.pt)[0]
-        tensors = pack(ModelConfig(**state["model_config"]), state["model"], bits)
-        return str(checkpoint.save(str(tmp_path / "stored"), bits, state | {"model": tensors}))
+        out = str(tmp_path / str(bits))
+        convert.give_out(convert.Config(checkpoint=tiny.pt, to=f"int{bits}", out=out))
+        return out
     return store
 
 
@@ -256,7 +256,7 @@ def test_a_model_stored_in_8_bits_writes_the_same(tiny, stored):
     again = load_model(stored(8), CPU, None)[0]
     ids = torch.randint(256, (1, 50))
     assert type(again) is Quantised and torch.equal(ours(ids), again(ids))
-    back = load_model(stored(8), CPU, torch.float32)[0]
+    back = load_model(str(again.path), CPU, torch.float32)[0]
     assert type(back) is Transformer and asdict(back.config) == asdict(again.config)
     torch.testing.assert_close(back(ids), again(ids), rtol=0.1, atol=0.1)
 
