@@ -34,8 +34,7 @@ from typing import Any, Literal
 import rag
 from configurator import Count, FilePath, configure
 from generate import Sampling, sample
-from plumbing import runtime
-from plumbing.loading import load_model, newest_checkpoint
+from plumbing.loading import Precision, load_writer, newest_checkpoint
 from plumbing.terminal import fail, run, say
 from serving import api
 from serving.api import Form, Piece, Refused
@@ -68,7 +67,7 @@ class Config:
     window: Count = 2048  # most tokens of a prompt and its reply; the cache has rows x window
     max_body_kb: Count = 1024  # largest request
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on cuda
+    dtype: Precision = "auto"  # of the weights; auto: bfloat16 on cuda, int8 on a CPU if it pays
 
 
 @contextmanager
@@ -95,14 +94,13 @@ class Server:
     """The model, its batch, and the routes."""
 
     def __init__(self, cfg: Config):
-        self.cfg, where = cfg, runtime.setup(cfg.device, cfg.dtype)
-        self.key = cfg.api_key or os.environ.get("KHAOSZ_API_KEY", "")
+        self.cfg, self.key = cfg, cfg.api_key or os.environ.get("KHAOSZ_API_KEY", "")
         if cfg.host not in api.AT_HOME and not self.key:
             raise ValueError(f"--host={cfg.host} lets other computers in: give an --api_key too")
         if cfg.upload and not cfg.index:
             raise ValueError("--upload needs an --index to add the notes to")
-        self.model, self.tok = load_model(cfg.checkpoint or newest_checkpoint(), where.device,
-                                          where.dtype)
+        self.model, self.tok = load_writer(cfg.checkpoint or newest_checkpoint(), cfg.device,
+                                           cfg.dtype)
         self.window = min(cfg.window, self.model.config.max_seq_len)
         self.rag = rag.Config(index=cfg.index, embed=cfg.embed, device=cfg.device)
         self.index = rag.open_index(self.rag) if cfg.index else None

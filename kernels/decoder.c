@@ -87,10 +87,11 @@ static void norm_and_rotate(float *to, float *from, const Model *m, const float 
 }
 
 /* x (B, T, C), embeddings of T new tokens for B rows, becomes their last states. kv is the cache of
- * model.py, (layer, 2, B, n_kv_head, max_len, head_dim). It holds `length` tokens, of which the
- * first pad[b] are padding. 0: there is no memory for it. */
-int decode(const Model *m, float *x, int B, int T, float *kv, int max_len, int length,
-           const int64_t *pad)
+ * model.py, (layer, 2, B or more, n_kv_head, max_len, head_dim), with `to_values` numbers from the keys
+ * of a layer to its values. It holds `length` tokens, of which the first pad[b] are padding. 0:
+ * there is no memory for it. */
+int decode(const Model *m, float *x, int B, int T, float *kv, int64_t to_values, int max_len,
+           int length, const int64_t *pad)
 {
     int C = m->n_embd, D = m->head_dim, H = m->n_hidden, Q = m->n_head, K = m->n_kv_head;
     int rows = B * T, wide = (Q + 2 * K) * D, most = C > H ? C : H;
@@ -105,7 +106,7 @@ int decode(const Model *m, float *x, int B, int T, float *kv, int max_len, int l
     void *space = act + rows * H;
     for (int l = 0; l < m->n_layer; l++) {
         const Block *w = m->block + l;
-        float *keys = kv + 2 * l * B * K * head, *values = keys + B * K * head;
+        float *keys = kv + 2 * l * to_values, *values = keys + to_values;
 #pragma omp parallel for if (rows > 8)
         for (int r = 0; r < rows; r++)
             rms_norm(h + r * C, x + r * C, w->input_norm, C, m->eps);
@@ -118,7 +119,7 @@ int decode(const Model *m, float *x, int B, int T, float *kv, int max_len, int l
                 from[i] += w->bias[i];
             for (int i = 0; i < Q; i++, from += D)
                 norm_and_rotate(from, from, m, w->q_norm, place);
-            float *key = keys + b * K * head + (int64_t)at * D, *value = key + (values - keys);
+            float *key = keys + b * K * head + (int64_t)at * D, *value = key + to_values;
             for (int i = 0; i < K; i++, from += D)
                 norm_and_rotate(key + i * head, from, m, w->k_norm, place);
             for (int i = 0; i < K; i++, from += D)

@@ -15,7 +15,7 @@ text are worked on in the same order however many come at once, so its logits ar
 last bit with or without a cache, alone or in a batch.
 """
 import sys
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor, nn
@@ -262,7 +262,7 @@ class Quantised(Transformer):
         for chunk in idx.split(max(1, AT_ONCE // B), dim=1):
             x = self.embed_tokens.rows(chunk)  # (B, t, C)
             if not call("decode", byref(self.c_model), x, B, chunk.size(1), cache.kv,
-                        cache.max_len, cache.length, cache.pad):
+                        c_int64(cache.kv.stride(1)), cache.max_len, cache.length, cache.pad):
                 raise MemoryError
             cache.length += chunk.size(1)
             states.append(x)

@@ -55,7 +55,7 @@ class Batch:
     def __init__(self, model: Transformer, sample: Sampler, rows: int, window: int,
                  waiting: int = 64):
         self.model, self.sample, self.window = model, sample, window
-        weight = model.embed_tokens.weight
+        weight = model.norm.weight
         self.cache = KVCache(model.config, rows, window, None, weight.device, weight.dtype)
         self.store = self.cache.kv  # (layers, 2, rows, heads, window, D); the first rows are in use
         self.texts: list[Text] = []  # one for each row in use
@@ -114,7 +114,7 @@ class Batch:
             text.on_token(None, 0.0, {})
             return True
         if text.cache is None:
-            weight = self.model.embed_tokens.weight
+            weight = self.model.norm.weight
             text.cache = KVCache(self.model.config, 1, len(text.prompt), None, weight.device,
                                  weight.dtype)
             common, kv = self.longest_prefix(text.prompt)

@@ -6,20 +6,24 @@ import pytest
 import torch
 
 from generate import replies, sample
+from kernels.quantised import writer
 from model import ModelConfig, Transformer
 from serving.batching import Batch, Text
 
 STOP = (7, 9, 13)
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def model(request) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(ModelConfig(256, 2, 4, 2, 64, 16, 128, 128)).eval()
     for p in model.parameters():
         if p.dim() == 2:  # large enough that texts differ and do not loop
             torch.nn.init.normal_(p, std=0.15)
-    return model
+    if request.param == "float32":
+        return model
+    return writer(model.config, model.state_dict(), torch.int8, torch.device("cpu")) or (
+        pytest.skip("8 bits need a C compiler"))
 
 
 class Waiting(Text):
