@@ -255,7 +255,8 @@ class Quantised(Transformer):
             raise ValueError(f"the model reads {c.max_seq_len} tokens at most, "
                              f"got {cache.length} + {T}")
         cache.check_room(B, T)
-        if segments is not None or cache.kv.dtype != torch.float32 or not 0 < B <= MOST["rows"]:
+        if segments is not None or cache.kv.dtype != torch.float32 or not 0 < B <= MOST["rows"] or (
+                len(cache.pad) != B or not cache.kv[0, 0].is_contiguous()):  # rows of a larger one?
             raise ValueError("8 and 4 bits are for writing on a CPU in fp32, "
                              f"{MOST['rows']} texts at most")
         states = []

@@ -187,6 +187,16 @@ def test_texts_are_the_same_to_the_last_bit_however_they_are_computed(model, bit
     assert torch.equal(f.lm_head(f(ids, hidden=True)), f(ids))
 
 
+def test_the_cache_may_be_some_rows_of_a_larger_one(model):
+    """As in a server, where texts come and go. Seen to fail with the distance of a whole cache."""
+    f, ids = fast(model, 8), torch.randint(320, (2, 9))
+    cache, want = KVCache(f.config, 5, 16), f(ids)
+    whole = cache.kv.fill_(7.0)
+    cache.kv, cache.pad = whole[:, :, :2], cache.pad[:2]
+    assert torch.equal(torch.cat([f(part, cache) for part in ids.split(3, dim=1)], dim=1), want)
+    assert (whole[:, :, 2:] == 7).all() and (whole[..., 9:, :] == 7).all()
+
+
 def test_generate_writes_the_same_alone_and_in_a_batch(model):
     f, prompts = fast(model, 8), [[5], [7, 8, 9], [3, 1, 4, 1, 5, 9, 2, 6]]
     want = [replies(f, [prompt], 30, temperature=0.0)[0] for prompt in prompts]
