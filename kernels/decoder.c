@@ -87,16 +87,10 @@ static void norm_and_rotate(float *to, float *from, const Model *m, const float 
 }
 
 /* x (B, T, C), embeddings of T new tokens for B rows, becomes their last states. kv is the cache of
-<<<<<<< HEAD
- * model.py, (layer, 2, B or more, n_kv_head, max_len, head_dim), with `to_values` numbers from the keys
- * of a layer to its values. It holds `length` tokens, of which the first pad[b] are padding. 0:
- * there is no memory for it. */
+ * model.py, (layer, 2, B or more, n_kv_head, max_len, head_dim), with `to_values` numbers from the
+ * keys of a layer to its values. It holds `length` tokens, of which the first pad[b] are padding.
+ * 0: there is no memory for it. */
 int decode(const Model *m, float *x, int B, int T, float *kv, int64_t to_values, int max_len,
-=======
- * model.py, (layer, 2, B, n_kv_head, max_len, head_dim), with `each` numbers between keys and
- * values. It holds `length` tokens, of which the first pad[b] are padding. 0: there is no memory. */
-int decode(const Model *m, float *x, int B, int T, float *kv, int64_t each, int max_len,
->>>>>>> 67e9b83 (Serving in 8 and 4 bits; the cache may be some rows of a larger one)
            int length, const int64_t *pad)
 {
     int C = m->n_embd, D = m->head_dim, H = m->n_hidden, Q = m->n_head, K = m->n_kv_head;
@@ -112,11 +106,7 @@ int decode(const Model *m, float *x, int B, int T, float *kv, int64_t each, int 
     void *space = act + rows * H;
     for (int l = 0; l < m->n_layer; l++) {
         const Block *w = m->block + l;
-<<<<<<< HEAD
         float *keys = kv + 2 * l * to_values, *values = keys + to_values;
-=======
-        float *keys = kv + 2 * l * each, *values = keys + each;
->>>>>>> 67e9b83 (Serving in 8 and 4 bits; the cache may be some rows of a larger one)
 #pragma omp parallel for if (rows > 8)
         for (int r = 0; r < rows; r++)
             rms_norm(h + r * C, x + r * C, w->input_norm, C, m->eps);
