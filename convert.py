@@ -145,7 +145,7 @@ def fit(sizes: ModelConfig, found: dict[str, Stored]) -> None:
 def take_in(cfg: Config) -> None:
     """Make a checkpoint of somebody's model. One tensor is in memory at a time."""
     with suppress(AttributeError, TypeError, OSError):  # with glibc, what is freed leaves at once
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)
     path = Path(cfg.input)
     sizes, found, tokenizer = open_folder(path) if path.is_dir() else open_gguf(path)
     fit(sizes, found)
