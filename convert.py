@@ -25,6 +25,7 @@ import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +44,7 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Config:
-    input: FilePath = ""  # a Hugging Face folder or a .gguf file, to make a checkpoint of
+    input: FilePath = ""  # a Hugging Face folder, a .gguf file, or a package that holds one
     out_dir: FilePath = ""  # where the checkpoint goes
     checkpoint: FilePath = ""  # a checkpoint of ours, to make a file for others of
     to: Literal["", "hf", "gguf", "int8", "int4"] = ""  # what to make of it
@@ -142,11 +143,18 @@ def fit(sizes: ModelConfig, found: dict[str, Stored]) -> None:
                              f"{wanted.get(name, 'not there')} in a model of its sizes")
 
 
+def in_package(name: str) -> Path | None:
+    """The .gguf file of an installed package of this name, of which nothing is run."""
+    package = find_spec(name) if name.isidentifier() and not Path(name).exists() else None
+    places = package.submodule_search_locations if package else None
+    return next((path for place in places or () for path in Path(place).glob("*.gguf")), None)
+
+
 def take_in(cfg: Config) -> None:
     """Make a checkpoint of somebody's model. One tensor is in memory at a time."""
     with suppress(AttributeError, TypeError, OSError):  # with glibc, what is freed leaves at once
         ctypes.CDLL(None).mallopt(-3, 1 << 16)
-    path = Path(cfg.input)
+    path = in_package(cfg.input) or Path(cfg.input)
     sizes, found, tokenizer = open_folder(path) if path.is_dir() else open_gguf(path)
     fit(sizes, found)
     text, rows = vocabulary.our_text(tokenizer, sizes.vocab_size)
