@@ -22,10 +22,12 @@ stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds
 import ctypes
 import math
 import re
+import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +39,7 @@ from kernels import quantised
 from model import ModelConfig
 from plumbing import checkpoint, families, gguffile, vocabulary, weights
 from plumbing.files import write_text
+from plumbing.jobs import Progress
 from plumbing.vocabulary import Vocabulary, read_json
 from plumbing.weights import Stored
 from tokenizer import Tokenizer
@@ -165,7 +168,10 @@ def take_in(cfg: Config) -> None:
     permuted = path.is_file() and not sizes.qk_norm and not sizes.qkv_bias
     sizes = replace(sizes, vocab_size=rows)
 
+    progress, done = Progress(sys.stderr), count(1)
+
     def fill(name: str, out: Tensor) -> None:
+        progress.show(f"converting: {next(done):,} of {len(found):,} tensors")
         part = name.split(".")[-2]
         try:  # rows beyond those of the file are for bytes that its tokenizer lacked
             found[name].read(out)
@@ -180,7 +186,10 @@ def take_in(cfg: Config) -> None:
              "model": empty, "optimizer": [], "model_config": asdict(sizes), "config": {},
              "tokenizer": text}
     del tokenizer  # 100 MB of words
-    saved = checkpoint.save(cfg.out_dir, 0, state, write=partial(weights.stream, fill=fill))
+    try:
+        saved = checkpoint.save(cfg.out_dir, 0, state, write=partial(weights.stream, fill=fill))
+    finally:
+        progress.end()
     write_text(str(saved.parent / "tokenizer.txt"), text)
     n = sum(map(math.prod, shapes(sizes).values()))
     print(f"saved {saved}: {n:,} parameters, {saved.stat().st_size / 1e9:.2f} GB")

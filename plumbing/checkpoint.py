@@ -83,7 +83,7 @@ def save(out_dir: str, step: int, state: dict, keep: int = 2,
         f.close()
         path = folder / f"step{step:08d}-{f.sha.hexdigest()[:16]}.pt"
         put_in_place(temporary, path)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, KeyboardInterrupt) as error:
         cause = (f and f.error) or error
         if f:
             with suppress(OSError):  # what could not be written before cannot be written now

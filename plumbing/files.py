@@ -11,7 +11,8 @@ passed over, and `Found.why` says so, for each of them. Links inside the folder 
 """
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,6 +130,19 @@ def write_text(path: str | Path, text: str) -> None:
         if os.path.exists(f"{path}.tmp"):
             os.unlink(f"{path}.tmp")
         raise OSError(f"{path} was not written: {error.strerror}") from None
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A name to write a large file under. Afterwards the file is there; unless something happened:
+    then there is nothing new."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        put_in_place(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def put_in_place(temporary: str | Path, path: str | Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plumbing.files import whole
 from plumbing.weights import AT_ONCE, Stored, apart, checked
 
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # numbers of types
@@ -90,22 +91,23 @@ def write_gguf(path: str, name: str, meta: dict[str, Any], tensors: dict[str, tu
                make: Callable[[str], Tensor]) -> None:
     """Write settings, and tensors of these shapes and types, of which one is made at a time."""
     import gguf
-    file = gguf.GGUFWriter(path, name)
-    for key, value in meta.items():
-        add = {bool: file.add_bool, int: file.add_uint32, float: file.add_float32,
-               str: file.add_string, list: file.add_array}[type(value)]
-        add(key, value)
-    for key, (shape, kind) in tensors.items():
-        type_ = gguf.GGMLQuantizationType(kind)
-        per_block, width = gguf.GGML_QUANT_SIZES[type_]
-        size = math.prod(shape) // per_block * width
-        file.add_tensor_info(key, shape, np.dtype(np.float32), size, type_)
-    file.write_header_to_file()
-    file.write_kv_data_to_file()
-    file.write_ti_data_to_file()
-    for key, (_, kind) in tensors.items():
-        file.write_tensor_data(packed(make(key), kind))
-    file.close()
+    with whole(path) as temporary:
+        file = gguf.GGUFWriter(temporary, name)
+        for key, value in meta.items():
+            add = {bool: file.add_bool, int: file.add_uint32, float: file.add_float32,
+                   str: file.add_string, list: file.add_array}[type(value)]
+            add(key, value)
+        for key, (shape, kind) in tensors.items():
+            type_ = gguf.GGMLQuantizationType(kind)
+            per_block, width = gguf.GGML_QUANT_SIZES[type_]
+            size = math.prod(shape) // per_block * width
+            file.add_tensor_info(key, shape, np.dtype(np.float32), size, type_)
+        file.write_header_to_file()
+        file.write_kv_data_to_file()
+        file.write_ti_data_to_file()
+        for key, (_, kind) in tensors.items():
+            file.write_tensor_data(packed(make(key), kind))
+        file.close()
 
 
 def same(a: Stored, b: Stored) -> bool:

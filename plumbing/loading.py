@@ -18,6 +18,7 @@ from plumbing.terminal import say
 from tokenizer import Tokenizer
 
 
+NO_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 Precision = Literal["auto", "float32", "bfloat16", "int8", "int4"]  # of a model that writes
 
 
@@ -49,7 +50,8 @@ def load_model(where: str, device: torch.device,
                          f"{str(error)[:200]}") from None
     if isinstance(model, quantised.Quantised):
         return model.eval(), tok
-    kind = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    stored = model.norm.weight.dtype if device.type == "cpu" else torch.float32
+    kind = dtype or (torch.bfloat16 if device.type == "cuda" else stored)  # stored: stays on disk
     return model.to(device, kind if kind.is_floating_point else torch.float32).eval(), tok
 
 
@@ -118,11 +120,16 @@ def read_weights_with_all_threads(model: nn.Module) -> None:
 class FewRows(nn.Linear):
     """x W^T for few rows x, in fp32 on a CPU. To write one token, all of W is read for a single
     row, and BLAS then reads it with one thread. Splitting W lets every thread read: at one row 3
-    times as fast, at 8 still faster (2 cores; `python -m bench --only=decode`)."""
+    times as fast, at 8 still faster (2 cores; `python -m bench --only=decode`). A CPU without
+    AVX-512 has no product of bf16 matrices, and of many rows the one in fp32 is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         n_out, n_in = self.weight.shape
         rows = x.numel() // n_in
+        if rows > 32 and NO_BF16 and self.weight.dtype == torch.bfloat16 and (
+                not torch.is_grad_enabled() and x.device.type == "cpu"):
+            y = nn.functional.linear(x.float(), self.weight.float())
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
         if rows > 32 or torch.is_grad_enabled() or x.device.type != "cpu" or (
                 self.weight.dtype != torch.float32):
             return super().forward(x)

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plumbing.files import whole
+
 SAFE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 AT_ONCE = 1 << 20  # numbers
 LONGEST_HEADER = 100 << 20
@@ -180,7 +182,7 @@ def write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: tor
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
+    with whole(path) as temporary, open(temporary, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for name in shapes:
             f.write(make(name).to(dtype).contiguous().view(torch.uint8).numpy().data)
