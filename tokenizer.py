@@ -5,7 +5,7 @@ and turn chats into token ids that no text can forge.
     python tokenizer.py --input=PATHS --vocab_size=16384 --out=FILE    (PATHS: files, folders, a,b)
     python tokenizer.py --input=input.txt --kind=char --out=FILE       one token per character
 
-The text is cut into pieces (PATTERN); inside the pieces the most frequent pair of neighbouring
+The text is cut into pieces; inside the pieces the most frequent pair of neighbouring
 tokens becomes a new token, until the vocabulary is full. The file it writes is text: a line of JSON
 (pattern, special tokens, sha256), then `base64(token bytes) rank` lines as tiktoken reads them.
 """
@@ -29,7 +29,7 @@ import regex  # comes with tiktoken, which needs it too
 import tiktoken
 
 from configurator import Count, FilePath, Natural, configure
-from plumbing.bpe import train_bpe
+from plumbing.bpe import QWEN2, train_bpe
 from plumbing.chats import ROLES
 from plumbing.corpus import find_files, parse, read_batches, sampled
 from plumbing.files import write_text
@@ -39,20 +39,21 @@ from plumbing.templates import read_rules
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 
-# Words of any script but Han, with one leading space | runs of Han | contractions | punctuation,
-# symbols and invisibles, with a leading space and the line ends after them | single digits | line
-# ends | other white space. Each character has its branch, since tiktoken drops what none matches;
-# there is no lookahead, with which tiktoken's regex overflows its stack on a million spaces.
+# --kind=han: words of any script but Han, with one leading space | runs of Han | contractions |
+# punctuation, symbols and invisibles, with a leading space and the line ends after them | single
+# digits | line ends | other white space. Each character has its branch: tiktoken drops what none
+# matches. --kind=bpe cuts as Qwen2 does, which llama.cpp knows by name; a word may hold Han, too.
 PATTERN = (r" ?[^\s\p{N}\p{Han}\p{P}\p{S}\p{C}]+|\p{Han}+|'(?i:[sdmt]|ll|ve|re)"
            r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\p{N}|[\r\n]+|[^\S\r\n]+")
 CHAR_PATTERN = r"(?s:.)"
+KINDS = {"bpe": QWEN2, "han": PATTERN, "char": CHAR_PATTERN}  # how text is cut into pieces
 
 
 @dataclass(frozen=True)
 class Config:
     input: str = "out/toyworld/pt.jsonl,out/toyworld/chat.jsonl"  # files or folders to train on
     out: FilePath = "out/toyworld/tokenizer.txt"  # the file to write
-    kind: Literal["bpe", "char"] = "bpe"  # char: one token per character, whatever --vocab_size
+    kind: Literal["bpe", "han", "char"] = "bpe"  # han: Han stands apart; char: no merges at all
     vocab_size: int = 1024  # tokens, the 256 bytes and 4 special ones included
     max_mb: Count = 100  # of a larger input, lines drawn at random: about this much text
     on_bad_line: Literal["stop", "skip"] = "stop"  # at a line that is not as it should be
@@ -291,14 +292,14 @@ def bytes_in(counts: Counter[bytes]) -> int:
 def make(cfg: Config, progress: Progress) -> None:
     """Train the tokenizer and write its file. Raises ValueError or OSError for what a user can
     mend."""
-    pattern = CHAR_PATTERN if cfg.kind == "char" else PATTERN
+    pattern = KINDS[cfg.kind]
     by_lang = count_files(cfg, pattern, progress)
     counts = sum(by_lang.values(), Counter())
     start, wanted = time.time(), cfg.vocab_size - len(SPECIALS)
     tokens = train_char(counts) if cfg.kind == "char" else train_bpe(
         counts, wanted, lambda n: progress.show(f"{n:,} of {wanted:,} tokens"))
     progress.end()
-    if cfg.kind == "bpe" and len(tokens) < wanted:
+    if cfg.kind != "char" and len(tokens) < wanted:
         print("no pair is left that occurs twice: the vocabulary ends here")
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
     write_text(cfg.out, dump(tokens, pattern))
@@ -314,7 +315,7 @@ def main() -> None:
     only_talk()
     cfg = configure(Config)
     least = 256 + len(SPECIALS)
-    if cfg.kind == "bpe" and cfg.vocab_size <= least:
+    if cfg.kind != "char" and cfg.vocab_size <= least:
         fail(f"--vocab_size={cfg.vocab_size} must be more than {least}: every tokenizer has the "
              f"256 bytes and {len(SPECIALS)} special tokens")
     progress = Progress()

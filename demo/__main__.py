@@ -124,7 +124,7 @@ def main() -> None:
             f"--n_train={cfg.n_train}", *less)
     if not os.path.exists(tok):
         run("tokenizer.py", f"--input={text},{world}/chat.jsonl", "--vocab_size=512",
-            f"--out={tok}")
+            "--kind=han", f"--out={tok}")  # so that a Latin name is one piece beside Chinese, too
     run("data.py", f"--input={text}", f"--tokenizer={tok}", f"--out_dir={data}")
 
     def stage(name: str, *arguments: str) -> None:

@@ -9,6 +9,12 @@ from collections.abc import Callable
 import numpy as np
 
 
+# how Qwen2 cuts text into pieces: words with one sign before them, single digits, signs, line ends,
+# white space. llama.cpp knows it by name, so models with such a tokenizer open there.
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
 def train_bpe(counts: Counter[bytes], n_tokens: int,
               report: Callable[[int], None] = lambda n: None) -> list[bytes]:
     """The `n_tokens` byte strings, 256 single bytes first, that BPE finds in the counted pieces;

@@ -11,15 +11,13 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plumbing.bpe import merges_of, spell, unspell
+from plumbing.bpe import QWEN2, merges_of, spell, unspell
 from plumbing.files import write_text
 from plumbing.templates import CHATML, Rules, check, completed, differing, writer
 from tokenizer import Tokenizer, dump, render
 
 # how text is cut before it is merged, by the name that GGUF files use for it
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 PATTERNS = {
     "gpt-2": GPT2, "qwen2": QWEN2, "llama-bpe": QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1),
     # digits are cut out one by one, then what is between them as in GPT-2
@@ -219,8 +217,8 @@ def to_gguf(tok: Tokenizer, rows: int, chats: bool) -> dict[str, Any]:
     tokens, merges, _ = parts(tok)
     name = next((name for name, pattern in PATTERNS.items() if pattern == tok.pattern), "")
     if not name:
-        raise ValueError("its tokenizer cuts text in a way that llama.cpp has no name for; "
-                         "--to=hf can say it")
+        raise ValueError("its tokenizer cuts text in a way that llama.cpp has no name for, as those "
+                         "of the demo and of --kind=char do; --to=hf can say it")
     special, rules = tok._special_tokens, tok.rules
     texts = {i: text for text, i in (tokens | special).items()}
     kinds = {i: 4 if text in rules.shown else 3 for text, i in special.items()}
