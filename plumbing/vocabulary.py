@@ -217,8 +217,8 @@ def to_gguf(tok: Tokenizer, rows: int, chats: bool) -> dict[str, Any]:
     tokens, merges, _ = parts(tok)
     name = next((name for name, pattern in PATTERNS.items() if pattern == tok.pattern), "")
     if not name:
-        raise ValueError("its tokenizer cuts text in a way that llama.cpp has no name for, as those "
-                         "of the demo and of --kind=char do; --to=hf can say it")
+        raise ValueError("its tokenizer cuts text in a way that llama.cpp has no name for (so do "
+                         "those of the demo and of --kind=char); --to=hf can say it")
     special, rules = tok._special_tokens, tok.rules
     texts = {i: text for text, i in (tokens | special).items()}
     kinds = {i: 4 if text in rules.shown else 3 for text, i in special.items()}
