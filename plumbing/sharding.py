@@ -14,12 +14,11 @@ depend on the number of processes or on which of the two wrote it.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     set_model_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -58,15 +57,12 @@ def wrap(model: nn.Module, dist: Dist, shard: bool = False, recompute: bool = Fa
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         # embedding, last norm and head: used first and last, gathered in fp32
-        model = fully_shard(model, mesh=mesh,
-                            mp_policy=replace(policy, param_dtype=torch.float32))
-        return model
+        return fully_shard(model, mesh=mesh, mp_policy=replace(policy, param_dtype=torch.float32))
     model.to(dist.device)
     net = torch.compile(model) if compiled else model
     if dist.world == 1 or not any(p.requires_grad for p in model.parameters()):
         return net
-    ids = [dist.device.index] if dist.device.type == "cuda" else None
-    return DistributedDataParallel(net, device_ids=ids)
+    return DistributedDataParallel(net)
 
 
 def to_learn(learn: Callable, plain: Callable) -> Callable:
@@ -157,19 +153,12 @@ def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[d
     moments = [o.state_dict() for o in optimizers]
     if not parts_of(model):
         return model.state_dict(), moments
-    rank = torch.distributed.get_rank()
 
+    @cache  # a tied matrix, which has two names, is one matrix in the file too
     def collect(part: DTensor) -> Tensor | None:
-        full = part.full_tensor()  # by all ranks, one tensor at a time
-        return full.cpu() if rank == 0 else None
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
-    first = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if state and name in state:  # a tied matrix is one matrix in the file too
-            state[name] = state[first.setdefault(p, name)]
-    return state, tree_map_only(DTensor, collect, moments)
+        full = part.detach().full_tensor()  # by all ranks, one tensor at a time
+        return full.cpu() if torch.distributed.get_rank() == 0 else None
+    return tree_map_only(DTensor, collect, (model.state_dict(keep_vars=True), moments))
 
 
 def load(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict,
@@ -178,31 +167,24 @@ def load(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict,
     ("model" or "lora") and their moments. Every rank has opened the file."""
     load_model(model, state[part], strict=part == "model")
     for optimizer, saved in zip(optimizers, state["optimizer"]):
-        load_optimizer(optimizer, saved)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = {i: {key: split(value, params[i]) for key, value in of_one.items()}
+                   for i, of_one in saved["state"].items()}
+        optimizer.load_state_dict({**saved, "state": moments})
 
 
 def load_model(model: nn.Module, state: dict[str, Tensor], strict: bool = True) -> None:
     """Give a model, sharded or not, the weights of a checkpoint."""
-    if not parts_of(model):
-        model.load_state_dict(state, strict=strict)
-        return
     for part in parts_of(model):
         part.reshard()  # a call without gradients leaves the embedding and the head gathered
-    options = StateDictOptions(full_state_dict=True, strict=strict)
-    set_model_state_dict(model, dict(state), options=options)
+    own = model.state_dict()
+    model.load_state_dict({name: split(t, own.get(name)) for name, t in state.items()}, strict)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Give one optimizer the state that was saved, bit for bit, by whatever number of processes."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def split(value, p: Tensor):
-        if isinstance(p, DTensor) and isinstance(value, Tensor) and value.shape == p.shape:
-            # src_data_rank None: each rank cuts its part out of the file, nothing is sent
-            return distribute_tensor(value.to(p.device), p.device_mesh, p.placements,
-                                     src_data_rank=None)
-        return value
-
-    state = {i: {key: split(value, params[i]) for key, value in of_one.items()}
-             for i, of_one in saved["state"].items()}
-    optimizer.load_state_dict({**saved, "state": state})
+def split(value: Any, own: Tensor | None) -> Any:
+    """This process's part of a tensor in the file, if its `own` weight is but a part."""
+    if isinstance(own, DTensor) and isinstance(value, Tensor) and value.shape == own.shape:
+        # src_data_rank None: each rank cuts its part out of the file, nothing is sent
+        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements,
+                                 src_data_rank=None)
+    return value
