@@ -99,10 +99,7 @@ def read_messages(record: dict, field: str) -> Messages:
         given = [{"role": "user", "content": text}]
         if "output" in record:
             given.append({"role": "assistant", "content": record["output"]})
-    if not isinstance(given, list) or not given:
-        raise LineError(field, "field missing" if field not in record else "field of a wrong type",
-                         f"'{field}' must be a list of messages" + advice(record))
-    messages = [read_message(message, field, f"{field}[{i}]") for i, message in enumerate(given)]
+    messages = read_list(given, field, record, "a list of messages")
     system = record.get("system")
     if system and isinstance(system, str) and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": check_text(system, "system")})
@@ -132,13 +129,17 @@ def read_reply(record: dict, side: str) -> Messages:
     LineError."""
     given = record.get(side)
     if isinstance(given, str):
-        given = [{"role": "assistant", "content": given}]
-    elif isinstance(given, dict):
-        given = [given]
+        given = {"role": "assistant", "content": given}
+    return read_list([given] if isinstance(given, dict) else given, side, record,
+                     "a string or a list of messages")
+
+
+def read_list(given: object, field: str, record: dict, wanted: str) -> Messages:
+    """The messages in a list. Raises LineError."""
     if not isinstance(given, list) or not given:
-        raise LineError(side, "field missing" if side not in record else "field of a wrong type",
-                         f"'{side}' must be a string or a list of messages" + advice(record))
-    return [read_message(message, side, f"{side}[{i}]") for i, message in enumerate(given)]
+        raise LineError(field, "field missing" if field not in record else "field of a wrong type",
+                        f"'{field}' must be {wanted}" + advice(record))
+    return [read_message(message, field, f"{field}[{i}]") for i, message in enumerate(given)]
 
 
 def ending(field: str, messages: Messages, last: str) -> Messages:

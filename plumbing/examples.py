@@ -52,15 +52,14 @@ def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str
     for a chat or prompt, two for a pair, as many as replies for a ranking, and how often something
     was dropped or shortened. Raises LineError."""
     counts: Counter = Counter()
-    groups: list[tuple[float, list[Row]]] = []
+    groups, margin = [], 0.0
     if kind == "chat":
         messages = read_chat(record)
-        row = fit_chat(tok, messages, max_len, counts)
-        groups = [(0.0, [row])] if row else []
+        groups = [[row] for row in [fit_chat(tok, messages, max_len, counts)] if row]
     elif kind == "prompt":
         messages = read_prompt(record)
         row = Row(*render(tok, messages, add_generation_prompt=True))
-        groups = [(0.0, [row])] if len(row.ids) <= max_len else []
+        groups = [[row]] if len(row.ids) <= max_len else []
         counts["prompts dropped: too long"] += not groups
     else:
         messages, replies, margin = read_comparison(record)
@@ -73,12 +72,12 @@ def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str
             if len(rows) > 2:
                 counts["replies dropped from rankings"] += len(rows) - len(fitting)
             if len(fitting) > 1:
-                groups.append((float(margin), fitting))
+                groups.append(fitting)
     lang = record.get("lang") or language(" ".join(m["content"] for m in messages))
     if not isinstance(lang, str) or len(check_text(lang, "lang").encode()) > 8:  # see ROW
         raise LineError("lang", "unknown language", "'lang' must be a string of at most 8 bytes "
                         "like 'zh'")
-    return json.dumps(messages), [(lang, margin, rows) for margin, rows in groups], counts
+    return json.dumps(messages), [(lang, float(margin), rows) for rows in groups], counts
 
 
 def reply_end(mask: list[int]) -> int:
@@ -146,11 +145,17 @@ class Rows:
         self.table = table  # (rows,) of ROW
         self.name, self.data_id = name, data_id  # data_id: a hash of both
         self.firsts = np.append(np.flatnonzero(table["first"]), len(table))  # row of each example
-        ends = np.cumsum(table["length"], dtype=np.int64)
-        self.starts = np.append(0, ends)  # of each row in .words, and where the last ends
+        self.starts = np.append(0, np.cumsum(self.lengths()))  # of each row in .words, and its end
+        self.most_tokens = np.array([], int)  # of a row of each example
+        if len(table):
+            self.most_tokens = np.maximum.reduceat(self.lengths(), self.firsts[:-1])
 
     def __len__(self) -> int:
         return len(self.firsts) - 1
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return self.table["length"].astype(np.int64)
 
     def example(self, i: int) -> list[Row]:
         """The rows of example i."""
@@ -166,21 +171,15 @@ class Rows:
 
     def longest(self, i: int) -> int:
         """Tokens of the longest row of example i."""
-        first, after = self.firsts[i:i + 2]
-        return int(np.diff(self.starts[first:after + 1]).max())
+        return int(self.most_tokens[i])
 
     def shortest_first(self) -> np.ndarray:
         """Numbers of the examples by their longest row."""
-        longest = np.maximum.reduceat(self.lengths(), self.firsts[:-1])
-        return np.argsort(longest, kind="stable")
+        return np.argsort(self.most_tokens, kind="stable")
 
     def largest(self) -> tuple[int, int]:
         """Most rows of an example, most tokens of a row."""
-        return int(np.diff(self.firsts).max()), int(self.lengths().max())
-
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row."""
-        return np.diff(self.starts)
+        return int(np.diff(self.firsts).max()), int(self.most_tokens.max())
 
 
 def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: str,

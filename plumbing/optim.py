@@ -15,21 +15,21 @@ def make_optimizers(model: nn.Module, cfg: Settings) -> list[torch.optim.Optimiz
     blocks and AdamW for the rest. Matrices decay, except an untied embedding: rows of rare tokens
     would shrink to nothing. Each group keeps its full learning rate as `base`."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    muon = [p for name, p in trained.items() if cfg.optimizer == "muon" and "layers." in name
-            and p.dim() == 2]
-    rest = {name: p for name, p in trained.items() if all(p is not m for m in muon)}
+    muon = {name: p for name, p in trained.items()
+            if cfg.optimizer == "muon" and "layers." in name and p.dim() == 2}
     # a tied head is the embedding by another name, which named_parameters leaves out
     untied = any("lm_head" in name for name, _ in model.named_parameters())
-
-    def decays(name: str) -> bool:
-        return rest[name].dim() == 2 and not (untied and "embed_tokens" in name)
-    groups = [{"params": [p for name, p in rest.items() if decays(name) == yes],
+    rest = {name: p for name, p in trained.items() if name not in muon}
+    decay = {name for name, p in rest.items()
+             if p.dim() == 2 and not (untied and "embed_tokens" in name)}
+    groups = [{"params": [p for name, p in rest.items() if (name in decay) == yes],
                "weight_decay": cfg.weight_decay * yes} for yes in (True, False)]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
         groups, lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-8,
         fused=True)]
     if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+        optimizers.append(torch.optim.Muon([*muon.values()], lr=cfg.muon_lr,
+                                           weight_decay=cfg.weight_decay))
     for group in all_groups(optimizers):
         group["base"] = group["lr"]
     return optimizers
