@@ -30,15 +30,13 @@ import torch
 from torch import Tensor
 
 from configurator import FilePath, Natural, configure
-from plumbing.corpus import find_files, parse
+from plumbing.corpus import Document, find_files, parse
 from plumbing.examples import Rows, cached_tokenizer, window_batch
-from plumbing.folder import Folder, Made
 from plumbing.jobs import Progress
-from plumbing.jsonl import BadLine, Batch
 from plumbing.order import Order, draw_split, hash64
 from plumbing.runtime import print0
-from plumbing.tokenfiles import (HEADER_BYTES, IGNORE, TokenFile, check_ids, id_type, open_data,
-                                 pack_header)
+from plumbing.tokenfiles import (HEADER_BYTES, IGNORE, Folder, Made, TokenFile, check_ids, id_type,
+                                 open_data, pack_header)
 from tokenizer import SPECIALS, load_tokenizer
 
 ENDOFTEXT = SPECIALS[0]
@@ -53,8 +51,6 @@ class Config:
     on_bad_line: Literal["stop", "skip"] = "stop"  # at a line that is not as it should be
     workers: Natural = 0  # processes; 0: one per core
 
-
-# --------------------------------------------------------------------- token files -> batches
 
 class Windows:
     """Windows of `length` tokens, and the token after each, over all training files.
@@ -132,8 +128,6 @@ def passages(file: TokenFile, length: int, batch_size: int, max_tokens: int | No
         yield both[:, :-1].clamp(min=0), both[:, 1:]
 
 
-# --------------------------------------------------------------------- rows -> packed
-
 def pack(lengths: list[int], size: int) -> list[list[int]]:
     """Put rows into windows of `size` tokens with little waste: take the longest first and place it
     in the fullest window that still has room (best fit decreasing). The numbers of the rows in each
@@ -175,26 +169,19 @@ class Packed:
         return window_batch([[self.rows.example(i)[0] for i in one] for one in bins], self.length)
 
 
-# --------------------------------------------------------------------- text -> token files
-
-def encode_batch(batch: Batch, tokenizer: str, val_fraction: float) -> Made:
-    """A worker's share: token ids for each file, and how many documents and bytes of text they
-    stand for."""
+def encode(documents: list[Document], tokenizer: str, val_fraction: float) -> Made:
+    """The token ids for each file, and how many documents and bytes of text they stand for."""
     tok = cached_tokenizer(tokenizer)
     ids: dict[str, list[np.ndarray]] = {}
-    counts, bad = Counter(), []
-    for item in parse(batch):
-        if isinstance(item, BadLine):
-            bad.append(item)
-            continue
-        raw = item.text.encode()
-        name = f"{draw_split(raw, val_fraction)}_{item.lang}.bin"
+    counts = Counter()
+    for document in documents:
+        raw = document.text.encode()
+        name = f"{draw_split(raw, val_fraction)}_{document.lang}.bin"
         ids.setdefault(name, []).append(
-            np.array(tok.encode_ordinary(item.text) + [tok.endoftext], id_type(tok)))
-        counts.update({"good": 1, f"{name} documents": 1, f"{name} bytes": len(raw),
-                       ENDOFTEXT: ENDOFTEXT in item.text})
-    return ({name: np.concatenate(parts).tobytes() for name, parts in ids.items()}, counts, bad,
-            batch.share)
+            np.array(tok.encode_ordinary(document.text) + [tok.endoftext], id_type(tok)))
+        counts.update({f"{name} documents": 1, f"{name} bytes": len(raw),
+                       ENDOFTEXT: ENDOFTEXT in document.text})
+    return {name: np.concatenate(parts).tobytes() for name, parts in ids.items()}, counts
 
 
 def prepare(cfg: Config, progress: Progress) -> None:
@@ -212,8 +199,9 @@ def prepare(cfg: Config, progress: Progress) -> None:
     if there and not Path(cfg.out_dir, "tokenizer.txt").exists():
         raise ValueError(f"{cfg.out_dir} holds {there[0].name}, made by something else: give "
                          "another --out_dir")
-    counts = out.fill(partial(encode_batch, tokenizer=cfg.tokenizer, val_fraction=cfg.val_fraction),
-                      cfg.workers, cfg.on_bad_line, progress, HEADER_BYTES)
+    _, counts = out.fill(
+        parse, partial(encode, tokenizer=cfg.tokenizer, val_fraction=cfg.val_fraction),
+        cfg.workers, cfg.on_bad_line, progress, HEADER_BYTES)
     if n := counts[ENDOFTEXT]:
         print(f"documents that hold the letters {ENDOFTEXT}: {n:,}. They are learnt as letters; "
               "for documents that end there, write each as a line of a .jsonl file")
@@ -239,15 +227,13 @@ def main() -> None:
         fail(f"--val_fraction={cfg.val_fraction} must lie between 0 and 1")
     try:
         prepare(cfg, Progress())
-        return
     except ValueError as error:
-        message = str(error)
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("stopped; the same command starts again")
     except OSError as error:
         reason = f"{error.filename or cfg.out_dir}: {error.strerror}" if error.errno else f"{error}"
-        message = f"{reason}; mend that, and give the same command again"
-    except KeyboardInterrupt:
-        message = "stopped; the same command starts again"
-    fail(message)
+        fail(f"{reason}; mend that, and give the same command again")
 
 
 if __name__ == "__main__":

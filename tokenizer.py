@@ -31,10 +31,10 @@ import tiktoken
 from configurator import Count, FilePath, Natural, configure
 from plumbing.bpe import QWEN2, train_bpe
 from plumbing.chats import ROLES
-from plumbing.corpus import find_files, parse, read_batches, sampled
+from plumbing.chats import said_in
+from plumbing.corpus import BadLine, BadLines, Batch, find_files, parse, read_batches, sampled
 from plumbing.files import write_text
 from plumbing.jobs import Progress, parallel
-from plumbing.jsonl import BadLine, BadLines, Batch
 from plumbing.templates import read_rules
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
@@ -251,7 +251,7 @@ def count_batch(batch: Batch, pattern: str) -> tuple[dict[str, Counter], list[Ba
     """A worker's share: pieces by language, bad lines, documents."""
     texts: dict[str, list[str]] = {}
     bad = []
-    for item in parse(batch, chats=True):
+    for item in parse(batch, said_in):
         if isinstance(item, BadLine):
             bad.append(item)
         else:

@@ -35,10 +35,9 @@ import numpy as np
 
 import rag
 from configurator import FilePath, Natural, configure
-from plumbing.corpus import find_files, read_batches
+from plumbing.corpus import LineError, find_files, parse_records, read_batches
 from plumbing.examples import evenly_spaced
 from plumbing.jobs import Progress
-from plumbing.jsonl import LineError, parse_records
 from plumbing.terminal import fail, run
 from search import embed
 from search.documents import PIECE, Cut, count_pieces

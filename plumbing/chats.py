@@ -14,7 +14,7 @@ Read as well: ShareGPT ("conversations" of "from" and "value"), Alpaca ("instruc
 """
 from typing import NamedTuple
 
-from plumbing.jsonl import LineError, check_text
+from plumbing.corpus import LineError, check_text
 
 ROLES = ("system", "user", "assistant")
 SHAREGPT = {"human": "user", "gpt": "assistant"}

@@ -218,8 +218,6 @@ def fits(path: Path, state: dict, tokenizer: str, shape: dict) -> None:
         raise ValueError(f"{path}: made with another tokenizer than that of the data")
 
 
-# ---------------------------------------------------------------------------- strangers
-
 def foreign(path: Path) -> str | None:
     """What is in a file and in no checkpoint of ours, or None. Only the list of the archive's parts
     and the names in its pickle are read: nothing is unpacked, built or allocated."""

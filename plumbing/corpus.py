@@ -1,6 +1,6 @@
 """
-Text files as documents: .txt and .jsonl (also .gz) and .parquet, single files or folders; how they
-are read may be skipped.
+Text files as documents, or as records of chats: .txt and .jsonl (also .gz) and .parquet, single
+files or folders; how they are read may be skipped.
 
     for batch in read_batches(find_files("notes,web.jsonl.gz")):     # a few MB each, in order
         for item in parse(batch):                                    # Document or BadLine
@@ -9,29 +9,44 @@ Reading is sequential and parsing is not, so that workers can share the work whi
 documents, and with it everything built from them, stays the same for any number of workers.
 A JSONL line is an object with a string field "text" and, if known, "lang" ("en", "zh", …);
 without it the language is zh or en by its share of Han letters. A .txt file is cut at line ends
-into documents of 8 to 16 kB.
+into documents of 8 to 16 kB. Nothing is repaired or guessed: a BadLine says what is wrong as
+file:line:column, from 1, columns in characters. A field that is null counts as missing.
 """
 import gzip
+import json
 import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any
+from typing import Any, NoReturn
 
-from plumbing import jsonl
-from plumbing.chats import said_in
-from plumbing.files import Found, find, split_paths
-from plumbing.jsonl import SUFFIXES, BadLine, Batch, LineError, kind_of, parse_records
+from plumbing.files import find, split_paths
+from plumbing.jobs import Progress
 from plumbing.terminal import printable
 
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 BATCH_BYTES = 4 << 20  # raw bytes handed to a worker at once
 TXT_BYTES = 8 << 10  # a .txt file is cut at the first line end after so many bytes
+MAX_LINE = 16 << 20  # bytes; a longer line is a bad one
+MAX_BAD = 0.01  # of the lines; more bad ones are no accident
+BOM = b"\xef\xbb\xbf"
 LANG = re.compile(r"[a-z]{2,3}(-[a-z0-9]{2,8})?")
 HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+KEY = re.compile(r'[\s,]*("(?:[^"\\]|\\.)*")\s*:\s*')  # of an object, up to its value
+TO_LINES = ("make lines of a list: python -c 'import json, sys; [print(json.dumps(x)) for x in "
+            "json.load(sys.stdin)]' < LIST.json > LINES.jsonl")
+
+
+@dataclass
+class Batch:
+    path: str
+    items: list[tuple[int, Any]]  # (line, its bytes); of a parquet file (row, record)
+    share: float  # of all input that is read by the end of this batch
 
 
 @dataclass
@@ -40,12 +55,58 @@ class Document:
     lang: str
 
 
-# ---------------------------------------------------------------------------- reading
+@dataclass
+class BadLine:
+    where: str  # file:line:column
+    what: str  # what is wrong, the same words for the same kind of damage
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return printable(": ".join(filter(None, (self.where, self.what, self.detail))))
+
+
+class LineError(Exception):
+    """LineError(where, what, detail): a line is not as it should be, where the value of a field
+    stands (or the object, if it has no such field), or at a column."""
+
+
+class BadLines:
+    """Counts what is wrong with the input: stops at the first bad line, or skips and reports."""
+
+    def __init__(self, policy: str, progress: Progress):
+        self.policy, self.progress = policy, progress
+        self.kinds: Counter[str] = Counter()
+
+    def add(self, bad: list[BadLine]) -> None:
+        """Raises ValueError at the first bad line unless they are to be skipped."""
+        for one in bad:
+            if self.policy == "stop":
+                raise ValueError(f"{one} (--on_bad_line=skip passes over such lines)")
+            if self.kinds.total() < 5:
+                self.progress.end()
+                print(f"skipped {one}")
+            self.kinds[one.what] += 1
+
+    def finish(self, n_good: int) -> None:
+        """Print the totals. Raises ValueError if too many were bad to be chance."""
+        if n := self.kinds.total():
+            kinds = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.most_common())
+            print(f"bad lines skipped: {n:,} ({kinds})")
+        if n > MAX_BAD * (n + n_good):
+            raise ValueError(f"{n:,} of {n + n_good:,} lines are bad, more than {MAX_BAD:.0%}: "
+                             "mend them, or take them out of the file")
+
+
+def kind_of(path: str) -> str:
+    """Of the SUFFIXES, without .gz, the one that a file has; "" for another file."""
+    suffix = next((s for s in SUFFIXES if path.lower().endswith(s)), "")
+    return suffix.removesuffix(".gz")
+
 
 def find_files(paths: str) -> list[str]:
     """The text files of a comma-separated list of files and folders, in a fixed order; what is
     passed over in a folder is named on stderr. Raises ValueError for a path without any."""
-    found: list[Found] = []
+    found: dict[str, str] = {}  # by what the path is in truth: each file once
     kinds = ", ".join(SUFFIXES)
     for path in split_paths(paths):
         if path.startswith("out/toyworld/") and not os.path.exists(path):
@@ -53,18 +114,16 @@ def find_files(paths: str) -> list[str]:
         inside = find(path, lambda name: "" if kind_of(name) else f"not one of {kinds}")
         if all(one.why for one in inside):
             why = f"no {kinds} file in this folder" if os.path.isdir(path) else inside[0].why
-            why += f"; {jsonl.TO_LINES}" if path.endswith(".json") else ""
+            why += f"; {TO_LINES}" if path.endswith(".json") else ""
             raise ValueError(f"{printable(path)}: {why}")
-        found += inside
+        for one in inside:
+            if one.why:
+                print(one, file=sys.stderr)
+            else:
+                found.setdefault(os.path.realpath(one.path), one.path)
     if not found:
         raise ValueError(f"{paths!r} names no file or folder")
-    once: dict[str, str] = {}
-    for one in found:
-        if one.why:
-            print(one, file=sys.stderr)
-        else:
-            once.setdefault(os.path.realpath(one.path), one.path)
-    return list(once.values())
+    return list(found.values())
 
 
 def read_batches(files: list[str]) -> Iterator[Batch]:
@@ -111,17 +170,17 @@ def _read_text(path: str) -> Iterator[tuple[list, int]]:
 
 def _lines(f: Any) -> Iterator[tuple[int, bytes | None]]:
     """Each line with its number; None for one longer than MAX_LINE."""
-    for number, raw in enumerate(iter(partial(f.readline, jsonl.MAX_LINE + 1), b""), 1):
-        too_long = len(raw) > jsonl.MAX_LINE
+    for number, raw in enumerate(iter(partial(f.readline, MAX_LINE + 1), b""), 1):
+        too_long = len(raw) > MAX_LINE
         while too_long and raw and not raw.endswith(b"\n"):
             raw = f.readline(1 << 20)
-        yield number, None if too_long else raw.removeprefix(jsonl.BOM).rstrip(b"\r\n")
+        yield number, None if too_long else raw.removeprefix(BOM).rstrip(b"\r\n")
 
 
 def _pieces(f: Any) -> Iterator[tuple[int, bytes]]:
     """Pieces of a .txt file with the line each starts at: up to the first line end between 1 and 2
     TXT_BYTES, or 2 TXT_BYTES of whole characters where none is."""
-    line, rest = 1, f.read(1 << 20).removeprefix(jsonl.BOM)
+    line, rest = 1, f.read(1 << 20).removeprefix(BOM)
     while rest:
         block, at = f.read(1 << 20), 0
         while len(rest) - at > (2 * TXT_BYTES if block else 0):
@@ -143,7 +202,7 @@ def _read_parquet(path: str) -> Iterator[tuple[list, int]]:
         types = {field.name: field.type for field in table.schema_arrow}
         if "text" not in types:
             raise ValueError(f"{path}: no column 'text', there are {', '.join(types)}")
-        names = ["text"] + ["lang"] * ("lang" in types)
+        names = [name for name in ("text", "lang") if name in types]
         for name in names:
             if types[name] not in (pyarrow.string(), pyarrow.large_string()):
                 raise ValueError(f"{path}: column '{name}' must be of strings, is {types[name]}")
@@ -157,23 +216,22 @@ def _read_parquet(path: str) -> Iterator[tuple[list, int]]:
         raise ValueError(f"{path}: not a readable parquet file: {error}") from None
 
 
-# ---------------------------------------------------------------------------- parsing
-
-def parse(batch: Batch, chats: bool = False) -> Iterator[Document | BadLine]:
+def parse(batch: Batch, said: Callable[[dict], str | None] = lambda record: None,
+          ) -> Iterator[Document | BadLine]:
     """The documents of a batch, and a BadLine for everything that is none. Empty lines are no
-    documents. With `chats`, a line may hold a chat or a pair instead of a text."""
-    return parse_records(batch, partial(read_document, chats=chats), SUFFIXES)
+    documents. `said` may know the text of a record that has none, such as a chat."""
+    return parse_records(batch, partial(read_document, said=said), SUFFIXES)
 
 
-def read_document(record: dict, chats: bool = False) -> Document:
+def read_document(record: dict, said: Callable[[dict], str | None]) -> Document:
     """The text of a record and its language. Raises LineError."""
     text, lang = record.get("text"), record.get("lang")
-    if text is None and (not chats or (text := said_in(record)) is None):
-        raise LineError("text", "field missing", "'text'" + " or a chat" * chats)
+    if text is None and (text := said(record)) is None:
+        raise LineError("text", "field missing", "'text'")
     if not isinstance(text, str):
         raise LineError("text", "field of a wrong type",
                          f"'text' must be a string, is {type(text).__name__}")
-    if not jsonl.check_text(text, "text").strip():
+    if not check_text(text, "text").strip():
         raise LineError("text", "empty text", "")
     if lang is not None and not (isinstance(lang, str) and LANG.fullmatch(lang)):
         raise LineError("lang", "unknown language", f"{lang!r:.40}, wanted like 'en'")
@@ -185,3 +243,92 @@ def language(text: str) -> str:
     head = text[:4000]
     letters = sum(map(str.isalpha, head))
     return "zh" if len(HAN.findall(head)) >= 0.3 * max(letters, 1) else "en"
+
+
+def parse_records(batch: Batch, read: Callable[[dict], Any], kinds: tuple[str, ...] = (".jsonl",),
+                  ) -> Iterator[Any | BadLine]:
+    """What `read` makes of each record of a batch, from a file of these kinds; a BadLine for what
+    is no record, and for one of which `read` raises LineError. Empty lines are nothing."""
+    if (kind := kind_of(batch.path)) not in kinds:
+        raise ValueError(f"{batch.path}: not a .jsonl or .gz file")
+    for number, item in batch.items:
+        line = ""
+        try:
+            if item is None:
+                raise LineError(1, "line too long", f"more than {MAX_LINE >> 20} MB")
+            text = decode((item["text"] or b"") if kind == ".parquet" else item)
+            if kind == ".parquet":
+                record = item | {"text": text}
+            elif not text.strip():
+                continue
+            elif kind == ".txt":
+                record = {"text": text}
+            else:
+                line = text
+                record = parse_object(line)
+            yield read({name: value for name, value in record.items() if value is not None})
+        except LineError as error:
+            where, what, detail, *below = error.args
+            column = where if isinstance(where, int) else column_of(line, where)
+            number += sum(below) if kind == ".txt" else 0
+            yield BadLine(f"{batch.path}:{number}:{column}", what, detail)
+
+
+def decode(raw: bytes) -> str:
+    """UTF-8 as text. Raises LineError, with the number of line ends before the damage."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        good = raw[:error.start].decode()
+        raise LineError(len(good) - good.rfind("\n"), "not UTF-8",
+                        f"byte 0x{raw[error.start]:02x}", good.count("\n")) from None
+
+
+def parse_object(line: str) -> dict:
+    """Raises LineError, also for what json would let pass."""
+    try:
+        record = _decoder.decode(line)
+    except json.JSONDecodeError as error:
+        a_list = f"; {TO_LINES}" if line.lstrip().startswith("[") else ""
+        raise LineError(error.colno, "not JSON", error.msg + a_list) from None
+    except RecursionError:
+        raise LineError("", "nested too deeply", "") from None
+    except ValueError:  # of int()
+        raise LineError("", "number too long", "more than 4,300 digits") from None
+    if not isinstance(record, dict):
+        raise LineError("", "not an object", TO_LINES if isinstance(record, list) else
+                        f"but {type(record).__name__}")
+    return record
+
+
+def column_of(line: str, field: str) -> int:
+    """Where the value of a field of an object stands; the object, if it has no such field."""
+    at = line.find("{") + 1
+    while field and (key := KEY.match(line, at)):
+        if json.loads(key[1]) == field:
+            return key.end() + 1
+        _, at = _decoder.raw_decode(line, key.end())
+    return len(line) - len(line.lstrip()) + 1
+
+
+def check_text(text: str, field: str) -> str:
+    """Raises LineError for half a character (JSON can say \\ud800), which has no UTF-8."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError as error:
+        raise LineError(field, "lone surrogate", ascii(text[error.start])) from None
+
+
+def _constant(name: str) -> NoReturn:
+    raise LineError("", "NaN or Infinity", f"{name} is no JSON")
+
+
+def _object(pairs: list) -> dict:
+    if len(record := dict(pairs)) < len(pairs):  # json would keep the last value and say nothing
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise LineError("", "key given twice", f"{twice!r:.40}")
+    return record
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)

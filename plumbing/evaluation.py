@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from model import RewardModel, Transformer, token_logps
 from plumbing.chats import read_chat, read_comparison
-from plumbing.corpus import find_files, read_batches
+from plumbing.corpus import BadLine, find_files, parse_records, read_batches
 from plumbing.examples import Row, Rows, evenly_spaced, in_batches, pad_right, reply_row
-from plumbing.jsonl import BadLine, parse_records
 from plumbing.loading import load_reward_model
 from plumbing.runtime import Dist, all_sum, print0
 from plumbing.tokenfiles import IGNORE

@@ -10,6 +10,7 @@ there: a corpus of any size works.
 """
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,13 +23,11 @@ import torch
 from torch import Tensor
 
 from plumbing.chats import read_chat, read_comparison, read_prompt
-from plumbing.corpus import find_files, language
-from plumbing.folder import Folder, Made, mapped
+from plumbing.corpus import Batch, LineError, check_text, find_files, language, parse_records
 from plumbing.jobs import Progress
-from plumbing.jsonl import BadLine, Batch, LineError, check_text, parse_records
 from plumbing.order import draw_split, hash64
 from plumbing.runtime import print0
-from plumbing.tokenfiles import IGNORE
+from plumbing.tokenfiles import IGNORE, Folder, Made, mapped
 from tokenizer import Tokenizer, load_tokenizer, render
 
 Kind = Literal["chat", "pair", "ranking", "prompt"]
@@ -44,8 +43,6 @@ class Row(NamedTuple):
     ids: list[int]
     mask: list[int]  # 1: to be learnt
 
-
-# ---------------------------------------------------------------------------- from records
 
 def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str, list, Counter]:
     """What one record gives: the text that decides its split, [(lang, margin, rows)] with one row
@@ -80,6 +77,11 @@ def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str
     return json.dumps(messages), [(lang, float(margin), rows) for rows in groups], counts
 
 
+def read_rows(batch: Batch, kind: Kind, tokenizer: str, max_len: int) -> Iterator:
+    return parse_records(batch, partial(rows_of, kind=kind, tok=cached_tokenizer(tokenizer),
+                                        max_len=max_len))
+
+
 def reply_end(mask: list[int]) -> int:
     """Where the last reply of a row ends, its <|im_end|> included."""
     return len(mask) - mask[::-1].index(1)
@@ -110,22 +112,15 @@ def fit_chat(tok: Tokenizer, messages: list[dict], max_len: int, counts: Counter
     return Row(ids, mask)
 
 
-# ---------------------------------------------------------------------------- preparing
-
-def encode_batch(batch: Batch, kind: Kind, tokenizer: str, max_len: int,
-                 val_fraction: float) -> Made:
-    """A worker's share: the words and rows of each split, and how many examples that are."""
-    tok = cached_tokenizer(tokenizer)
+def encode(found: list[tuple[str, list, Counter]], val_fraction: float) -> Made:
+    """Words and rows for the files of each split, of what `rows_of` has found in some records; how
+    many examples that are, and how often something was dropped or shortened."""
     words: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     rows: dict[str, list[tuple]] = {split: [] for split in SPLITS}
-    bad, counts = [], Counter()
-    for item in parse_records(batch, partial(rows_of, kind=kind, tok=tok, max_len=max_len)):
-        if isinstance(item, BadLine):
-            bad.append(item)
-            continue
-        key, groups, found = item
+    counts = Counter()
+    for key, groups, met in found:
         split = draw_split(key.encode(), val_fraction)
-        counts.update({**found, "good": 1, split: len(groups)})
+        counts.update({**met, split: len(groups)})
         for lang, margin, group in groups:
             for i, (ids, mask) in enumerate(group):
                 learn = np.where(np.array(mask, bool), LEARN, np.uint32(0))
@@ -133,7 +128,7 @@ def encode_batch(batch: Batch, kind: Kind, tokenizer: str, max_len: int,
                 rows[split].append((len(ids), lang.encode(), margin, i == 0))
     parts = {f"{split}.words": b"".join(w.tobytes() for w in words[split]) for split in SPLITS}
     parts |= {f"{split}.rows": np.array(rows[split], ROW).tobytes() for split in SPLITS}
-    return parts, counts, bad, batch.share
+    return parts, counts
 
 
 class Rows:
@@ -209,11 +204,12 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
 
 def prepare(out: Folder, kind: Kind, max_len: int, val_fraction: float, on_bad_line: str) -> None:
     """Write the rows of a folder, and say how many there are."""
-    work = partial(encode_batch, kind=kind, tokenizer=os.path.join(out.path, "tokenizer.txt"),
-                   max_len=max_len, val_fraction=val_fraction)
     workers = 1 if sum(map(os.path.getsize, out.inputs)) < 16 << 20 else 0
-    counts = out.fill(work, workers, on_bad_line, Progress())
-    n, train, val = (counts.pop(name, 0) for name in ("good", *SPLITS))
+    n, counts = out.fill(
+        partial(read_rows, kind=kind, tokenizer=os.path.join(out.path, "tokenizer.txt"),
+                max_len=max_len),
+        partial(encode, val_fraction=val_fraction), workers, on_bad_line, Progress())
+    train, val = (counts.pop(split, 0) for split in SPLITS)
     notes = "".join(f"; {what}: {often:,}" for what, often in sorted(counts.items()))
     if not train + val:
         raise ValueError(f"{', '.join(out.inputs)}: no usable example in it{notes}")
@@ -222,8 +218,6 @@ def prepare(out: Folder, kind: Kind, max_len: int, val_fraction: float, on_bad_l
     print(f"{n:,} records -> {train:,} {kind}s to train on, {val:,} held out{by}{notes}")
     out.finish()
 
-
-# ---------------------------------------------------------------------------- batches
 
 def window_batch(bins: list[list[Row]], length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids (int64), which of them are to be learnt (bool), and the number of the row that each
@@ -299,10 +293,10 @@ def ranking_batch(rows: Rows, chosen: Sequence[int]
     idx, _, lengths = pad_right([row for group in groups for row in group], 0)
     pairs, margins, shares, first = [], [], [], 0
     for i, group in zip(chosen, groups):
-        of_group = list(combinations(range(first, first + len(group)), 2))
-        pairs += of_group
-        margins += [rows.margin(i)] * len(of_group)
-        shares += [1 / len(of_group)] * len(of_group)
+        n = math.comb(len(group), 2)
+        pairs += combinations(range(first, first + len(group)), 2)
+        margins += [rows.margin(i)] * n
+        shares += [1 / n] * n
         first += len(group)
     return idx, lengths, torch.tensor(pairs).t(), torch.tensor(margins), torch.tensor(shares)
 

@@ -1,21 +1,37 @@
 """
 Token files: a 256-byte header, then the token ids of many documents, each closed by <|endoftext|>;
-`open_data` maps those of a folder, and how they are checked may be skipped.
+`open_data` maps those of a folder, and how they are checked and made may be skipped.
+
+A `Folder` is made out of text by several processes; data.py and plumbing/examples.py say what a
+worker makes of a batch. Last comes meta.json, which says what the files are made of. A folder
+without it is unfinished: a run that was stopped, by a signal or a crash, is given again and starts
+again.
 """
 import hashlib
+import json
 import os
 import struct
+import time
 import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from plumbing.folder import mapped, read_meta
+from plumbing.corpus import BadLine, BadLines, Batch, read_batches
+from plumbing.files import write_text
+from plumbing.jobs import Progress, parallel
 from tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # target of a position that is not scored
 HEADER = struct.Struct("<8sIIQQQQ32s32s16s")  # fields as in pack_header, zero-padded to 252
 HEADER_BYTES = 256  # the last 4 are a crc32 of the others
+# what a worker makes of documents or records: bytes to add to each file, and how often what was met
+Made = tuple[dict[str, bytes], Counter[str]]
 HASHED_BYTES = 1 << 30  # contents up to so many are hashed when a file is opened: 1 s
 
 
@@ -44,6 +60,12 @@ def pack_header(width: int, count: int, vocab_size: int, n_bytes: int, n_docs: i
                        bytes.fromhex(tokenizer), payload, lang.encode())
     head = head.ljust(HEADER_BYTES - 4, b"\0")
     return head + struct.pack("<I", zlib.crc32(head))
+
+
+def mapped(path: str, dtype: np.dtype, start: int = 0) -> np.ndarray:
+    """The numbers in a file from byte `start` on, read from disk as they are used."""
+    empty = os.path.getsize(path) <= start  # which cannot be mapped
+    return np.zeros(0, dtype) if empty else np.memmap(path, dtype, "r", start)
 
 
 def open_token_file(path: str) -> TokenFile:
@@ -78,6 +100,20 @@ def check_ids(file: TokenFile, ids: np.ndarray) -> None:
                          f"{file.vocab_size}")
 
 
+def read_meta(folder: str) -> dict | None:
+    """What the meta.json of a folder says; None without it. Raises ValueError if damaged."""
+    path = os.path.join(folder, "meta.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+        found["job"], found["files"]
+        return found
+    except OSError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path}: not from data.py, or damaged; delete its folder") from None
+
+
 def open_data(data_dir: str) -> tuple[Tokenizer, dict[str, list[TokenFile]]]:
     """The tokenizer of a prepared folder and its files by split, languages in alphabetical order.
     Raises ValueError when something is missing, damaged or does not belong together."""
@@ -94,3 +130,77 @@ def open_data(data_dir: str) -> tuple[Tokenizer, dict[str, list[TokenFile]]]:
         splits[name.partition("_")[0]].append(file)
     return tok, splits
 
+
+def describe(files: list[str]) -> str:
+    """A hash of the names, sizes and times of files."""
+    stats = [(os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+def work(batch: Batch, read: Callable[[Batch], Iterator], make: Callable[[list], Made],
+         ) -> tuple[Made, int, list[BadLine], float]:
+    """A worker's share: what it makes, of how many good items, the bad lines, and how far it is."""
+    items = list(read(batch))
+    good = [item for item in items if not isinstance(item, BadLine)]
+    return make(good), len(good), [item for item in items if isinstance(item, BadLine)], batch.share
+
+
+class Folder:
+    """A folder of files to be made of `inputs`, or made of just these already (`finished`)."""
+
+    def __init__(self, path: str, inputs: list[str], tok: Tokenizer, *settings: float | str):
+        self.path, self.inputs, self.tok = path, inputs, tok
+        self.job = {"inputs": describe(inputs), "tokenizer": tok.sha256, "settings": [*settings]}
+        self.meta = read_meta(path) or {}
+        self.finished = self.meta.get("job") == self.job
+        self.files: dict[str, BinaryIO] = {}
+
+    def fill(self, read: Callable[[Batch], Iterator], make: Callable[[list], Made], workers: int,
+             on_bad_line: str, progress: Progress, start: int = 0) -> tuple[int, Counter[str]]:
+        """Add what is made of what is read from each batch, after `start` bytes that are left free.
+        How many good items there were, and what was met in them. Raises ValueError or OSError for
+        what a user can mend."""
+        os.makedirs(self.path, exist_ok=True)
+        Path(self.path, "meta.json").unlink(missing_ok=True)
+        write_text(os.path.join(self.path, "tokenizer.txt"), self.tok.text)
+        n, counts, begun = 0, Counter(), time.time()
+        bad_lines, share_of = BadLines(on_bad_line, progress), partial(work, read=read, make=make)
+        try:
+            for (parts, met), n_good, bad, share in parallel(share_of, read_batches(self.inputs),
+                                                             workers):
+                bad_lines.add(bad)
+                n, counts = n + n_good, counts + met
+                for name, raw in parts.items():
+                    if name not in self.files:
+                        path = Path(self.path, name)
+                        path.unlink(missing_ok=True)  # another run may have the old file mapped
+                        self.files[name] = open(path, "w+b")
+                        self.files[name].seek(start)
+                    self.files[name].write(raw)
+                left = (1 - share) / max(share, 1e-9) * (time.time() - begun)
+                progress.show(f"{share:6.1%} | {n:,} read | eta {left:,.0f} s")
+        finally:
+            progress.end()
+        bad_lines.finish(n)
+        if describe(self.inputs) != self.job["inputs"]:
+            raise ValueError(f"{', '.join(self.inputs)}: changed while it was read; give the "
+                             "command again")
+        return n, counts
+
+    def finish(self, start: int = 0,
+               header: Callable[[str, int, bytes], bytes] = lambda *file: b"") -> None:
+        """Write the header of each file, which may depend on name, size and sha256 of what is in
+        it; when all are safely on the disk, meta.json."""
+        hashes = {}
+        for name, f in sorted(self.files.items()):
+            size = f.tell() - start
+            f.seek(start)
+            sha = hashlib.file_digest(f, "sha256")  # type: ignore[arg-type]
+            f.seek(0)
+            f.write(header(name, size, sha.digest()))
+            f.flush()
+            os.fsync(f.fileno())
+            f.close()
+            hashes[name] = sha.hexdigest()
+        self.meta = {"job": self.job, "files": hashes}
+        write_text(os.path.join(self.path, "meta.json"), json.dumps(self.meta, indent=1))

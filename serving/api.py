@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from plumbing import chats
-from plumbing.jsonl import LineError
+from plumbing.corpus import LineError
 from plumbing.thoughts import Answer
 from serving.batching import Text
 from tokenizer import Tokenizer

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from plumbing.chats import Comparison, read_chat, read_comparison, read_prompt, said_in
-from plumbing.jsonl import LineError
+from plumbing.corpus import LineError
 
 USER, BOT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 SYSTEM = {"role": "system", "content": "be kind"}

@@ -9,10 +9,11 @@ import sys
 
 import pytest
 
-from plumbing import corpus, jsonl
-from plumbing.corpus import Document, find_files, language, parse, read_batches, sampled
+from plumbing import corpus
+from plumbing.chats import said_in
+from plumbing.corpus import (BadLine, BadLines, Document, find_files, language, parse,
+                             parse_records, read_batches, sampled)
 from plumbing.jobs import Progress
-from plumbing.jsonl import BadLine, BadLines, parse_records
 
 GOOD = [{"text": "一只猫 sat.\nTwo [lines] {\"text\": 1}", "lang": "zh", "meta": {"text": 5}},
         {"id": -1.5e3, "text": "NaN Infinity \U0001f600 " + "7" * 5000}, {"text": "[" * 500}]
@@ -36,15 +37,15 @@ DAMAGE = [
 ]
 
 
-def items(path, chats=False):
-    return [item for batch in read_batches([str(path)]) for item in parse(batch, chats)]
+def items(path, *said):
+    return [item for batch in read_batches([str(path)]) for item in parse(batch, *said)]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_all_damage_is_found_and_no_good_line_is_lost(tmp_path, monkeypatch, suffix, end):
     """By line and column. Seen to fail when columns were counted in bytes, and when NaN passed."""
-    monkeypatch.setattr(jsonl, "MAX_LINE", 1 << 20)
+    monkeypatch.setattr(corpus, "MAX_LINE", 1 << 20)
     monkeypatch.setattr(corpus, "BATCH_BYTES", 5000)  # line numbers run on over many batches
     r, lines, bad = random.Random(0), [], []
     for i in range(2000):
@@ -111,7 +112,7 @@ def test_chats_are_text_for_the_tokenizer_only(tmp_path):
             {"prompt": [turn], "chosen": "a", "rejected": "b"}, {"messages": "x"},
             {"prompt": [turn], "ranking": ["好", "坏", "x"]}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    *good, bad, ranking = items(path, chats=True)
+    *good, bad, ranking = items(path, said_in)
     assert [d.text for d in good] == ["你好\n你好", "你好\na\nb"]
     assert ranking == Document("你好\n好\n坏\nx", "zh")
     assert (bad.where, bad.what) == (f"{path}:3:14", "field of a wrong type")
@@ -127,7 +128,7 @@ def test_a_field_that_is_null_is_missing(tmp_path):
     good, bad, also_bad = items(path)
     assert good == Document("a", "en")
     assert (bad.where, bad.what, also_bad.what) == (f"{path}:2:10", *["field missing"] * 2)
-    assert [d.text for d in items(path, chats=True) if isinstance(d, Document)] == ["a", "b"]
+    assert [d.text for d in items(path, said_in) if isinstance(d, Document)] == ["a", "b"]
 
 
 def test_a_sample_has_its_share_of_every_file_and_language(tmp_path, monkeypatch):

@@ -16,11 +16,9 @@ import numpy as np
 import pytest
 
 import data
-from data import encode_batch, open_data
-from plumbing import corpus
-from plumbing import folder as folders
-from plumbing.folder import Folder
-from plumbing.tokenfiles import open_token_file
+from data import encode, open_data
+from plumbing import corpus, tokenfiles
+from plumbing.tokenfiles import Folder, open_token_file
 from tokenizer import CHAR_PATTERN, PATTERN, count_pieces, dump, train_bpe
 
 ROOT = Path(data.__file__).parent
@@ -52,13 +50,13 @@ def folder(made, tmp_path):
 
 def run(base, *args, workers=2, during=lambda pid: None, **patch):
     """Exit code and stderr of data.py with small batches, in a process of its own, in which names
-    of data.py or plumbing/folder.py are patched. `during(pid)` is called meanwhile."""
+    of data.py or plumbing/tokenfiles.py are patched. `during(pid)` is called meanwhile."""
     def child():
         os.setsid()
         sys.stdout, sys.stderr = (open(base / name, "w", 1) for name in ("stdout", "stderr"))
         corpus.BATCH_BYTES, os.fsync = 20_000, lambda fd: None
         for name, value in patch.items():
-            setattr(data if hasattr(data, name) else folders, name, value)
+            setattr(data if hasattr(data, name) else tokenfiles, name, value)
         sys.argv = ["data.py", f"--input={base}/in", f"--tokenizer={base}/tok.txt",
                     f"--out_dir={base}/out", "--val_fraction=0.1", f"--workers={workers}", *args]
         data.main()
@@ -110,20 +108,20 @@ def slow_reader(*args):  # so that workers are waiting
         yield batch
 
 
-def touching_batch(batch, **settings):
-    os.utime(batch.path)
-    return encode_batch(batch, **settings)
+def touching(documents, **settings):
+    os.utime(Path(settings["tokenizer"]).parent / "in/c.txt")
+    return encode(documents, **settings)
 
 
-def deadly_batch(batch, **settings):
-    if batch.path.endswith(".txt"):
+def deadly(documents, **settings):
+    if any("多行文本" in document.text for document in documents):  # of c.txt
         os.kill(os.getpid(), signal.SIGKILL)
-    return encode_batch(batch, **settings)
+    return encode(documents, **settings)
 
 
 @pytest.mark.parametrize("code, line, kill, patch", [
     (2, "w/out: File too large; mend that, and give the", None, {"Folder": small_disk}),
-    (2, "a worker process was killed", None, {"encode_batch": deadly_batch}),
+    (2, "a worker process was killed", None, {"encode": deadly}),
     (2, "stopped; the same command", os.killpg, {"read_batches": slow_reader}),
     (-9, "", os.kill, {"read_batches": slow_reader})], ids=range(4))
 def test_a_run_that_is_stopped_says_why_and_starts_again(made, folder, code, line, kill, patch):
@@ -214,7 +212,7 @@ def test_a_mistake_is_one_line(made, folder, spoil, args, line):
 
 
 def test_an_input_that_changes_while_it_is_read_is_noticed(made, folder):
-    code, error = run(folder, encode_batch=touching_batch)
+    code, error = run(folder, encode=touching)
     assert code == 2 and error.endswith(": changed while it was read; give the command again\n")
     assert run(folder) == (0, "") and result(folder) == result(made)
 
