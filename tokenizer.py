@@ -30,8 +30,7 @@ import tiktoken
 
 from configurator import Count, FilePath, Natural, configure
 from plumbing.bpe import QWEN2, train_bpe
-from plumbing.chats import ROLES
-from plumbing.chats import said_in
+from plumbing.chats import ROLES, said_in
 from plumbing.corpus import BadLine, BadLines, Batch, find_files, parse, read_batches, sampled
 from plumbing.files import write_text
 from plumbing.jobs import Progress, parallel

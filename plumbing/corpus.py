@@ -216,18 +216,18 @@ def _read_parquet(path: str) -> Iterator[tuple[list, int]]:
         raise ValueError(f"{path}: not a readable parquet file: {error}") from None
 
 
-def parse(batch: Batch, said: Callable[[dict], str | None] = lambda record: None,
+def parse(batch: Batch, said_in: Callable[[dict], str | None] | None = None,
           ) -> Iterator[Document | BadLine]:
     """The documents of a batch, and a BadLine for everything that is none. Empty lines are no
-    documents. `said` may know the text of a record that has none, such as a chat."""
-    return parse_records(batch, partial(read_document, said=said), SUFFIXES)
+    documents. `said_in` finds the text of a chat, which has no field "text"."""
+    return parse_records(batch, partial(read_document, said_in=said_in), SUFFIXES)
 
 
-def read_document(record: dict, said: Callable[[dict], str | None]) -> Document:
+def read_document(record: dict, said_in: Callable[[dict], str | None] | None) -> Document:
     """The text of a record and its language. Raises LineError."""
     text, lang = record.get("text"), record.get("lang")
-    if text is None and (text := said(record)) is None:
-        raise LineError("text", "field missing", "'text'")
+    if text is None and (not said_in or (text := said_in(record)) is None):
+        raise LineError("text", "field missing", "'text'" + " or a chat" * bool(said_in))
     if not isinstance(text, str):
         raise LineError("text", "field of a wrong type",
                          f"'text' must be a string, is {type(text).__name__}")
