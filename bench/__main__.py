@@ -29,23 +29,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import data
 import train_dpo
 import train_pt
-import train_rl
-import train_rm
 import train_sft
 from bench.race import Race
 from bench.search import search
 from configurator import Count, FilePath, NotNegative, configure, fail
 from demo.world import pt_document
 from generate import generate
-from model import ModelConfig, RewardModel, Transformer, rope_table, rotate
-from plumbing import checkpoint, examples, loading, runtime, terminal
+from model import ModelConfig, Transformer, rope_table, rotate
+from plumbing import examples, loading, runtime, terminal
 from plumbing.examples import Row
 from plumbing.jobs import Progress
 from plumbing.log import describe_run
@@ -62,7 +59,7 @@ LR = 1e-5  # so small that no loss reaches 0: tiny numbers are slow on a CPU
 
 @dataclass(frozen=True)
 class Config:
-    only: str = "limits,train,decode,stages,loader,data,resume,search"  # jobs, comma-separated
+    only: str = "limits,train,decode,stages,data,search"  # jobs, comma-separated
     repeats: Count = 7  # good samples of each contender
     sample_s: NotNegative = 1.0  # least seconds of a sample; below 0.3 others go unnoticed
     max_foreign: NotNegative = 0.1  # part of a core that others may use during a good sample
@@ -152,7 +149,7 @@ def shape(max_seq_len: int) -> ModelConfig:
                        max_seq_len, tied=False)
 
 
-def limits(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+def limits(cfg: Config, folder: str) -> Iterator[Race]:
     squares = {f"matmul {n} {kind}": torch.randn(n, n).to(getattr(torch, kind))
                for kind in ("float32", "bfloat16") for n in (MATMUL, 2 * MATMUL)}
     race = Race("limits", {name: partial(torch.mm, a, a) for name, a in squares.items()}
@@ -163,7 +160,7 @@ def limits(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     yield race
 
 
-def train(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+def train(cfg: Config, folder: str) -> Iterator[Race]:
     """A training step on one batch of random ids, over and over."""
     c = shape(T)
     x, y = torch.randint(VOCAB, (2, B, T))
@@ -202,7 +199,7 @@ def train(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     yield race
 
 
-def decode(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+def decode(cfg: Config, folder: str) -> Iterator[Race]:
     """Greedy text after prompts of 16 tokens: tokens/s of all rows, reading them included."""
     C, n, heads = DECODE_EMBD, WRITTEN, DECODE_EMBD // 64
     shapes = [(VOCAB, 8, heads, heads, C, 64, 5 * C // 2), (32_000, 24, 32, 4, 2048, 64, 5632)]
@@ -225,12 +222,21 @@ def decode(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
             yield race
 
 
-def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
-    """Replies of 32 tokens to prompts of 16, one by one and 64 at once. Then a training step of
-    each stage, in real tokens: rows of T / 8 to T tokens, the second half to be learnt. `learnt` is
-    the share of the tokens that the model reads, padding included. A step of RL writes, scores and
-    learns from such 64 replies; `writing` is their share of its time."""
+def stages(cfg: Config, folder: str) -> Iterator[Race]:
+    """Replies of 32 tokens to prompts of 16, one by one and 64 at once. Then a training step, in
+    real tokens: rows of T / 8 to T tokens, the second half to be learnt. `learnt` is the share of
+    the tokens that the model reads, padding included."""
     r, c, alone = Random(0), shape(T + 48), runtime.setup("cpu", "float32")
+    net = Transformer(c).eval()
+    loading.read_weights_with_all_threads(net)
+    prompts = torch.randint(VOCAB, (64, 16)).tolist()
+    race = Race("stages", {f"{n} replies at once": partial(
+        lambda n: list(generate(net, prompts[:n], 32)), n) for n in (1, 64)}, cfg)
+    one, _ = race.seconds.values()
+    for (name, seconds), n in zip(race.seconds.items(), (1, 64)):
+        race.speed(name, 32 * n, "tok/s", of_one=n * one / seconds)
+    yield race
+
     sizes = sorted(r.randint(T // 8, T) for _ in range(8 * B))
     rows = [Row([r.randrange(VOCAB) for _ in range(n)], [0] * (n // 2) + [1] * (n - n // 2))
             for n in sizes]
@@ -238,10 +244,10 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
                                     for one in data.pack(sizes, T)[:B]], T)
     padded = examples.window_batch([[row] for row in r.sample(rows, B)], T)
     alike = examples.pad_right(rows[3 * B:4 * B], 0)  # as micro_batches puts pairs together
-    full = torch.randint(VOCAB, (2, B, T))
-    prompts, nothing = torch.randint(VOCAB, (64, 16)).tolist(), torch.zeros(B // 2)
-    reference, judge = Transformer(c), RewardModel(Transformer(c)).requires_grad_(False)
-    of_rl = train_rl.Config(answer_tokens=32, group=8, batch_size=64, rollout_size=64)
+    full, nothing = torch.randint(VOCAB, (2, B, T)), torch.zeros(B // 2)
+
+    def pt(net: Transformer) -> Tensor:
+        return train_pt.pt_loss(net(full[0], hidden=True), net.lm_head.weight, full[1]) / B / T
 
     def sft(x: Tensor, mask: Tensor, segments: Tensor | None, net: Transformer) -> Tensor:
         hidden = net(x, hidden=True, segments=segments)
@@ -252,75 +258,21 @@ def stages(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
         (chosen, rejected), (more, less) = logps.chunk(2), n.chunk(2)
         return train_dpo.dpo_loss(chosen, rejected, nothing, nothing, more, less).mean()
 
-    def rm(net: RewardModel) -> Tensor:
-        chosen, rejected = net(alike[0], alike[2]).chunk(2)
-        return train_rm.rm_loss(chosen, rejected, nothing, 0.01).mean()
-
-    def rl(net: Transformer) -> Tensor:
-        nobody = -1  # no token ends a reply: all have 32
-        asked = [prompt for prompt in prompts[:8] for _ in range(8)]
-        rollout = train_rl.roll_out(net, reference, judge, nobody, of_rl, alone, asked,
-                                    list(range(64)))
-        A = train_rl.advantages(rollout.R.view(8, 8), "rloo").flatten()
-        return train_rl.reply_losses(net, net, rollout, A, list(range(64)), of_rl, alone)[0].mean()
-
-    def share(mask: Tensor) -> float:
-        return float(mask.float().mean())
-
-    # loss, tokens, share of them that is learnt (RM: one number of a row)
-    losses: dict[str, tuple[Callable, int, float | None]] = {
-        "PT": (lambda net: train_pt.pt_loss(net(full[0], hidden=True), net.lm_head.weight, full[1])
-               / full[1].numel(), full[0].numel(), 1.0),
-        "SFT, packed": (partial(sft, *packed), int((packed[2] > 0).sum()), share(packed[1])),
-        "SFT, padded": (partial(sft, *padded[:2], None), int((padded[2] > 0).sum()),
-                        share(padded[1])),
-        "DPO, reference kept": (dpo, int(alike[2].sum()), share(alike[1] >= 0)),
-        "RM": (rm, int(alike[2].sum()), None),
-        "RL": (rl, 64 * 48, 32 / 48)}
-    net = Transformer(c).eval()
-    loading.read_weights_with_all_threads(net)
-    writing = Race("stages", {f"{n} replies at once": partial(
-        lambda n: list(generate(net, prompts[:n], 32)), n) for n in (1, 64)}, cfg)
-    one, many = writing.seconds.values()
-    for (name, seconds), n in zip(writing.seconds.items(), (1, 64)):
-        writing.speed(name, 32 * n, "tok/s", of_one=n * one / seconds)
-    yield writing
-    race = Race("stages", {
-        name: learner(RewardModel(Transformer(c)) if name == "RM" else Transformer(c), loss)
-        for name, (loss, *_) in losses.items()}, cfg)
-    for name, (_, tokens, learnt) in losses.items():
-        took = race.seconds[name]
-        notes = {"of_pt": tokens / losses["PT"][1] * race.seconds["PT"] / took}
-        notes |= {} if learnt is None else {"learnt": learnt}
-        notes |= {"writing": many / took} if name == "RL" else {}
-        race.speed(name, tokens, "tok/s", **notes)
+    losses: dict[str, tuple[Callable, Tensor, Tensor]] = {  # loss, what is real, what is learnt
+        "PT": (pt, full[0] >= 0, full[0] >= 0),
+        "SFT, packed": (partial(sft, *packed), packed[2] > 0, packed[1]),
+        "SFT, padded": (partial(sft, *padded[:2], None), padded[2] > 0, padded[1]),
+        "DPO, reference kept": (dpo, alike[2], alike[1] >= 0)}
+    race = Race("stages", {name: learner(Transformer(c), loss)
+                           for name, (loss, *_) in losses.items()}, cfg)
+    for name, (_, real, learnt) in losses.items():
+        n = int(real.sum())
+        race.speed(name, n, "tok/s", learnt=float(learnt.float().mean()),
+                   of_pt=n / (B * T) * race.seconds["PT"] / race.seconds[name])
     yield race
 
 
-def loader(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
-    """Making a batch of inputs and targets; share: of the time our eager model trains on it."""
-    path = f"{folder}/random.bin"
-    np.random.default_rng(0).integers(0, VOCAB, 20_000_000, np.uint16).tofile(path)
-    file = data.TokenFile(path, np.memmap(path, np.uint16, "r"), VOCAB, 0, 0, "", "", "en")
-    speed = (done["train"].rows[0]["value"] if "train" in done else None) or torch.nan
-
-    def random_crops(rows: int, size: int) -> list[Tensor]:
-        ids = np.memmap(path, np.uint16, "r")  # a new map; each row is cut out and cast by itself
-        at = torch.randint(len(ids) - size, (rows,)).tolist()
-        return [torch.stack([torch.from_numpy(ids[i + j:i + j + size].astype(np.int64))
-                             for i in at]) for j in (0, 1)]
-
-    for rows, size in ((12, 64), (16, 256), (12, 1024)):
-        windows, starts = data.Windows([file], size, seed=0), iter(range(0, 1 << 62, rows))
-        race = Race("loader", {
-            f"Windows.batch {rows}x{size}": lambda: windows.batch(next(starts), rows),
-            f"nanoGPT's way {rows}x{size}": partial(random_crops, rows, size)}, cfg)
-        for name, seconds in race.seconds.items():
-            race.row(name, 1e6 * seconds, "us/batch", share=seconds * speed / (rows * size))
-        yield race
-
-
-def prepare(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+def prepare(cfg: Config, folder: str) -> Iterator[Race]:
     """From a JSONL file of toyworld's text to token files; beside tiktoken alone, in memory."""
     rng, texts, size = Random(0), [], 0
     while size < cfg.data_mb * 1_000_000:  # documents of about 2 kB
@@ -345,37 +297,12 @@ def prepare(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
     yield race
 
 
-def resume(cfg: Config, folder: str, done: dict[str, Race]) -> Iterator[Race]:
-    """Checking and loading a checkpoint in the page cache, and making the next batch."""
-    model = Transformer(shape(T))
-    optimizer = make_optimizers(model, train_pt.Config())[0]
-    model(torch.zeros(1, 1, dtype=torch.long)).sum().backward()
-    optimizer.step()  # makes the moments
-    saved = {"format": 1, "model": model.state_dict(), "optimizer": [optimizer.state_dict()]}
-    file = data.TokenFile("", np.zeros(1 << 20, np.uint16), VOCAB, 0, 0, "", "", "en")
-
-    def again(path: Path) -> None:
-        os.utime(path)  # as in a new process: its hash has not been checked yet
-        state, _ = checkpoint.load(str(path))
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"][0])
-        data.Windows([file], T, seed=0).batch(state["step"] * B, B)
-
-    paths = {f"at step {n:,}": checkpoint.save(f"{folder}/{n}", n, saved | {"step": n})
-             for n in (10, 1_000_000)}
-    race = Race("resume", {name: partial(again, path) for name, path in paths.items()}, cfg)
-    for name, path in paths.items():
-        race.row(name, race.seconds[name], "s", checkpoint_mb=path.stat().st_size / 1e6)
-    yield race
-
-
-JOBS = {"limits": limits, "train": train, "decode": decode, "stages": stages, "loader": loader,
-        "data": prepare, "resume": resume, "search": search}
+JOBS = {"limits": limits, "train": train, "decode": decode, "stages": stages, "data": prepare,
+        "search": search}
 
 
 def main() -> None:
     cfg = configure(Config)
-    done: dict[str, Race] = {}
     if unknown := set(cfg.only.split(",")) - set(JOBS):
         fail(f"--only={cfg.only}: there is no {', '.join(unknown)} among {', '.join(JOBS)}")
     if cfg.nanogpt and not Path(cfg.nanogpt, "model.py").is_file():
@@ -384,8 +311,7 @@ def main() -> None:
     print(describe_run(runtime.setup("cpu", "float32")), formula, sep="\n")
     with tempfile.TemporaryDirectory() as folder:
         for job in cfg.only.split(","):
-            for race in JOBS[job](cfg, folder, done):
-                done[job] = race
+            for race in JOBS[job](cfg, folder):
                 print(*map(json.dumps, race.rows), sep="\n", flush=True)
 
 

@@ -15,16 +15,16 @@ symbols. With h the last k symbols, h' all of them but the oldest, and c(hx) how
     D(0) = 0,  D(i) = i - (i + 1) Y n_{i+1} / n_i for i = 1, 2, 3,  D(c > 3) = D(3),
     Y = n_1 / (n_1 + 2 n_2),  n_i: how many hx of this length have c(hx) = i
 
-Below the longest length c(hx) counts not how often hx occurs but how many different symbols come
-before it. Every D is at least 0.1, and 0.5 where one of n_1 … n_4 is 0. m(h) is what the discounts
-took away, so each P_k sums to 1. The compressor is xz, and its score is what the validation text
-adds to the size of the training text.
+Below the longest length c(hx) counts how many different symbols come before hx. Every D is at least
+0.1, and 0.5 where one of n_1 … n_4 is 0. m(h) is what the discounts took away, so each P_k sums to
+1. The score of the compressor, xz -9e, is what the validation text adds to the size of the training
+text.
 """
 import json
 import lzma
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -108,14 +108,13 @@ def fit(text: np.ndarray, order: int) -> list[Level]:
     return levels[::-1]
 
 
-def find(values: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each wanted number stands in the sorted `values`, and whether it does."""
-    at = np.searchsorted(values, wanted).clip(max=len(values) - 1)
-    return at, values[at] == wanted
-
-
 def probability(levels: list[Level], grams: np.ndarray) -> np.ndarray:
     """P(last symbol | the ones before it) of packed grams of the longest length, (n,)."""
+    def find(values: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each wanted number stands in the sorted `values`, and whether it does."""
+        at = np.searchsorted(values, wanted).clip(max=len(values) - 1)
+        return at, values[at] == wanted
+
     p = np.full(len(grams), 1 / BASE)
     for k, level in enumerate(levels):
         gram = grams % BASE**(k + 1)
@@ -134,19 +133,13 @@ def ngram_bits(train: np.ndarray, val: np.ndarray, order: int) -> float:
                      for i in range(0, len(grams), CHUNK)))
 
 
-def xz_bytes(text: bytes) -> int:
-    """Size after `xz -9e`, with a dictionary that holds all of the text."""
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME,
-                "dict_size": max(64 << 20, len(text))}]
-    return len(lzma.compress(text, lzma.FORMAT_XZ, filters=filters))
-
-
 def xz_bits(train: np.ndarray, val: np.ndarray) -> float:
     """Bits that `val` adds to the compressed `train`. A document ends with a zero byte."""
     before, after = (np.where(t == END, 0, t).astype(np.uint8).tobytes() for t in (train, val))
     with ThreadPoolExecutor(2) as pool:
-        small, large = pool.map(xz_bytes, (before, before + after))
-    return 8.0 * (large - small)
+        small, large = pool.map(partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME),
+                                (before, before + after))
+    return 8.0 * (len(large) - len(small))
 
 
 def run(cfg: Config) -> None:
@@ -159,7 +152,6 @@ def run(cfg: Config) -> None:
     for file in splits["val"]:
         if file.lang not in train_files:
             raise ValueError(f"{cfg.data_dir}: no training text in the language {file.lang}")
-        start = time.perf_counter()
         train, val = symbols(tok, train_files[file.lang]), symbols(tok, file)
         row = {"ngram": ngram_bits(train, val, cfg.order) / file.n_bytes}
         if cfg.xz:
@@ -168,7 +160,7 @@ def run(cfg: Config) -> None:
         scores = ", ".join(f"{name} {bpb:.4f}" for name, bpb in row.items())
         print(f"{file.lang} | bits/byte: {scores} | order {cfg.order} | trained on "
               f"{train_files[file.lang].n_bytes:,} bytes, scored on {file.n_bytes:,} in "
-              f"{file.n_docs:,} documents | {time.perf_counter() - start:.0f} s", flush=True)
+              f"{file.n_docs:,} documents", flush=True)
     print(json.dumps({"bits_per_byte": results, "order": cfg.order, "data_dir": cfg.data_dir}))
 
 

@@ -10,8 +10,7 @@ A corpus line is {"id", "title", "text", "lang", "source"}, a query line {"query
 
 recall@k, mrr@10   the rank of the passage that answers; of equal scores it gets the worst place.
                    With passages "chunks" or "fixed" it must hold an answer whole. `cut`: the share
-                   of questions whose answers stand in the document and in none of its passages;
-                   `cut_long`: those where the sentences around it are longer than chunk_tokens
+                   of questions whose answers stand in the document and in none of its passages
 refusal_auc        the chance that a question has a higher idf coverage than one whose document was
                    taken out of the index: 0.5 is guessing. `refused`: the share of the latter that
                    min_coverage refuses; `lost`: the share of answerable questions that it refuses
@@ -40,10 +39,9 @@ from plumbing.examples import evenly_spaced
 from plumbing.jobs import Progress
 from plumbing.terminal import fail, run
 from search import embed
-from search.documents import PIECE, Cut, count_pieces
+from search.documents import PIECE, Cut
 from search.index import Index
 from search.segment import Chunk, clean
-from search.topics import sentences
 
 
 @dataclass(frozen=True)
@@ -161,17 +159,10 @@ def auc(with_gold: list[float], without: list[float]) -> float:
     return float(below.mean() / 2 / max(1, len(order)))
 
 
-def around(text: str, answer: str) -> str:
-    """The sentences that a part of a text lies in."""
-    start = text.find(answer)
-    held = [span for span in sentences(text) if span[0] < start + len(answer) and start < span[1]]
-    return text[held[0][0]:held[-1][1]] if held else answer
-
-
 def measure(index: Index, queries: list[dict], cfg: Config, progress: Progress,
             texts: dict[str, str]) -> dict:
     """Retrieval figures of one language and source. `texts` are the documents, by their ids."""
-    ranks, seen, unseen, cut, long, spent = [], [], [], 0, 0, 0.0
+    ranks, seen, unseen, cut, spent = [], [], [], 0, 0.0
     for i, row in enumerate(queries):
         progress.show(f"{row['lang']} {row['source']}: {i:,}/{len(queries):,} questions")
         question, text = row["query"], texts[row["doc_id"]]
@@ -181,8 +172,6 @@ def measure(index: Index, queries: list[dict], cfg: Config, progress: Progress,
         if cfg.passages != "whole" and there:
             gold = [i for i in gold if any(a in index.chunk(i).text for a in there)]
             cut += not gold
-            long += not gold and min(count_pieces(around(text, a)) for a in there
-                                     ) > cfg.chunk_tokens
         start = time.perf_counter()
         best = index.search(question, cfg.n_sources)[:1]
         spent += time.perf_counter() - start
@@ -195,7 +184,7 @@ def measure(index: Index, queries: list[dict], cfg: Config, progress: Progress,
     r = np.array(ranks)
     shares = {f"recall@{k}": (r <= k).mean() for k in (1, 5, 20)} | {
         "mrr@10": np.where(r <= 10, 1 / r, 0).mean(), "cut": cut / len(queries),
-        "cut_long": long / len(queries), "refusal_auc": auc(seen, unseen),
+        "refusal_auc": auc(seen, unseen),
         "refused": np.mean(np.array(unseen) < cfg.min_coverage),
         "lost": np.mean(np.array(seen) < cfg.min_coverage)}
     return {"n": len(queries), "passages": len(index)} | {

@@ -45,7 +45,7 @@ def made_up(texts: list[str], kind: str) -> np.ndarray:
     return np.random.default_rng(len(texts[0])).standard_normal((len(texts), 384), np.float32)
 
 
-def search(cfg, folder: str, done: dict[str, Race]) -> Iterator[Race]:
+def search(cfg, folder: str) -> Iterator[Race]:
     """Splitting notes, half of them Chinese, making an index of their chunks with 384 made-up
     numbers for each, and asking for 8 words or 12 characters of one of them."""
     rng, count = np.random.default_rng(0), documents.count_pieces

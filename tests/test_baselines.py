@@ -115,13 +115,6 @@ def test_xz_is_the_lzma_module():
     assert xz_bits(train, val) == 8 * by_hand
 
 
-def test_dictionary_of_xz_holds_a_text_longer_than_64_mb(monkeypatch):
-    asked = []
-    monkeypatch.setattr(lzma, "compress", lambda text, *a, filters: asked.append(filters[0]) or b"")
-    baselines.xz_bytes(bytes(70 << 20))
-    assert asked[0]["dict_size"] >= 70 << 20 and asked[0]["preset"] == 9 | lzma.PRESET_EXTREME
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A folder as data.py makes it, and the texts of its documents by (split, lang)."""
