@@ -7,6 +7,7 @@ Each stage is a script of this project. The command line that runs it is printed
 `python -m demo` again goes on where it was stopped. The report judges every stage (judge.py) on
 names that are in no training file (world.py), and has curves where matplotlib is installed.
 """
+import importlib
 import json
 import os
 import subprocess
@@ -18,11 +19,6 @@ from typing import Any, NoReturn
 
 import torch
 
-import train_dpo
-import train_pt
-import train_rl
-import train_rm
-import train_sft
 from configurator import Count, FilePath, Share, configure, fail
 from demo.curves import draw
 from demo.judge import (judge_answers, judge_chats, judge_pt, judge_rag, judge_rl, judge_rm,
@@ -41,7 +37,6 @@ class Config:
     share: Share = 1.0  # of the steps of every stage; less, with less data, is to try things out
 
 
-STAGES = {"pt": train_pt, "sft": train_sft, "rm": train_rm, "dpo": train_dpo, "rl": train_rl}
 ORDER = ("PT", "SFT", "RM", "DPO", "RL", "RAG")  # of the gates
 
 
@@ -53,8 +48,8 @@ def run(*words: str) -> None:
         code = child.wait()
     except KeyboardInterrupt:  # the child has it too: let it save
         child.wait()
-        stop()
-    if code < 0:  # killed by a signal
+        code = -1
+    if code < 0:  # ended by a signal
         stop()
     if code:
         raise SystemExit(code)
@@ -82,7 +77,8 @@ def keep_settings(cfg: Config) -> None:
 
 def settings_of(stage: str) -> Any:
     """What its config file makes of a stage."""
-    return configure(STAGES[stage].Config, [f"config/{stage}_micro.py"], show=False)
+    script = importlib.import_module(f"train_{stage}")
+    return configure(script.Config, [f"config/{stage}_micro.py"], show=False)
 
 
 def report(cfg: Config, start: float) -> str:

@@ -74,11 +74,11 @@ def judge(model: Transformer, tok: Tokenizer, documents: list[dict],
         for i, (text, cut, row) in enumerate(zip(texts, cuts, rows)):
             bits += float(nats[i, :len(row)].sum()) / math.log(2)
             n_bytes += len(text[cut:].encode())
-            ends = torch.tensor([len(tok.decode_single_token_bytes(t)) for t in row]).cumsum(0)
-            starts = torch.cat((torch.zeros(1, dtype=torch.long), ends[:-1]))
+            token = torch.repeat_interleave(torch.tensor(  # that holds a byte
+                [len(tok.decode_single_token_bytes(t)) for t in row]))
             for begin, end in restated_values(text):
                 b, e = len(text[cut:begin].encode()), len(text[cut:end].encode())
-                right.append(bool(hit[i, :len(row)][(starts < e) & (ends > b)].all()))
+                right.append(bool(hit[i, token[b:e]].all()))
     return {"bits_per_byte": bits / n_bytes, "values": mean(right), "n": len(right)}
 
 
@@ -198,20 +198,15 @@ def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
     scores = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     log = [r for r in read_rows(out / "rm" / "log.jsonl") if "val" in r][-1]["val"]["all"]
 
-    def credit(row: dict, score: dict) -> float:
-        gap = score["chosen"] - score["rejected"]
-        return 0.5 if gap == 0 else float((gap > 0) == (row["gold"][0] > row["gold"][1]))
-
     strict: dict[str, list[float]] = {}
     gaps: dict[float, list[float]] = {}
     for row, score in zip(rows, scores):
-        d = row["gold"][0] - row["gold"][1]
-        if d:
-            for key in ("all", row["kind"], row["lang"]):
-                strict.setdefault(key, []).append(credit(row, score))
+        d, gap = row["gold"][0] - row["gold"][1], score["chosen"] - score["rejected"]
+        gap *= -1 if d < 0 else 1
+        for key in ("all", row["kind"], row["lang"]) if d else ():
+            strict.setdefault(key, []).append(0.5 + 0.5 * ((gap > 0) - (gap < 0)))
         if row["kind"] != "value":
-            gaps.setdefault(abs(d), []).append((score["chosen"] - score["rejected"])
-                                               * (1 if d > 0 else -1 if d < 0 else 1))
+            gaps.setdefault(abs(d), []).append(gap)
     control = {"all": f"longer is better: {log['longer_is_better']:.1%}"}
     lines = table(
         "Reward model on held-out pairs",
