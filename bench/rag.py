@@ -21,12 +21,10 @@ em, f1             of answers, in per cent, after SQuAD's normalisation (Rajpurk
 """
 import json
 import re
-import string
 import sys
 import tempfile
 import time
-import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +32,7 @@ import numpy as np
 
 import rag
 from configurator import FilePath, Natural, configure
+from plumbing.answers import score_answer
 from plumbing.corpus import LineError, find_files, parse_records, read_batches
 from plumbing.examples import evenly_spaced
 from plumbing.jobs import Progress
@@ -55,39 +54,6 @@ class Config(rag.Config):
 
 FIELDS = {"corpus": ("id", "title", "text", "lang", "source"),
           "queries": ("query", "answers", "doc_id", "lang", "source")}
-
-
-def english_words(text: str) -> list[str]:
-    """Lower case, without punctuation and articles, as SQuAD's evaluation has it."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def chinese_units(text: str) -> list[str]:
-    """Han characters and words of other scripts, without punctuation, as CMRC's evaluation."""
-    return [unit[0] for unit in PIECE.finditer(text.lower())
-            if not unicodedata.category(unit[0][0]).startswith(("P", "S"))]
-
-
-def longest_common_run(a: list[str], b: list[str]) -> int:
-    """Length of the longest run of units that stands in both."""
-    best, row = 0, [0] * (len(b) + 1)
-    for x in a:
-        row = [0] + [row[j] + 1 if x == y else 0 for j, y in enumerate(b)]
-        best = max(best, max(row))
-    return best
-
-
-def score_answer(said: str, answers: list[str], lang: str) -> tuple[float, float]:
-    """(exact match, F1), the best over the answers, 0 to 1. F1 counts shared words in English and
-    the longest common run in Chinese."""
-    units = english_words if lang == "en" else chinese_units
-    best = (0.0, 0.0)
-    for answer in answers:
-        a, b = units(said), units(answer)
-        same = sum((Counter(a) & Counter(b)).values()) if lang == "en" else longest_common_run(a, b)
-        best = max(best, (float(a == b), 2 * same / max(1, len(a) + len(b))))
-    return best
 
 
 def read_records(paths: str, what: str) -> list[dict]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from notes import NOTES, QUESTIONS
 
-from bench.rag import Config, auc, chinese_units, english_words, measure, rank_of, score_answer
+from bench.rag import Config, auc, measure, rank_of
+from plumbing.answers import chinese_units, english_words, score_answer
 from plumbing.jobs import Progress
 from search.documents import count_pieces
 from search.index import Index

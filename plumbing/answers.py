@@ -1,0 +1,48 @@
+"""
+Scores a short answer against the right ones, as SQuAD and CMRC do; may be skipped.
+"""
+import re
+import string
+import unicodedata
+from collections import Counter
+
+UNIT = re.compile(r"[^\W\u3400-\u9fff\uf900-\ufaff_]+|\S")  # a word, a Han character, a sign
+
+
+def english_words(text: str) -> list[str]:
+    """Lower case, without punctuation and articles, as SQuAD's evaluation has it."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def chinese_units(text: str) -> list[str]:
+    """Han characters and words of other scripts, without punctuation, as CMRC's evaluation."""
+    return [unit for unit in UNIT.findall(text.lower())
+            if not unicodedata.category(unit[0]).startswith(("P", "S"))]
+
+
+def longest_common_run(a: list[str], b: list[str]) -> int:
+    """Length of the longest run of units that stands in both."""
+    best, row = 0, [0] * (len(b) + 1)
+    for x in a:
+        row = [0] + [row[j] + 1 if x == y else 0 for j, y in enumerate(b)]
+        best = max(best, max(row))
+    return best
+
+
+def score_answer(said: str, answers: list[str], lang: str) -> tuple[float, float]:
+    """(exact match, F1), the best over the answers, 0 to 1. F1 counts shared words in English and
+    the longest common run in Chinese."""
+    units = english_words if lang == "en" else chinese_units
+    best = (0.0, 0.0)
+    for answer in answers:
+        a, b = units(said), units(answer)
+        same = sum((Counter(a) & Counter(b)).values()) if lang == "en" else longest_common_run(a, b)
+        best = max(best, (float(a == b), 2 * same / max(1, len(a) + len(b))))
+    return best
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text: "so 3 * 6 = 18 eggs." -> 18.0."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(found[-1].replace(",", "")) if found else None

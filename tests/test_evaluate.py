@@ -1,0 +1,157 @@
+"""evaluate.py against sums worked out one token at a time, and by hand."""
+import json
+import sys
+
+import pytest
+import torch
+
+import evaluate
+from evaluate import batches, log_probs, main, request, windows
+from plumbing.benchmarks import interval, read_task
+from tokenizer import PATTERN, Tokenizer, dump
+
+ROWS = {
+    "choice": [{"query": "What is it?", "choices": ["a cat", "a dog that barks"], "gold": 1},
+               {"query": "", "choices": ["one", "two", "three"], "gold": 2},
+               {"query": "天上有什么？", "choices": ["云", "鱼"], "gold": 0}],
+    "cloze": [{"context": "one two three", "target": "four"}],
+    "text": [{"text": "a longer text, " * 40}, {"text": "第二篇。"}],
+    "number": [{"prompt": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}],
+    "words": [{"query": "Who?", "answers": ["me"]}, {"query": "谁？", "answers": ["我", "你"]}]}
+
+
+def slow(model, context: list[int], end: list[int]) -> tuple[float, bool]:
+    """Log P of a continuation, and whether it is greedy: a forward pass for each token."""
+    logp, greedy, ids = 0.0, True, list(context)
+    for token in end:
+        logps = model(torch.tensor([ids]))[0, -1].double().log_softmax(-1)
+        logp, greedy = logp + float(logps[token]), greedy and int(logps.argmax()) == token
+        ids.append(token)
+    return logp, greedy
+
+
+def test_log_p_is_what_single_steps_give(tiny):
+    """Contexts and continuations of different lengths in one batch. Seen to fail with the padding
+    of the contexts left out, and when the cache of a context went to the wrong continuation."""
+    model = tiny.model.eval()
+    requests = [request(tiny.tok, context, ends, 200) for context, ends in [
+        ("a", [" b"]), ("What is it?", [" a cat", " a dog that barks"]), ("", ["one", "two"]),
+        ("一只猫", ["，两只狗", "。"])]]
+    greedy = int(model(torch.tensor([requests[0][0]]))[0, -1].argmax())
+    requests[0][1].append([greedy])
+    found = log_probs(model, requests)
+    with torch.no_grad():
+        for (context, ends), scores in zip(requests, found):
+            for end, (logp, best) in zip(ends, scores):
+                expected = slow(model, context, end)
+                assert logp == pytest.approx(expected[0], abs=1e-3) and best == expected[1]
+    assert found[0][-1][1]
+
+
+def test_a_batch_has_no_more_tokens_than_asked_and_all_requests_come():
+    requests = [([0] * n, [[0] * 3] * k) for n, k in [(5, 2), (90, 4), (7, 1), (50, 4), (1, 9)]]
+    found = [*batches(requests, 200)]
+    assert sorted(i for chosen in found for i in chosen) == [0, 1, 2, 3, 4]
+    for chosen in found:
+        rows = sum(len(requests[i][1]) for i in chosen)
+        assert len(chosen) == 1 or rows * max(len(requests[i][0]) + 3 for i in chosen) <= 200
+
+
+def test_a_context_and_its_end():
+    """Spaces between belong to the end; too long a context loses its beginning."""
+    tok = Tokenizer(dump([bytes([i]) for i in range(256)] + [b" b"], PATTERN))
+    assert request(tok, "a ", ["b"], 9) == ([97], [[256]])
+    assert request(tok, "a", [" b", "c"], 9) == ([97], [[256], [99]])
+    assert request(tok, "", ["c"], 9) == ([tok.endoftext], [[99]])
+    assert request(tok, "abcdefgh", ["xyz"], 6) == ([*b"efgh"], [[*b"xyz"]])
+
+
+def test_windows_predict_every_token_once_with_as_much_context_as_fits():
+    tok = Tokenizer(dump([bytes([i]) for i in range(256)], PATTERN))
+    assert windows(tok, "abcdefgh", 3) == [
+        ([tok.endoftext], [[*b"abc"]]), ([*b"c"], [[*b"def"]]), ([*b"ef"], [[*b"gh"]])]
+
+
+def test_perplexity_is_that_of_single_steps(tiny, tmp_path):
+    model, text = tiny.model.eval(), "a longer text, " * 20
+    parts = windows(tiny.tok, text, 100)
+    nats = -sum(scores[0][0] for part in parts for scores in log_probs(model, [part]))
+    with torch.no_grad():
+        assert nats == pytest.approx(-sum(slow(model, c, e)[0] for c, (e,) in parts), rel=1e-5)
+
+
+def test_wilson():
+    assert interval([1.0] * 81 + [0.0] * 182) == [30.8, 25.53, 36.62]  # R: prop.test(81, 263, c=F)
+    assert interval([1.0] * 5)[1:] == [56.55, 100.0]
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def ask(capsys, monkeypatch, *settings: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *settings])
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_every_kind_of_task_and_what_is_done_is_not_done_again(tiny, tmp_path, capsys, monkeypatch):
+    for name, rows in ROWS.items():
+        write(tmp_path / f"{name}.jsonl", rows)
+    settings = (f"--checkpoint={tiny.pt}", f"--tasks={tmp_path}", f"--out={tmp_path}/new/out.log",
+                "--max_tokens=5", "--window=100")
+    code, table, said = ask(capsys, monkeypatch, *settings)
+    assert code == 0, said
+    lines = [json.loads(line) for line in open(tmp_path / "new/out.log", encoding="utf-8")]
+    assert [(line["task"], line["lang"], line["n"]) for line in lines] == [
+        ("choice", "en", 2), ("choice", "zh", 1), ("cloze", "en", 1), ("number", "en", 1),
+        ("text", "en", 1), ("text", "zh", 1), ("words", "en", 1), ("words", "zh", 1)]
+    one = lines[0]
+    assert one["chance"] == round(100 * (1 / 2 + 1 / 3) / 2, 2) and one["longest"][0] == 100
+    assert lines[4]["perplexity"] == pytest.approx(
+        2 ** lines[4]["bits_per_byte"][0], rel=1e-3)  # a token is a byte
+    assert table.count("\n") == 2 + len(lines)
+    monkeypatch.setattr(evaluate.Judge, "scores", None)  # nothing may be asked again
+    monkeypatch.setattr(evaluate, "complete", None)
+    assert ask(capsys, monkeypatch, *settings)[1] == table
+
+
+def test_acc_and_acc_norm_by_hand(tiny, tmp_path, monkeypatch):
+    """-3 for "ab", -4 for "abcdefgh": acc takes the first, acc_norm the second."""
+    judge = evaluate.Judge(evaluate.Config(checkpoint=tiny.pt))
+    monkeypatch.setattr(judge, "scores", lambda asked: [[(-3.0, False), (-4.0, False)]] * 4)
+    rows = [{"query": "q", "choices": ["ab", "abcdefgh"], "gold": gold} for gold in (0, 0, 0, 1)]
+    found = judge.choice(rows, " ")
+    assert found["acc"][0] == 75 and found["acc_norm"][0] == 25 and found["longest"][0] == 25
+    assert found["acc_byte"][0] == found["acc_token"][0] == 25
+
+
+def test_samples_of_the_harness(tmp_path):
+    pair = {f"gen_args_{i}": {"arg_0": "Q", "arg_1": choice} for i, choice in enumerate([" a", " b"])}
+    path = write(tmp_path / "s.jsonl", [{"arguments": pair, "target": "1", "doc_id": 0},
+                                        {"arguments": [["Q", " a"], ["Q", " b"]], "target": 0}])
+    rows, kind = read_task(path)
+    assert kind == "choice" and [row["gold"] for row in rows] == [1, 0]
+    assert all((r["query"], r["choices"], r["joint"]) == ("Q", [" a", " b"], "") for r in rows)
+
+
+@pytest.mark.parametrize("rows, said", [
+    ([], "no rows"), ([{"a": 1}], "not a row of a task"),
+    ([{"query": "a", "choices": ["b"], "gold": 0}], "two strings or more"),
+    ([{"query": "a", "choices": ["b", "c"], "gold": 2}], "the right one, from 0"),
+    ([{"query": "a", "choices": ["b", ""], "gold": 0}], "two strings or more"),
+    ([{"text": 1}], "'text' must be a string"),
+    ([{"text": "a"}, {"context": "a", "target": "b"}], "a task has one kind"),
+    ([{"arguments": [], "target": 0}], "wanted multiple choice"),
+    ([{"prompt": "a"}], "not a row of a task")])
+def test_a_bad_task_is_one_line(tiny, tmp_path, capsys, monkeypatch, rows, said):
+    path = write(tmp_path / "t.jsonl", rows)
+    code, out, err = ask(capsys, monkeypatch, f"--checkpoint={tiny.pt}", f"--tasks={path}",
+                         f"--out={tmp_path}/out.log")
+    assert code == 2 and said in err.splitlines()[-1] and out == ""
