@@ -5,8 +5,7 @@ import math
 from collections.abc import Iterator
 
 from plumbing.chats import read_prompt
-from plumbing.corpus import language, read_batches
-from plumbing.jsonl import BadLine, LineError, parse_records
+from plumbing.corpus import BadLine, LineError, language, parse_records, read_batches
 
 KINDS = {"choice": ("query", "choices", "gold"), "cloze": ("context", "target"),
          "answer": ("prompt",), "text": ("text",)}

@@ -133,7 +133,7 @@ def test_acc_and_acc_norm_by_hand(tiny, tmp_path, monkeypatch):
 
 
 def test_samples_of_the_harness(tmp_path):
-    pair = {f"gen_args_{i}": {"arg_0": "Q", "arg_1": choice} for i, choice in enumerate([" a", " b"])}
+    pair = {f"gen_args_{i}": {"arg_0": "Q", "arg_1": end} for i, end in enumerate([" a", " b"])}
     path = write(tmp_path / "s.jsonl", [{"arguments": pair, "target": "1", "doc_id": 0},
                                         {"arguments": [["Q", " a"], ["Q", " b"]], "target": 0}])
     rows, kind = read_task(path)
