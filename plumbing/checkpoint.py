@@ -16,8 +16,6 @@ import io
 import os
 import pickletools
 import re
-import stat
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -27,7 +25,8 @@ from typing import Any
 import torch
 
 from plumbing.files import put_in_place
-from plumbing.terminal import printable
+from plumbing.runtime import print0
+from plumbing.terminal import say
 
 SAFE_TORCH = (2, 10)  # below, weights_only=True can be made to run code: CVE-2026-24747
 # all that our checkpoints name in their pickle: tensors and containers of them
@@ -74,20 +73,16 @@ def save(out_dir: str, step: int, state: dict, keep: int = 2,
     for stale in folder.glob(".tmp-*"):
         stale.unlink(missing_ok=True)
     temporary = folder / f".tmp-{os.getpid()}"
-    f = None
+    f = _HashingFile(temporary)
     try:
-        f = _HashingFile(temporary)
-        write(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-        f.close()
+        with f:
+            write(state, f)
+            f.flush()
+            os.fsync(f.fileno())
         path = folder / f"step{step:08d}-{f.sha.hexdigest()[:16]}.pt"
         put_in_place(temporary, path)
     except (OSError, RuntimeError, ValueError, KeyboardInterrupt) as error:
-        cause = (f and f.error) or error
-        if f:
-            with suppress(OSError):  # what could not be written before cannot be written now
-                f.close()
+        cause = f.error or error
         temporary.unlink(missing_ok=True)
         if not isinstance(cause, OSError):
             raise
@@ -116,11 +111,10 @@ def _remember(path: Path) -> None:
 
 
 def _is_known(path: Path) -> bool:
-    known = _known_good.get(path)
-    if not known and path.stat().st_size >= LARGE:
-        with suppress(OSError, UnicodeDecodeError):
-            known = (path.parent / ".checked").read_text()
-    return known == _stamp(path)
+    noted = ""
+    with suppress(OSError, UnicodeDecodeError):
+        noted = (path.parent / ".checked").read_text()
+    return _stamp(path) in (_known_good.get(path), noted)
 
 
 def list_checkpoints(out_dir: str) -> list[Path]:
@@ -134,7 +128,7 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint file, or None. The contents are compared with the hash in the
     name, or with the checksums inside the file if it was renamed."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe could wait forever
+        if not path.is_file():  # reading a pipe could wait forever
             return "not a file"
         if _is_known(path):
             return None
@@ -173,7 +167,7 @@ def load(where: str) -> tuple[dict, Path]:
             except Exception as error:  # whatever a hostile file makes torch raise
                 wrong = f"cannot be read: {str(error).splitlines()[0]}"
         if len(paths) > 1:
-            print(printable(f"{path}: {wrong}; passed over"), file=sys.stderr)
+            say(f"{path}: {wrong}; passed over")
     raise ValueError(f"{where}: damaged or not a checkpoint: {wrong}" if len(paths) == 1
                      else f"{where}: none of its {len(paths)} checkpoints is valid")
 
@@ -184,14 +178,13 @@ def restore(cfg, kind: str, optimizers: list, tokenizer: str, shape: dict,
     --resume, else (0, {}). Prints which settings have changed, and whether the training data has.
     Raises ValueError if that checkpoint does not fit, or if a fresh run would be mixed with an
     older one."""
-    say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
     found = list_checkpoints(cfg.out_dir)
     if found and not cfg.resume:
         raise ValueError(f"{cfg.out_dir} holds a run already: continue it with --resume, or give "
                          "another --out_dir")
     if not found:
         if cfg.resume:
-            say(f"nothing to resume in {cfg.out_dir}: starting at step 0")
+            print0(f"nothing to resume in {cfg.out_dir}: starting at step 0")
         return 0, {}
     state, path = load(cfg.out_dir)
     if state["kind"] != kind:
@@ -201,10 +194,10 @@ def restore(cfg, kind: str, optimizers: list, tokenizer: str, shape: dict,
         raise ValueError(f"{path}: was trained with another --optimizer")
     for key, value in state["config"].items():
         if getattr(cfg, key, value) != value and key not in ("resume", "device"):
-            say(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
+            print0(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
     if state.get("data", data_id) != data_id:
-        say("WARNING: the training data is not what this run began with: examples may repeat")
-    say(f"loaded {path}")
+        print0("WARNING: the training data is not what this run began with: examples may repeat")
+    print0(f"loaded {path}")
     return state["step"], state
 
 
