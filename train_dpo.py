@@ -7,9 +7,10 @@ Direct preference optimisation: learn from pairs of replies, without a reward mo
     python train_dpo.py config/dpo_micro.py                                a laptop
     torchrun --nproc_per_node=8 train_dpo.py config/dpo_1b.py --data=pairs.jsonl    8 GPUs
 
-log P of a reply is the sum over its tokens. The reference is the model before its first step; what
-it gives every pair is computed once and remembered. beta (log P - log P_ref) is the reward of a
-reply that the policy implies; the margin beta h is how much more the chosen reply has. Others:
+log P of a reply is the sum over its tokens. The reference is the model before its first step: it
+judges every pair once. (With --lora_rank, see train_sft.py, it needs no memory: it is the model
+without its update.) beta (log P - log P_ref) is the reward of a reply that the policy implies; the
+margin beta h is how much more the chosen reply has. Others:
 
     sigmoid, label_smoothing e   -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)      cDPO
     ipo       (h - 1 / (2 beta))^2, with means over tokens, not sums           (Azar et al. 2023)
@@ -34,13 +35,14 @@ from data import IGNORE, hash64
 from generate import replies
 from model import Transformer, token_logps
 from plumbing import runtime, sharding
-from plumbing.costs import flops_per_token, memory_line, peak_line
+from plumbing.costs import count_frozen, flops_per_token, memory_line, peak_line
 from plumbing.evaluation import print_samples
 from plumbing.examples import (Row, Rows, evenly_spaced, in_batches, micro_batches, pad_right,
                                pair_batch, prompts_with_room)
 from plumbing.jobs import Progress
-from plumbing.loading import load_model
+from plumbing.loading import load_reference, load_to_train
 from plumbing.log import Log
+from plumbing.lora import adapter_off
 from plumbing.optim import make_optimizers, set_learning_rate
 from plumbing.runtime import Dist, all_sum, print0
 from plumbing.splits import PairSettings, open_pairs
@@ -148,7 +150,8 @@ def answer_prompts(model: Transformer, reference: Transformer, tok: Tokenizer,
         full = [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(asked, said)]
         idx, targets, _ = (t.to(dist.device) for t in pad_right(full, 0))
         own, n_tokens = reply_logps(model, model, idx, targets, dist)
-        ref, _ = reply_logps(reference, reference, idx, targets, dist)
+        with adapter_off(reference):
+            ref, _ = reply_logps(reference, reference, idx, targets, dist)
         kls += (own - ref).tolist()
         lengths += n_tokens.tolist()
         stops += [reply[-1] == tok.im_end for reply in said]
@@ -191,21 +194,19 @@ def train(cfg: Config, dist: Dist) -> None:
     if cfg.label_smoothing and cfg.loss != "sigmoid":
         raise ValueError(f"label_smoothing {cfg.label_smoothing} means nothing with loss "
                          f"{cfg.loss}: it belongs to sigmoid")
-    model, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
+    model, tok = load_to_train(cfg)
     config = model.config
     pairs, val, order, max_steps, accumulate = open_pairs(cfg, "pair", model, tok, dist)
     prompts = prompts_with_room(val, evenly_spaced(range(len(val)), cfg.eval_samples),
                                 config.max_seq_len, cfg.answer_tokens)
     (_, longest), (_, longest_val) = pairs.largest(), val.largest()
     print0(memory_line(
-        cfg, dist, config, 2 * cfg.batch_size, longest, accumulate,
-        frozen={"reference": config} if prompts else {},
+        cfg, dist, model, 2 * cfg.batch_size, longest, accumulate,
+        frozen={"reference": model} if prompts else {},
         judged=(2 * min(2 * cfg.batch_size, max(len(pairs), len(val))), max(longest, longest_val)),
         written=(min(32, len(prompts)), longest_val, cfg.answer_tokens)))
-    reference = model
-    if prompts:  # a copy stays as it is, to tell how far the replies go from its own
-        reference, _ = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
-        sharding.wrap(reference.requires_grad_(False), dist, cfg.shard)
+    # a copy stays as it is, to tell how far the replies go from its own
+    reference = load_reference(cfg, model, dist) if prompts else model
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute)
 
     # Now the model is the reference: remember its log P of every pair of the run.
@@ -221,11 +222,10 @@ def train(cfg: Config, dist: Dist) -> None:
                     "samples": answer_prompts(model, reference, tok, prompts, val, cfg, dist)}
 
     start = validate(cfg.eval_pairs)
-    optimizers = make_optimizers(model, cfg)
-    data_id = pairs.data_id
+    optimizers, data_id = make_optimizers(model, cfg), pairs.data_id
     first = sharding.resume(cfg, KIND, model, optimizers, tok, data_id)
-    log = Log(cfg, dist, first, max_steps, 0, flops_per_token(config, longest),
-              ("margin", "accuracy", "chosen"))
+    flops = flops_per_token(config, longest, frozen=count_frozen(model))
+    log = Log(cfg, dist, first, max_steps, 0, flops, ("margin", "accuracy", "chosen"))
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
 
     for step in range(first, max_steps + 1):
@@ -241,7 +241,7 @@ def train(cfg: Config, dist: Dist) -> None:
         # same in every train_*.py: save
         # Save, also when a signal asks the run to stop; then leave.
         if last or stopping or (step % cfg.save_every == 0 and step > first):
-            sharding.save(cfg, KIND, step, model, optimizers, tok, data_id, dist)
+            sharding.save(cfg, KIND, step, model, optimizers, tok, data_id, dist, last)
             log.start_clock()
         if last or stopping:
             break

@@ -25,6 +25,7 @@ from data import TokenFile, Windows, hash64, open_data, passages, prefetch
 from generate import complete
 from model import ModelConfig, Transformer, token_logps
 from plumbing import checkpoint, runtime, sharding
+from plumbing.adapters import merged, open_state
 from plumbing.costs import count_parameters, flops_per_token, memory_line, peak_line
 from plumbing.evaluation import Scores, score_line, score_text
 from plumbing.loading import load_model
@@ -118,11 +119,11 @@ def judge(cfg: Config, dist: Dist) -> None:
 
 def start_from(where: str, model: Transformer, tok: Tokenizer) -> None:
     """Take the weights of another run. Raises ValueError if they do not fit."""
-    state, path = checkpoint.load(where)
+    state, path = open_state(where)
     if state["kind"] == "rm":
         raise ValueError(f"{path}: is a checkpoint of stage rm, not of {KIND}")
     checkpoint.fits(path, state, tok.text, sharding.shape_of(model))
-    sharding.load_model(model, state["model"])
+    sharding.load_model(model, merged(state))
     print0(f"loaded {path}")
 
 
@@ -181,7 +182,7 @@ def train(cfg: Config, dist: Dist) -> None:
         # same in every train_*.py: save
         # Save, also when a signal asks the run to stop; then leave.
         if last or stopping or (step % cfg.save_every == 0 and step > first):
-            sharding.save(cfg, KIND, step, model, optimizers, tok, data_id, dist)
+            sharding.save(cfg, KIND, step, model, optimizers, tok, data_id, dist, last)
             log.start_clock()
         if last or stopping:
             break

@@ -35,11 +35,13 @@ from data import IGNORE, Order, hash64
 from generate import replies
 from model import RewardModel, Transformer, token_logps
 from plumbing import runtime, sharding
-from plumbing.costs import count_parameters, flops_per_token, memory_line, peak_line
+from plumbing.costs import (count_frozen, count_parameters, flops_per_token, memory_line,
+                            peak_line)
 from plumbing.evaluation import print_samples, rl_warnings, row_logps, row_scores
 from plumbing.examples import Row, Rows, evenly_spaced, in_batches, pad_right
-from plumbing.loading import load_model, load_reward_model
+from plumbing.loading import load_reference, load_reward_model, load_to_train
 from plumbing.log import Log, describe_run
+from plumbing.lora import adapter_off
 from plumbing.optim import make_optimizers, set_learning_rate
 from plumbing.runtime import Dist, all_max, all_sum, print0
 from plumbing.splits import RowSettings, load_splits
@@ -147,7 +149,7 @@ def roll_out(model: Transformer, reference: Transformer, reward: RewardModel, st
             seen += [nn.functional.pad(x[:len(r)], (len(p) - 1, 1))  # where `row_logps` has them
                      for x, p, r in zip(torch.stack(each, 1).cpu(), asked, said)]
         logps = row_logps(model, rows, cfg.batch_size, dist)
-    with sharding.unsharded(reference, dist):
+    with sharding.unsharded(reference, dist), adapter_off(reference):
         ref_logps = row_logps(reference, rows, cfg.batch_size, dist)
     with sharding.unsharded(reward, dist):
         raw = row_scores(reward, rows, cfg.batch_size, dist)
@@ -204,9 +206,8 @@ def check(cfg: Config, world: int) -> int:
 
 def train(cfg: Config, dist: Dist) -> None:
     accumulate, max_steps = check(cfg, dist.world), cfg.max_steps
-    model, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
-    reference, _ = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
-    sharding.wrap(reference.requires_grad_(False), dist, cfg.shard)
+    model, tok = load_to_train(cfg)
+    reference = load_reference(cfg, model, dist)
     reward, reward_tok = load_reward_model(cfg.reward_from, dist, cfg.shard)
     config, reward_config = model.config, reward.backbone.config
     if reward_tok.sha256 != tok.sha256:
@@ -223,8 +224,8 @@ def train(cfg: Config, dist: Dist) -> None:
     longest = max(int(rows.lengths().max()) for rows in (prompts, val))
     most = min(cfg.rollout_size, max(n_replies // dist.world, min(cfg.eval_prompts, len(val))))
     print0(describe_run(dist))
-    print0(memory_line(cfg, dist, config, cfg.batch_size, longest + cfg.answer_tokens, accumulate,
-                       frozen={"reference": config, "reward model": reward_config},
+    print0(memory_line(cfg, dist, model, cfg.batch_size, longest + cfg.answer_tokens, accumulate,
+                       frozen={"reference": model, "reward model": reward},
                        written=(most, longest, cfg.answer_tokens)))
     print0(f"{count_parameters(config):,} parameters; {len(prompts):,} prompts, {len(val):,} held "
            f"out; {max_steps:,} steps of {cfg.prompts_per_step} x {cfg.group} replies")
@@ -238,7 +239,8 @@ def train(cfg: Config, dist: Dist) -> None:
         start["best"], start["best_error"] = best_possible(rewards, cfg.beta)
         limit = f" of at most {start['best']:+.3f} ± {start['best_error']:.3f}"
     first = sharding.resume(cfg, KIND, model, optimizers, tok, data_id)
-    log = Log(cfg, dist, first, max_steps, 0, flops_per_token(config, length), columns=COLUMNS)
+    log = Log(cfg, dist, first, max_steps, 0,
+              flops_per_token(config, length, frozen=count_frozen(model)), columns=COLUMNS)
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
     mean = {"mismatch": 0.0, "equal": 0.0}
 
@@ -258,7 +260,7 @@ def train(cfg: Config, dist: Dist) -> None:
         # same in every train_*.py: save
         # Save, also when a signal asks the run to stop; then leave.
         if last or stopping or (step % cfg.save_every == 0 and step > first):
-            sharding.save(cfg, KIND, step, model, optimizers, tok, data_id, dist)
+            sharding.save(cfg, KIND, step, model, optimizers, tok, data_id, dist, last)
             log.start_clock()
         if last or stopping:
             break

@@ -33,15 +33,17 @@ from data import hash64
 from generate import replies
 from model import RewardModel
 from plumbing import runtime, sharding
-from plumbing.costs import flops_per_token, memory_line, peak_line
+from plumbing.costs import count_frozen, flops_per_token, memory_line, peak_line
 from plumbing.evaluation import print_scores, score_rows
 from plumbing.examples import (Row, Rows, evenly_spaced, in_batches, micro_batches,
                                prompts_with_room, ranking_batch)
-from plumbing.loading import load_model
+from plumbing.loading import load_reference, load_to_train
 from plumbing.log import Log
+from plumbing.lora import adapter_off
 from plumbing.optim import make_optimizers, set_learning_rate
 from plumbing.runtime import Dist, all_sum, print0
 from plumbing.splits import PairSettings, open_pairs
+from tokenizer import Tokenizer
 
 KIND = "rm"  # stage that the checkpoints name
 
@@ -140,16 +142,17 @@ def report(found: dict[str, dict[str, float]], step: int) -> None:
                f"right {r['accuracy_chosen_shorter']:.1%} of the time")
 
 
-def set_scale(model: RewardModel, prompts: list[list[int]], cfg: Config, dist: Dist) -> None:
+def set_scale(model: RewardModel, tok: Tokenizer, prompts: list[list[int]], cfg: Config,
+              dist: Dist) -> None:
     """Give the reward model the mean and standard deviation of its scores of what the start model
     replies to the prompts. train_rl.py measures rewards in such deviations, so that its penalty
     means the same for every reward model."""
-    policy, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
-    sharding.wrap(policy.requires_grad_(False), dist, cfg.shard)
+    policy = load_reference(cfg, model.backbone, dist)
+    gathered = model if cfg.lora_rank else policy  # what --shard has taken apart
     scores: list[float] = []
     for at in range(0, len(prompts), 32):
         part = prompts[at:at + 32]
-        with sharding.unsharded(policy, dist):
+        with sharding.unsharded(gathered, dist), adapter_off(policy):
             said = replies(policy, part, cfg.answer_tokens, stop=(tok.im_end,),
                            seed=hash64(cfg.seed, at))
         rows = [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(part, said)]
@@ -167,7 +170,7 @@ def score(cfg: Config, dist: Dist) -> None:
 
 
 def train(cfg: Config, dist: Dist) -> None:
-    backbone, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
+    backbone, tok = load_to_train(cfg)
     config = backbone.config
     pairs, val, order, max_steps, accumulate = open_pairs(cfg, "ranking", backbone, tok, dist)
     prompts = prompts_with_room(val, evenly_spaced(range(len(val)), cfg.norm_samples),
@@ -177,9 +180,10 @@ def train(cfg: Config, dist: Dist) -> None:
                          "such replies are the scale on which train_rl.py measures rewards")
     (most, longest), (most_val, longest_val) = pairs.largest(), val.largest()
     print0(memory_line(
-        cfg, dist, config, most * cfg.batch_size, longest, accumulate, head=False,
+        cfg, dist, backbone, most * cfg.batch_size, longest, accumulate, head=False,
         judged=(most_val * min(2 * cfg.batch_size, len(val)), longest_val),
-        written=(min(32, len(prompts)), longest_val, cfg.answer_tokens), another_writes=True))
+        written=(min(32, len(prompts)), longest_val, cfg.answer_tokens),
+        another_writes=not cfg.lora_rank))
     torch.manual_seed(cfg.seed)
     model = RewardModel(backbone)
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute)
@@ -187,8 +191,8 @@ def train(cfg: Config, dist: Dist) -> None:
     data_id = pairs.data_id
     first = sharding.resume(cfg, KIND, model, optimizers, tok, data_id)
     easy_until, shortest_first = cfg.curriculum * max_steps, pairs.shortest_first()
-    log = Log(cfg, dist, first, max_steps, 0, flops_per_token(config, longest, head=False),
-              ("accuracy",))
+    log = Log(cfg, dist, first, max_steps, 0,
+              flops_per_token(config, longest, False, count_frozen(backbone)), ("accuracy",))
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
 
     for step in range(first, max_steps + 1):
@@ -200,12 +204,12 @@ def train(cfg: Config, dist: Dist) -> None:
             report(found, step)
             log.write(step=step, val=found)
         if last:
-            set_scale(model, list(prompts.values()), cfg, dist)
+            set_scale(model, tok, list(prompts.values()), cfg, dist)
 
         # same in every train_*.py: save
         # Save, also when a signal asks the run to stop; then leave.
         if last or stopping or (step % cfg.save_every == 0 and step > first):
-            sharding.save(cfg, KIND, step, model, optimizers, tok, data_id, dist)
+            sharding.save(cfg, KIND, step, model, optimizers, tok, data_id, dist, last)
             log.start_clock()
         if last or stopping:
             break

@@ -12,29 +12,36 @@ to stop. N counts them over all micro-steps and processes of an optimizer step, 
 weighs the same. Whole chats are packed into a window but do not see each other, so the loss is that
 of the chats one by one. What a line of --data may hold: plumbing/chats.py.
 
---lora_rank=16 trains a low-rank update of each block matrix (Hu et al. 2021) and merges it when the
-model is saved. A model of 1B parameters then needs 6 GB beside its activations, not 16.
+With --lora_rank=r this and every later stage leaves the model as it is and trains a small update of
+each matrix W (n_out, n_in) of the blocks (LoRA, Hu et al. 2021):
+
+    y = W x + (alpha / r) B A x          A (r, n_in), B (n_out, r);  alpha = 32, B starts at zero
+
+Gradients and moments exist for A and B alone, and W stays in bf16 if it was stored so: a model of
+1B parameters then needs 2 GB beside its activations, not 16. A checkpoint holds the update and the
+name of its base; whoever opens it gets both. --lora_extra trains norms, embedding and head as well,
+without which new special tokens learn nothing; --lora_merge writes one model of both at the end.
 """
 from plumbing.terminal import end_quietly, run
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from configurator import Count, FilePath, Natural, Positive, Share, configure
 from data import IGNORE, Packed, open_data, passages
 from generate import replies
 from model import Transformer, token_logps
-from plumbing import checkpoint, runtime, sharding
-from plumbing.costs import count_parameters, flops_per_token, memory_line, peak_line
+from plumbing import runtime, sharding
+from plumbing.costs import (count_frozen, count_parameters, flops_per_token, memory_line,
+                            peak_line)
 from plumbing.evaluation import Scores, by_language, print_samples, score_line, score_text
 from plumbing.examples import Row, Rows, in_batches, pad_right, prompts_with_room, reply_end
-from plumbing.loading import load_model
+from plumbing.loading import load_to_train
 from plumbing.log import Log, describe_run
 from plumbing.optim import make_optimizers, set_learning_rate
 from plumbing.runtime import Dist, all_sum, print0
@@ -42,7 +49,6 @@ from plumbing.splits import RowSettings, load_splits
 from tokenizer import Tokenizer
 
 KIND = "sft"  # stage that the checkpoints name
-LORA_ALPHA = 32  # a low-rank update is scaled by LORA_ALPHA / rank: by 2 at rank 16, by 4 at rank 8
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,6 @@ class Config(RowSettings):
     batch_tokens: Count = 65_536  # tokens an optimizer step reads, padding included
     learning_rate: Positive = 2e-5  # of AdamW
     warmup_steps: Natural = 20  # steps of linear warm-up
-    lora_rank: Natural = 0  # train an update of this rank for each block matrix; 0: all weights
     eval_every: Count = 200  # steps between validations
     eval_rows: Count = 500  # chats per language in a validation; the last one reads all
     eval_answers: Count = 32  # chats per language that are answered, greedily
@@ -73,59 +78,6 @@ def sft_loss(hidden: Tensor, head: Tensor, tokens: Tensor, mask: Tensor) -> Tens
     targets = torch.where(mask, tokens, IGNORE)
     targets = F.pad(targets[:, 1:], (0, 1), value=IGNORE)  # the state at t predicts token t + 1
     return -token_logps(hidden, head, targets, reduction="sum")
-
-
-class LowRank(nn.Module):
-    """W x + LORA_ALPHA / rank B A x. W (n_out, n_in) is frozen; A (rank, n_in) and B (n_out, rank)
-    are trained. B starts at zero, so that the model starts as it was."""
-
-    def __init__(self, base: nn.Linear, rank: int):
-        super().__init__()
-        self.base, self.scale = base.requires_grad_(False), LORA_ALPHA / rank
-        n_out, n_in = base.weight.shape
-        self.a = nn.Parameter(torch.randn(rank, n_in, device=base.weight.device) / math.sqrt(n_in))
-        self.b = nn.Parameter(torch.zeros(n_out, rank, device=base.weight.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + F.linear(F.linear(x, self.a), self.b) * self.scale
-
-
-def add_lora(model: Transformer, rank: int) -> None:
-    """Put a LowRank around every matrix of the blocks. The rest is trained as it is: the norms are
-    small, and embedding and head have learnt nothing yet about <|im_start|> and its like."""
-    for parent in list(model.layers.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, LowRank(child, rank))
-
-
-def merge_lora(model: Transformer, tensors: dict[str, Tensor]) -> dict:
-    """What a checkpoint keeps of the model's `tensors`: the "model", with every update merged into
-    its matrix; and to resume, all that was trained ("lora") and the file it began from ("base")."""
-    updates = {name: m for name, m in model.named_modules() if isinstance(m, LowRank)}
-    if not updates:
-        return {"model": tensors}
-    trained = {name: tensors[name] for name, p in model.named_parameters() if p.requires_grad}
-    whole = {k.replace(".base.bias", ".bias"): v for k, v in tensors.items()
-             if not k.endswith((".a", ".b", ".base.weight"))}
-    for name, m in updates.items():
-        base, a, b = (tensors[f"{name}.{part}"] for part in ("base.weight", "a", "b"))
-        whole[f"{name}.weight"] = base + m.scale * (b @ a)
-    return {"model": whole, "lora": trained, "base": Path(model.path).name}
-
-
-def resume(cfg: Config, model: Transformer, optimizers: list, tok: Tokenizer, data_id: int) -> int:
-    """As `sharding.resume`; a run with LoRA needs the same base and the same rank as before."""
-    step, state = checkpoint.restore(cfg, KIND, optimizers, tok.text, sharding.shape_of(model),
-                                     data_id)
-    if state and state["config"]["lora_rank"] != cfg.lora_rank:
-        raise ValueError(f"{cfg.out_dir}: was trained with --lora_rank="
-                         f"{state['config']['lora_rank']}, asked for {cfg.lora_rank}")
-    if state and cfg.lora_rank and state["base"] != Path(model.path).name:
-        raise ValueError(f"{cfg.out_dir}: was adapted from {state['base']}, not {model.path}")
-    if state:
-        sharding.load(model, optimizers, state, part="lora" if cfg.lora_rank else "model")
-    return step
 
 
 def evaluate(model: Transformer, tok: Tokenizer, rows: Rows, cfg: Config, dist: Dist,
@@ -182,7 +134,7 @@ def check(cfg: Config, length: int, limit: int, world: int) -> int:
 
 
 def train(cfg: Config, dist: Dist) -> None:
-    model, tok = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
+    model, tok = load_to_train(cfg)
     config = model.config
     length = config.max_seq_len if cfg.max_len is None else cfg.max_len
     accumulate = check(cfg, length, config.max_seq_len, dist.world)
@@ -192,19 +144,13 @@ def train(cfg: Config, dist: Dist) -> None:
     max_steps = math.ceil(cfg.epochs * n_windows / rows) if cfg.max_steps is None else cfg.max_steps
     if cfg.warmup_steps >= max_steps:
         raise ValueError(f"warmup_steps {cfg.warmup_steps} must be less than the {max_steps} steps")
-    if cfg.lora_rank:
-        torch.manual_seed(cfg.seed)
-        add_lora(model, cfg.lora_rank)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     print0(describe_run(dist))
     asked = prompts_with_room(val, sum(by_language(val, cfg.eval_answers).values(), []),
                               config.max_seq_len, cfg.answer_tokens)
     longest = int(val.lengths().max(initial=0))
-    print0(memory_line(cfg, dist, config, cfg.batch_size, length, accumulate, masked=True,
-                       trained=trained, judged=(min(4 * cfg.batch_size, len(val)), longest),
-                       written=(min(32, cfg.eval_answers, len(asked)), longest, cfg.answer_tokens),
-                       merges=cfg.lora_rank > 0))
+    print0(memory_line(cfg, dist, model, cfg.batch_size, length, accumulate, masked=True,
+                       judged=(min(4 * cfg.batch_size, len(val)), longest),
+                       written=(min(32, cfg.eval_answers, len(asked)), longest, cfg.answer_tokens)))
     # the top bit of a stored id marks a supervised token
     tokens, supervised = int(chats.lengths().sum()), int((chats.words >> 31).sum())
     print0(f"{count_parameters(config):,} parameters; {len(chats):,} chats of {tokens:,} tokens, "
@@ -213,9 +159,9 @@ def train(cfg: Config, dist: Dist) -> None:
            f"{max_steps * rows / n_windows:.2f} epochs")
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute)
     optimizers, data_id = make_optimizers(model, cfg), chats.data_id
-    first = resume(cfg, model, optimizers, tok, data_id)
+    first = sharding.resume(cfg, KIND, model, optimizers, tok, data_id)
     log = Log(cfg, dist, first, max_steps, cfg.batch_tokens,
-              flops_per_token(config, length, frozen=frozen))
+              flops_per_token(config, length, frozen=count_frozen(model)))
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
 
     for step in range(first, max_steps + 1):
@@ -234,13 +180,14 @@ def train(cfg: Config, dist: Dist) -> None:
             log.write(step=step, val={lang: nats for lang, (nats, _) in scores.items()},
                       text={lang: nats for lang, (nats, _) in text.items()}, answers=answers)
 
-        # Save, also when a signal asks the run to stop; then leave. (LoRA is merged: not the same.)
+        # same in every train_*.py: save
+        # Save, also when a signal asks the run to stop; then leave.
         if last or stopping or (step % cfg.save_every == 0 and step > first):
-            sharding.save(cfg, KIND, step, model, optimizers, tok, data_id, dist,
-                          weights=lambda tensors: merge_lora(model, tensors))
+            sharding.save(cfg, KIND, step, model, optimizers, tok, data_id, dist, last)
             log.start_clock()
         if last or stopping:
             break
+        # end same
 
         # Set the learning rate.
         lr = set_learning_rate(optimizers, cfg, step, max_steps)

@@ -18,8 +18,8 @@ import train_pt
 from configurator import Count, Positive, configure, fail
 from model import ModelConfig
 from plumbing import terminal
-from plumbing.costs import (count_parameters, flops_per_token, judging_memory, lora_parameters,
-                            training_memory, writing_memory)
+from plumbing.costs import (count_parameters, flops_per_token, judging_memory, training_memory,
+                            writing_memory)
 
 STAGES = ("pt", "sft", "lora", "rm", "dpo", "rl")
 
@@ -42,10 +42,10 @@ def stage_memory(stage: str, config: ModelConfig, batch_size: int, cfg: Config, 
     Pairs are two rows. DPO holds the reference while it is judged; RL holds the reference and a
     reward model of the same size all the time."""
     rows = 2 * batch_size if stage in ("rm", "dpo") else batch_size
-    learnt = lora_parameters(config, cfg.lora_rank) if stage == "lora" else None
-    parts = training_memory(config, rows, config.max_seq_len, accumulate=2, width=2, trained=learnt,
+    parts = training_memory(config, rows, config.max_seq_len, accumulate=2, width=2,
                             head=stage != "rm", shards=shards, recompute=recompute,
-                            masked=stage in ("sft", "lora"))
+                            masked=stage in ("sft", "lora"),
+                            rank=cfg.lora_rank * (stage == "lora"))
     held = parts["parameters"] + parts["optimizer"]
     frozen = {"dpo": 1, "rl": 2}.get(stage, 0) * parts["parameters"]
     training = sum(parts.values()) - held + (frozen if stage == "rl" else 0)
@@ -53,8 +53,7 @@ def stage_memory(stage: str, config: ModelConfig, batch_size: int, cfg: Config, 
     half = cfg.written // 2
     judging = frozen + max(judging_memory(config, rows, config.max_seq_len, 2, shards),
                            writing_memory(config, writes, half, cfg.written - half, 2, shards))
-    merging = parts["parameters"] if stage == "lora" else 0  # into a copy, to be saved
-    return held + max(training, judging, merging)
+    return held + max(training, judging)
 
 
 def tokens_per_day(config: ModelConfig, cfg: Config) -> float:

@@ -172,6 +172,14 @@ def load(where: str) -> tuple[dict, Path]:
                      else f"{where}: none of its {len(paths)} checkpoints is valid")
 
 
+def hash_of(path: Path) -> str:
+    """The first 16 digits of the sha256 of a file's contents, for which its name may stand."""
+    if match := NAME.fullmatch(path.name):
+        return match[2]
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
 def restore(cfg, kind: str, optimizers: list, tokenizer: str, shape: dict,
             data_id: int) -> tuple[int, dict]:
     """The step at which a run starts, and the state to load: those of the newest checkpoint with
@@ -261,7 +269,7 @@ def untrue(state, size: int) -> str | None:
     if sum(storages.values()) > size:
         return "its tensors claim more numbers than it holds"
     config = state.get("model_config")
-    if config is None:
+    if config is None or "adapter" in state:  # its base too
         return None
     try:
         heads = 2 * (config["n_head"] + config["n_kv_head"]) * config["head_dim"]

@@ -1,12 +1,16 @@
 """
 What a run costs in parameters, operations and memory. The rest may be skipped.
 """
+import ctypes
 import math
+from contextlib import suppress
 from functools import cache
 
 import torch
+from torch import nn
 
 from model import ModelConfig, Transformer
+from plumbing.lora import LoraSettings, updates
 from plumbing.runtime import LESS_MEMORY, Dist, RankState, Settings, of_process
 
 
@@ -15,6 +19,12 @@ def count_parameters(config: ModelConfig) -> int:
     """Number of parameters, counted on the meta device: nothing is allocated."""
     with torch.device("meta"):
         return sum(p.numel() for p in Transformer(config).parameters())
+
+
+def count_frozen(model: Transformer) -> int:
+    """Parameters that LoRA leaves as they are, 0 for a model that is trained itself."""
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return frozen if updates(model) else 0
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, head: bool = True, frozen: int = 0) -> int:
@@ -28,59 +38,69 @@ def flops_per_token(config: ModelConfig, seq_len: int, head: bool = True, frozen
     return 6 * (count_parameters(config) - idle) - 2 * frozen + attention
 
 
-def block_activations(c: ModelConfig, seq_len: int, width: int, masked: bool) -> int:
+def block_activations(c: ModelConfig, seq_len: int, width: int, masked: bool, rank: int = 0,
+                      extra: bool = False) -> int:
     """Bytes per token that autograd keeps of one block of model.py. Norms work in fp32, products in
-    `width` bytes. `masked`: chats are packed, and each token says which others it may see."""
+    `width` bytes. `masked`: chats are packed, and each token says which others it may see. `rank`,
+    `extra`: of LoRA, which keeps A x of 7 matrices, and of a frozen norm only the input."""
     q_and_k = (c.n_head + c.n_kv_head) * c.head_dim
-    norms = 4 * (4 * c.n_embd + 2 * q_and_k * c.qk_norm)  # of x twice, q and k: input, input / rms
+    # of x twice, q and k: input, input / rms
+    norms = 4 * (2 * c.n_embd + q_and_k * c.qk_norm) * (1 if rank and not extra else 2)
     copied = 3 * c.n_embd if width < 4 else 0  # autocast makes a copy for q, k, v and for gate, up
     # inputs of q, k, v and of gate, up; rotated q and k, v and y; gate, up, their product and silu
     products = width * (2 * c.n_embd + copied + 2 * q_and_k + 4 * c.n_hidden)
-    return norms + products + width * seq_len * masked
+    return norms + products + width * seq_len * masked + width * 7 * rank
 
 
 def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumulate: int = 1,
-                    width: int = 4, trained: int | None = None, head: bool = True,
-                    shards: int = 1, recompute: bool = False, muon: bool = False,
-                    masked: bool = False) -> dict[str, int]:
+                    width: int = 4, head: bool = True, shards: int = 1, recompute: bool = False,
+                    muon: bool = False, masked: bool = False, rank: int = 0, extra: bool = False,
+                    held: int = 4) -> dict[str, int]:
     """Bytes at the fullest moment of a training step on one device, by what takes them.
 
-    `width`: bytes per activation, 4, or 2 under autocast. `trained`: how many parameters have
-    gradients (LoRA; None: all). `head`: whether tokens are predicted (not by a reward model).
-    `shards`, `recompute`: see sharding.py. `muon`: matrices of the blocks keep one moment, not two.
-    `masked`: see `block_activations`. Checked against what runs take: tests/test_memory.py."""
+    `width`: bytes per activation, 4, or 2 under autocast. `head`: whether tokens are predicted (not
+    by a reward model). `shards`, `recompute`: see sharding.py. `muon`: matrices of the blocks keep
+    one moment, not two. `masked`: see `block_activations`. `rank`, `extra`: of LoRA, 0: everything
+    is trained. `held`: bytes of a frozen weight. Checked against what runs take:
+    tests/test_memory.py."""
     c, n, tokens = config, count_parameters(config), batch_size * seq_len
+    trained = lora_parameters(c, rank, extra) if rank else n
+    weights = held * n + 4 * trained if rank else 4 * n
     table = c.vocab_size * c.n_embd  # the embedding, or a head of its own
     root = (1 if c.tied else 2) * table + c.n_embd  # all that is in no block
     block = (n - root) // c.n_layer
     cast = width * block if width < 4 and shards == 1 else 0  # autocast's copy of a block's weights
 
-    of_block = tokens * block_activations(c, seq_len, width, masked) + cast
+    of_block = tokens * block_activations(c, seq_len, width, masked, rank, extra) + cast
     # with recompute a block keeps only its input; the rest exists for one block at a time
     kept = c.n_layer * (tokens * 4 * c.n_embd if recompute else of_block)
     kept += tokens * 5 * 4 * c.n_embd  # around the last norm and the loss
     rerun = of_block if recompute else 0
 
-    everything, trained = trained is None, n if trained is None else trained
     gains = c.n_layer * 2 * (c.n_embd + c.head_dim * c.qk_norm)  # of the norms
-    one_moment = muon * (trained - root - gains)
-    trained -= 0 if head or c.tied else table  # an untied head that predicts nothing is not trained
+    one_moment = muon * (trained - (root + gains) * (extra or not rank))
+    # an untied head that predicts nothing is not trained
+    trained -= table if not head and not c.tied and (extra or not rank) else 0
     gradients, moments = 4 * trained, 8 * trained - 4 * one_moment
     # The backward pass starts at the head: with its gradient, and zeros of the same size beside it.
-    at_head = 4 * table * head
+    # A frozen one has none, but is made wide.
+    at_head = 4 * table * head * (not rank or extra)
+    widened = 4 * table * head * (held < width and not at_head)
+    logits = 2 * 4 * (1 << 23) * (head and c.vocab_size > 1 << 15)  # model.logits_at_once, on a CPU
     if shards > 1:
         # Embedding and head are gathered in fp32 while they are needed. Of the blocks one is in use
         # and the next on its way. A block's gradient is whole while it is summed.
-        summed = block * (width + 4) * everything
-        return {"parameters": 4 * n // shards, "optimizer": moments // shards,
+        summed = block * (width + 4) * (not rank)
+        return {"parameters": weights // shards, "optimizer": moments // shards,
                 "gradients": gradients // shards, "gathered": 4 * root + 2 * width * block,
                 "activations": kept + at_head + max(at_head, rerun + summed)}
     # Activations are freed while gradients are made, so the fullest moment is either the start of
     # the backward pass (earlier micro-steps have left gradients) or its end, where the two
     # gradients of a tied matrix meet.
-    start = kept + at_head + max(at_head, rerun) + (gradients if accumulate > 1 else 0)
+    start = kept + at_head + max(at_head, widened + logits, rerun)
+    start += gradients if accumulate > 1 else 0
     end = gradients + (at_head if c.tied else 0)
-    return {"parameters": 4 * n, "optimizer": moments, "gradients": gradients,
+    return {"parameters": weights, "optimizer": moments, "gradients": gradients,
             "activations": max(start, end) - gradients}
 
 
@@ -121,38 +141,49 @@ def fullest_moment(training: dict[str, int], **others: int) -> dict[str, int]:
     return {k: v for k, v in training.items() if k not in passing} | {name: others[name]}
 
 
-def lora_parameters(config: ModelConfig, rank: int) -> int:
-    """Parameters that --lora_rank trains: rank (rows + columns) for each matrix of the blocks, and
-    all of the norms, the embedding and an untied head."""
+def lora_parameters(config: ModelConfig, rank: int, extra: bool = False) -> int:
+    """Parameters that --lora_rank trains: rank (rows + columns) for each matrix of the blocks; with
+    --lora_extra all of the norms, the embedding and an untied head too."""
     c, q, kv = config, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     sides = 2 * (c.n_embd + q) + 2 * (c.n_embd + kv) + 3 * (c.n_embd + c.n_hidden)
-    norms = c.n_layer * 2 * (c.n_embd + c.head_dim) + c.n_embd
-    return rank * c.n_layer * sides + norms + (1 if c.tied else 2) * c.vocab_size * c.n_embd
+    norms = c.n_layer * 2 * (c.n_embd + c.head_dim * c.qk_norm) + c.n_embd
+    whole = norms + (1 if c.tied else 2) * c.vocab_size * c.n_embd
+    return rank * c.n_layer * sides + whole * extra
 
 
-def stage_memory(cfg: Settings, dist: Dist, config: ModelConfig, rows: int, seq_len: int,
-                 accumulate: int, *, frozen: dict[str, ModelConfig] | None = None,
+def stage_memory(cfg: Settings, dist: Dist, model: Transformer | ModelConfig, rows: int,
+                 seq_len: int, accumulate: int, *, frozen: dict[str, nn.Module] | None = None,
                  judged: tuple[int, int] = (0, 0), written: tuple[int, int, int] = (0, 0, 0),
-                 another_writes: bool = False, merges: bool = False, **how) -> dict[str, int]:
+                 another_writes: bool = False, **how) -> dict[str, int]:
     """Bytes that a stage needs at its fullest moment, by what takes them. Training puts `rows` rows
     of `seq_len` tokens through the model at once (`how`: see `training_memory`), beside the
-    `frozen` models that it holds. A validation judges (rows, tokens) and has (rows, prompt, reply)
-    written, by another model of the same shape with `another_writes`. `merges`: to save LoRA, all
-    matrices are copied."""
+    `frozen` models that it holds, LoRA's reference being the model itself. A validation judges
+    (rows, tokens) and has (rows, prompt, reply) written, by another model of the same shape with
+    `another_writes`."""
     shards, width = dist.world if cfg.shard else 1, dist.dtype.itemsize
+    config, frozen = model if isinstance(model, ModelConfig) else model.config, frozen or {}
+    if isinstance(cfg, LoraSettings) and cfg.lora_rank and isinstance(model, Transformer):
+        how |= dict(rank=cfg.lora_rank, extra=cfg.lora_extra,
+                    held=model.layers[0].mlp.up_proj.weight.itemsize)
+        frozen = {name: one for name, one in frozen.items() if one is not model}
     parts = training_memory(config, rows, seq_len, accumulate, width, shards=shards,
                             recompute=cfg.recompute, muon=cfg.optimizer == "muon", **how)
-    held = {name: 4 * count_parameters(shape) // shards for name, shape in (frozen or {}).items()}
-    weights = parts["parameters"]
-    writing = writing_memory(config, *written, width, shards) + weights * another_writes
+    held = {name: sum(p.nbytes for p in one.parameters()) // shards
+            for name, one in frozen.items()}
+    writing = writing_memory(config, *written, width, shards) + parts["parameters"] * another_writes
     return fullest_moment(held | parts, evaluation=judging_memory(config, *judged, width, shards),
-                          writing=writing if written[0] else 0, merging=weights * merges)
+                          writing=writing if written[0] else 0)
 
 
 def memory_line(cfg: Settings, dist: Dist, *shape, **moments) -> str:
-    """`stage_memory` beside what is free; a warning past 90 %."""
+    """`stage_memory` beside what is free; a warning past 90 %. So that a run on a CPU takes what
+    the line says, blocks of 256 kB that it frees leave the process: glibc would keep them, and
+    the run would take twice as much. (That would slow small ones by half.)"""
     parts, free = stage_memory(cfg, dist, *shape, **moments), free_memory(dist.device)
     need = sum(parts.values())
+    if dist.device.type == "cpu" and need > 1e9:
+        with suppress(AttributeError, TypeError, OSError):  # only glibc knows mallopt
+            ctypes.CDLL(None).mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
     text = " + ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items())
     text = f"memory: {need / 1e9:.2f} GB = {text}; {free / 1e9:.1f} GB are free"
     return text + (f"\nWARNING: that may not fit: {LESS_MEMORY}" if need > 0.9 * free else "")

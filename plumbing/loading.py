@@ -3,6 +3,7 @@ Opens a checkpoint as a model that can write, or as a reward model. The rest may
 """
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from kernels import quantised
 from model import ModelConfig, RewardModel, Transformer
 from plumbing import checkpoint, runtime
+from plumbing.adapters import merged, open_state, with_extra
+from plumbing.lora import LoraSettings, add_lora, hold
 from plumbing.runtime import Dist
 from plumbing.terminal import say
 from tokenizer import Tokenizer
@@ -31,15 +34,73 @@ def load_writer(where: str, device: str, dtype: Precision) -> tuple[Transformer,
 def load_model(where: str, device: torch.device,
                dtype: torch.dtype | None) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint, ready to write: in 8 or 4 bits for torch.int8 or int4,
-    which can only write, and if dtype is None in what is best. Raises ValueError naming the
-    file."""
-    state, path = checkpoint.load(where)
+    which can only write, and if dtype is None in what is best. What LoRA trained is added to the
+    matrices. Raises ValueError naming the file."""
+    state, path = open_writer(where)
+
+    def build(config: ModelConfig) -> Transformer:
+        weights = merged(state)
+        return quantised.writer(config, weights, dtype, device) or plain(config, weights)
+    model, tok = assemble(state, path, build)
+    if isinstance(model, quantised.Quantised):
+        return model.eval(), tok
+    stored = model.norm.weight.dtype if device.type == "cpu" else torch.float32
+    kind = dtype or (torch.bfloat16 if device.type == "cuda" else stored)  # stored: stays on disk
+    return model.to(device, kind if kind.is_floating_point else torch.float32).eval(), tok
+
+
+def load_to_train(cfg: LoraSettings) -> tuple[Transformer, Tokenizer]:
+    """What a stage starts from, on the CPU: a model in fp32; with --lora_rank a frozen one, its
+    matrices as they were stored, and an update to train. Raises ValueError naming the file."""
+    if not cfg.lora_rank:
+        if cfg.lora_extra or cfg.lora_merge:
+            raise ValueError("--lora_extra and --lora_merge belong to LoRA: give --lora_rank")
+        return load_model(cfg.init_from, torch.device("cpu"), torch.float32)
+    if cfg.lora_extra and cfg.shard:
+        raise ValueError("--lora_extra keeps a copy of what it trains, which --shard would take "
+                         "apart: give one of the two")
+    model, tok = frozen(*open_writer(cfg.init_from), cfg.shard)
+    torch.manual_seed(cfg.seed)
+    add_lora(model, cfg.lora_rank, cfg.lora_extra)
+    return model, tok
+
+
+def load_reference(cfg: LoraSettings, model: Transformer, dist: Dist) -> Transformer:
+    """The `model` as it is before its first step: a frozen copy, from the file that it began from.
+    With LoRA it is the model itself, for whoever asks it inside `lora.adapter_off`."""
+    from plumbing import sharding  # takes a second, which who only writes need not wait
+    if cfg.lora_rank:
+        return model
+    copy, _ = load_model(cfg.init_from, torch.device("cpu"), torch.float32)
+    return sharding.wrap(copy.requires_grad_(False), dist, cfg.shard)
+
+
+def open_writer(where: str) -> tuple[dict, Path]:
+    """As `open_state`. Raises ValueError for a reward model."""
+    state, path = open_state(where)
     if state.get("kind") == "rm":
         raise ValueError(f"{path}: a reward model gives scores, it cannot write; give a checkpoint "
                          "of another stage")
+    return state, path
+
+
+def frozen(state: dict, path: Path, shard: bool) -> tuple[Transformer, Tokenizer]:
+    """A base, and the updates that it has already beside its matrices, which are held as they were
+    stored. Those of one block must be of one type to be sharded: fp32."""
+    model, tok = assemble(state, path, lambda config: plain(config, with_extra(state)))
+    hold(model.float() if shard else model)
+    for adapter in state.get("adapters", []):
+        low = {name: t for name, t in adapter.items() if name.endswith((".a", ".b"))}
+        add_lora(model, next(len(t) for name, t in low.items() if name.endswith(".a")))
+        model.load_state_dict(low, strict=False)
+    return model.requires_grad_(False).eval(), tok
+
+
+def assemble(state: dict, path: Path, build: Callable[[ModelConfig], Transformer]
+             ) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a state. Raises ValueError naming the file."""
     try:
-        config, weights = ModelConfig(**state["model_config"]), state["model"]
-        model = quantised.writer(config, weights, dtype, device) or plain(config, weights)
+        model = build(ModelConfig(**state["model_config"]))
         tok = Tokenizer(state["tokenizer"], str(path))
         if tok.n_vocab > model.config.vocab_size:  # fewer are allowed: some models have spare rows
             raise ValueError(f"{path}: its tokenizer has {tok.n_vocab:,} tokens, its model "
@@ -48,11 +109,7 @@ def load_model(where: str, device: torch.device,
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: holds no language model of this program: "
                          f"{str(error)[:200]}") from None
-    if isinstance(model, quantised.Quantised):
-        return model.eval(), tok
-    stored = model.norm.weight.dtype if device.type == "cpu" else torch.float32
-    kind = dtype or (torch.bfloat16 if device.type == "cuda" else stored)  # stored: stays on disk
-    return model.to(device, kind if kind.is_floating_point else torch.float32).eval(), tok
+    return model, tok
 
 
 def plain(config: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
@@ -87,12 +144,16 @@ def newest_checkpoint(folder: str = "out") -> str:
 def load_reward_model(where: str, dist: Dist, shard: bool = False) -> tuple[RewardModel, Tokenizer]:
     """A frozen reward model and its tokenizer. Raises ValueError naming the file."""
     from plumbing import sharding  # takes a second, which who only writes need not wait
-    state, path = checkpoint.load(where)
+    state, path = open_state(where)
     if state.get("kind") != "rm":
         raise ValueError(f"{path}: not a reward model, but of stage {state.get('kind')}; "
                          "train_rm.py makes one")
-    model = RewardModel(Transformer(ModelConfig(**state["model_config"])))
-    model.load_state_dict(state["model"])
+    if "adapters" in state:
+        model = RewardModel(frozen(state, path, shard)[0])
+        model.load_state_dict(state["adapters"][-1], strict=False)
+    else:
+        model = RewardModel(Transformer(ModelConfig(**state["model_config"])))
+        model.load_state_dict(state["model"])
     if (float(model.mean), float(model.std)) == (0, 1):  # they are measured at the end of a run
         say(f"WARNING: {path} was saved before its run had ended: its scores are not normalised")
     tok = Tokenizer(state["tokenizer"], str(path))

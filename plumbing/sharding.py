@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from model import Block
+from plumbing import adapters
 from plumbing import checkpoint as checkpoints
 from plumbing.runtime import Dist, Settings, all_max, print0
 from tokenizer import Tokenizer
@@ -121,15 +122,18 @@ def clip_gradients(net: nn.Module, largest: float) -> float:
 
 def save(cfg: Settings, kind: str, step: int, model: nn.Module,
          optimizers: list[torch.optim.Optimizer], tok: Tokenizer, data_id: int, dist: Dist,
-         weights: Callable[[dict], dict] = lambda tensors: {"model": tensors}) -> None:
-    """Write a checkpoint of stage `kind` into cfg.out_dir, called by all processes. `weights` turns
-    the model's tensors into what the file holds: LoRA merges its matrices."""
+         last: bool = False) -> None:
+    """Write a checkpoint of stage `kind` into cfg.out_dir, called by all processes. LoRA keeps only
+    its update, and with --lora_merge also writes the whole model after the `last` step."""
     tensors, moments = gather(model, optimizers)
     if dist.rank == 0:
         print0("saved", checkpoints.save(cfg.out_dir, step, {
-            "format": 1, "kind": kind, "step": step, **weights(tensors), "optimizer": moments,
+            "format": 1, "kind": kind, "step": step,
+            **adapters.contents(model, tensors, cfg.out_dir), "optimizer": moments,
             "model_config": shape_of(model), "config": asdict(cfg), "tokenizer": tok.text,
             "data": data_id}))
+        if last and getattr(cfg, "lora_merge", False):
+            print0("saved", adapters.write_merged(cfg.out_dir))
 
 
 def resume(cfg: Settings, kind: str, model: nn.Module, optimizers: list[torch.optim.Optimizer],
@@ -138,6 +142,7 @@ def resume(cfg: Settings, kind: str, model: nn.Module, optimizers: list[torch.op
     loads. Raises ValueError if out_dir holds another run."""
     step, state = checkpoints.restore(cfg, kind, optimizers, tok.text, shape_of(model), data_id)
     if state:
+        adapters.check_same(cfg, model, state)
         load(model, optimizers, state)
     return step
 
@@ -161,11 +166,10 @@ def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[d
     return tree_map_only(DTensor, collect, (model.state_dict(keep_vars=True), moments))
 
 
-def load(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict,
-         part: str = "model") -> None:
-    """Give a model and its optimizers, sharded or not, the `part` of a checkpoint's weights
-    ("model" or "lora") and their moments. Every rank has opened the file."""
-    load_model(model, state[part], strict=part == "model")
+def load(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict) -> None:
+    """Give a model and its optimizers, sharded or not, a checkpoint's weights, or those that LoRA
+    trained, and their moments. Every rank has opened the file."""
+    load_model(model, state.get("adapter") or state["model"], strict="adapter" not in state)
     for optimizer, saved in zip(optimizers, state["optimizer"]):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         moments = {i: {key: split(value, params[i]) for key, value in of_one.items()}

@@ -11,13 +11,14 @@ from model import Transformer
 from plumbing.costs import count_parameters
 from plumbing.examples import Kind, Rows, load_examples
 from plumbing.log import describe_run
+from plumbing.lora import LoraSettings
 from plumbing.order import Order
-from plumbing.runtime import Dist, Settings, first_rank_first, print0
+from plumbing.runtime import Dist, first_rank_first, print0
 from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class RowSettings(Settings):
+class RowSettings(LoraSettings):
     """What a stage that learns from chats, pairs or prompts can be told of them."""
     data: str = ""  # what to learn from: JSONL files or folders, comma-separated
     val_data: str = ""  # what to judge by, of the same kind; empty: a part of data

@@ -39,8 +39,9 @@ def test_parameters_operations_and_days_are_those_worked_out_by_hand():
 def test_lora_learns_rows_and_columns():
     """q, k, v, o: 2 + 2 each; gate, up, down: 2 + 3 each: 31 for a rank of one. And five gains of
     2, the embedding of 10 x 2, and as much for a head of its own."""
-    assert costs.lora_parameters(TINY, 5) == 5 * 31 + 10 + 20
-    assert costs.lora_parameters(replace(TINY, tied=False), 5) == 5 * 31 + 10 + 40
+    assert costs.lora_parameters(TINY, 5) == 5 * 31
+    assert costs.lora_parameters(TINY, 5, True) == 5 * 31 + 10 + 20
+    assert costs.lora_parameters(replace(TINY, tied=False), 5, True) == 5 * 31 + 10 + 40
 
 
 def test_writing_takes_a_cache_and_judging_a_block_and_of_parts_the_whole_model():

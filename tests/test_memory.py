@@ -33,6 +33,9 @@ SIZES = {"state": ((2052, 4, 6, 3, 384, 64, 1024, 64), 2, 24, 8),  # 16 bytes a 
          "judged": ((2052, 1, 4, 2, 256, 64, 1408, 128), 8, 78, 16)}  # one layer: not training
 KINDS = {
     "sft": ("sft", {}), "sft lora": ("sft", dict(lora_rank=4)),
+    "sft extra": ("sft", dict(lora_rank=4, lora_extra=True)),
+    "dpo lora": ("dpo", dict(lora_rank=4)), "rl lora": ("rl", dict(lora_rank=4)),
+    "rm lora": ("rm", dict(lora_rank=4)),
     "sft muon": ("sft", dict(optimizer="muon")),
     "rm": ("rm", {}), "dpo": ("dpo", {}), "dpo unsampled": ("dpo", dict(eval_samples=0)),
     "rl": ("rl", {})}
@@ -142,7 +145,7 @@ def test_a_stage_takes_what_it_says(measured, kind, size):
 def test_what_is_fullest_is_named(measured):
     for case, part in {("sft", "rows"): "activations", ("dpo", "rows"): "reference",
                        ("sft", "judged"): "evaluation", ("rl", "judged"): "writing",
-                       ("rl", "state"): "reward model", ("sft lora", "state"): "merging"}.items():
+                       ("rl", "state"): "reward model"}.items():
         assert f" {part} " in re.search(r"^memory: .*", measured[case][2], re.M)[0], case
 
 

@@ -1,4 +1,4 @@
-"""train_sft.py: only replies are learnt, packing and splitting change nothing, LoRA merges."""
+"""train_sft.py: only replies are learnt, packing and splitting change nothing."""
 import math
 import random
 from dataclasses import replace
@@ -12,12 +12,11 @@ from torch.testing import assert_close
 import train_sft
 from data import Packed
 from model import ModelConfig, Transformer, token_logps
-from plumbing import checkpoint, runtime
-from plumbing.costs import lora_parameters
+from plumbing import runtime
 from plumbing.examples import Row, load_examples, pad_right, window_batch
 from plumbing.loading import load_model
 from tokenizer import render
-from train_sft import LowRank, add_lora, merge_lora, sft_loss
+from train_sft import sft_loss
 
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)
 LENGTH = 64
@@ -128,29 +127,6 @@ def test_micro_batches_do_not_change_the_update(model, split):
     assert any((a / len(split) - b).abs().max() > 1e-4 for a, b in zip(means, want))
 
 
-def test_lora_starts_as_the_model_and_merges_into_it():
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(260, 2, 2, 1, 32, 16, 64, LENGTH))
-    idx = torch.randint(260, (2, 20))
-    before = model(idx).detach()
-    names = set(model.state_dict())
-    add_lora(model, 16)
-    assert torch.equal(model(idx), before)
-    learnt = [name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad]
-    thin = [m for m in model.modules() if isinstance(m, LowRank)]
-    assert sorted(learnt) == 14 * ["a"] + 14 * ["b"] + 10 * ["weight"] and len(thin) == 14
-    assert model.embed_tokens.weight.requires_grad and lora_parameters(model.config, 16) == sum(
-        p.numel() for p in model.parameters() if p.requires_grad)
-    for m in thin:
-        torch.nn.init.normal_(m.b)
-    state = merge_lora(model, model.state_dict())["model"]
-    merged = Transformer(model.config)
-    merged.load_state_dict(state)
-    assert set(state) == names
-    assert_close(merged(idx), model(idx), atol=1e-5, rtol=1e-5)
-    assert (model(idx) - before).abs().max() > 1e-2
-
-
 def config(tiny, out_dir, **changes) -> train_sft.Config:
     return replace(train_sft.Config(
         init_from=tiny.pt, data=tiny.chat, out_dir=str(out_dir), val_fraction=0.2, max_len=128,
@@ -170,22 +146,6 @@ def test_ten_chats_are_learnt_by_heart(tiny, tmp_path, capsys):
         assert f"answers at step 120 | {lang} exact 100.0%, stops 100.0%" in out
     model, tok = load_model(str(tmp_path / "run"), torch.device("cpu"), torch.float32)
     assert model.kind == "sft"
-
-
-def test_lora_resumes_to_the_last_bit_and_what_is_saved_is_merged(tiny, tmp_path):
-    whole = config(tiny, tmp_path / "a", lora_rank=4, max_steps=6)
-    train_sft.train(whole, ALONE)
-    part = replace(whole, out_dir=str(tmp_path / "b"))
-    train_sft.train(part, ALONE)
-    newest = checkpoint.list_checkpoints(part.out_dir)[0]
-    newest.unlink()
-    train_sft.train(replace(part, resume=True), ALONE)
-    a, b = (checkpoint.load(str(tmp_path / x))[0] for x in "ab")
-    for key in ("model", "lora"):
-        assert all(torch.equal(a[key][k], b[key][k]) for k in a[key])
-    start = checkpoint.load(tiny.pt)[0]["model"]
-    assert set(start) == set(a["model"])
-    assert not any(torch.equal(start[name], a["model"][name]) for name in start)
 
 
 def test_forgetting_is_the_loss_of_ordinary_text(tiny, tmp_path, capsys):
