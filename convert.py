@@ -38,6 +38,7 @@ from configurator import FilePath, configure
 from kernels import quantised
 from model import ModelConfig
 from plumbing import checkpoint, families, gguffile, vocabulary, weights
+from plumbing.adapters import open_whole
 from plumbing.files import write_text
 from plumbing.jobs import Progress
 from plumbing.vocabulary import Vocabulary, read_json
@@ -199,7 +200,7 @@ def take_in(cfg: Config) -> None:
 
 def give_out(cfg: Config) -> None:
     """Make what other programs open of a checkpoint of ours, or one of ours in 8 or 4 bits."""
-    state, path = checkpoint.load(cfg.checkpoint)
+    state, path = open_whole(cfg.checkpoint)
     if state["kind"] == "rm":
         raise ValueError(f"{path}: a reward model, which other programs have no place for")
     sizes, tok = ModelConfig(**state["model_config"]), Tokenizer(state["tokenizer"], str(path))

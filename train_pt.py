@@ -25,7 +25,7 @@ from data import TokenFile, Windows, hash64, open_data, passages, prefetch
 from generate import complete
 from model import ModelConfig, Transformer, token_logps
 from plumbing import checkpoint, runtime, sharding
-from plumbing.adapters import merged, open_state
+from plumbing.adapters import open_whole
 from plumbing.costs import count_parameters, flops_per_token, memory_line, peak_line
 from plumbing.evaluation import Scores, score_line, score_text
 from plumbing.loading import load_model
@@ -119,11 +119,11 @@ def judge(cfg: Config, dist: Dist) -> None:
 
 def start_from(where: str, model: Transformer, tok: Tokenizer) -> None:
     """Take the weights of another run. Raises ValueError if they do not fit."""
-    state, path = open_state(where)
+    state, path = open_whole(where)
     if state["kind"] == "rm":
         raise ValueError(f"{path}: is a checkpoint of stage rm, not of {KIND}")
     checkpoint.fits(path, state, tok.text, sharding.shape_of(model))
-    sharding.load_model(model, merged(state))
+    sharding.load_model(model, state["model"])
     print0(f"loaded {path}")
 
 

@@ -2,8 +2,7 @@
 Files that hold the trained part of a model alone, and name the file it began from: what LoRA
 saves. The rest may be skipped.
 
-    state, path = open_state("out/sft")     # as checkpoint.load, with the "model" of the base
-    merged(state)                           # its tensors, with the updates added to the matrices
+    state, path = open_whole("out/sft")     # as checkpoint.load, base and update made one model
 
 Such a checkpoint has, where others have their "model", the "adapter": {name: tensor}, with a matrix
 A as layers.0.mlp.up_proj.a, its B as ….b, and whatever else was trained by its own name; and the
@@ -129,6 +128,13 @@ def merged(state: dict) -> dict[str, Tensor]:
     if state["model_config"]["tied"]:
         model["lm_head.weight"] = model["embed_tokens.weight"]
     return model
+
+
+def open_whole(where: str) -> tuple[dict, Path]:
+    """As `checkpoint.load`, with base and update made one model."""
+    state, path = open_state(where)
+    return {key: value for key, value in state.items()
+            if key not in ("adapter", "adapters", "base")} | {"model": merged(state)}, path
 
 
 def write_merged(out_dir: str) -> Path:
