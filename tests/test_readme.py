@@ -34,7 +34,7 @@ TINY = ("--max_steps=2 --warmup_steps=1 --batch_size=2 --log_every=1 --eval_ever
         "--prompts_per_step=2 --batch_pairs=2 --group=2 --answer_tokens=4 --max_tokens=4 "
         "--workers=1 --limit=4 --device=cpu").split()
 ELSEWHERE = ("help", "key", "rdzv_conf", "max-restarts", "only")  # settings of no Config
-LONG = ("demo", "bench", "bench.gpu", "bench.rag", "demo.curves", "faults",
+LONG = ("demo", "bench", "bench.harness", "bench.gpu", "bench.rag", "demo.curves", "faults",
         "serve", "convert")  # not run here
 WORLD = "--n_train=200 --n_chat=300 --n_pairs=200 --n_rankings=200 --n_prompts=200 --n_val=40"
 
