@@ -250,7 +250,7 @@ def parse_records(batch: Batch, read: Callable[[dict], Any], kinds: tuple[str, .
     """What `read` makes of each record of a batch, from a file of these kinds; a BadLine for what
     is no record, and for one of which `read` raises LineError. Empty lines are nothing."""
     if (kind := kind_of(batch.path)) not in kinds:
-        raise ValueError(f"{batch.path}: not a .jsonl or .gz file")
+        raise ValueError(f"{batch.path}: not a .jsonl or .jsonl.gz file")
     for number, item in batch.items:
         line = ""
         try:

@@ -106,7 +106,7 @@ def read_meta(folder: str) -> dict | None:
     try:
         with open(path, encoding="utf-8") as f:
             found = json.load(f)
-        found["job"], found["files"]
+        found["job"]
         return found
     except OSError:
         return None
