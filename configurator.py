@@ -62,6 +62,8 @@ def configure(cls: type[C], argv: list[str] | None = None, show: bool = True) ->
                             inspect.formatannotation(hints[key]))
             wanted = re.sub(r"(typing\.)?Optional\[(.*)\]", r"\2 | None", wanted)
             fail(f"{where}: '{key}' must be {wanted}, got {value!r}")
+        if hints[key] == FilePath and not value and getattr(cls, key):  # "" means here
+            fail(f"{where}: '{key}' names no path")
         values[key] = os.path.expanduser(value) if hints[key] == FilePath else value
         origin[key] = where
 

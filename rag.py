@@ -288,10 +288,12 @@ def main() -> None:
             print(f"{cfg.index}: {index.size()}; vectors: {vectors}")
             for name, (_, _, n) in sorted(index.manifest["documents"].items()):
                 print(f"  {n:6,} chunks  {printable(name)}")
-    except BrokenPipeError:  # `run` knows what to do
-        raise
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        fail(str(error) or "stopped", 3 if isinstance(error, OSError) else 2 if str(error) else 130)
+    except OSError as error:
+        if not error.filename:  # nobody reads the output, or it cannot be written: `run` knows
+            raise
+        fail(f"{error.filename}: {error.strerror}", 3)
+    except (ValueError, KeyboardInterrupt) as error:
+        fail(str(error) or "stopped", 2 if str(error) else 130)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from configurator import Count, FilePath, Natural, configure
 from plumbing.bpe import QWEN2, train_bpe
 from plumbing.chats import ROLES, said_in
 from plumbing.corpus import BadLine, BadLines, Batch, find_files, parse, read_batches, sampled
-from plumbing.files import write_text
+from plumbing.files import check_place, write_text
 from plumbing.jobs import Progress, parallel
 from plumbing.templates import read_rules
 
@@ -292,6 +292,7 @@ def make(cfg: Config, progress: Progress) -> None:
     """Train the tokenizer and write its file. Raises ValueError or OSError for what a user can
     mend."""
     pattern = KINDS[cfg.kind]
+    check_place(cfg.out)
     by_lang = count_files(cfg, pattern, progress)
     counts = sum(by_lang.values(), Counter())
     start, wanted = time.time(), cfg.vocab_size - len(SPECIALS)
@@ -300,7 +301,6 @@ def make(cfg: Config, progress: Progress) -> None:
     progress.end()
     if cfg.kind != "char" and len(tokens) < wanted:
         print("no pair is left that occurs twice: the vocabulary ends here")
-    os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
     write_text(cfg.out, dump(tokens, pattern))
     tok = load_tokenizer(cfg.out)
     for lang, pieces in sorted(by_lang.items()):

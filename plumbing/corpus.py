@@ -275,13 +275,17 @@ def parse_records(batch: Batch, read: Callable[[dict], Any], kinds: tuple[str, .
 
 
 def decode(raw: bytes) -> str:
-    """UTF-8 as text. Raises LineError, with the number of line ends before the damage."""
+    """UTF-8 as text. Raises LineError, with the number of line ends before the damage. English in
+    UTF-16 is UTF-8 too, with a NUL after each letter."""
     try:
-        return raw.decode()
+        text, at = raw.decode(), raw.find(b"\0")
+        if at < 0:
+            return text
+        what, detail = "a NUL byte", "binary, or UTF-16 without the mark that says so"
     except UnicodeDecodeError as error:
-        good = raw[:error.start].decode()
-        raise LineError(len(good) - good.rfind("\n"), "not UTF-8",
-                        f"byte 0x{raw[error.start]:02x}", good.count("\n")) from None
+        at, what, detail = error.start, "not UTF-8", f"byte 0x{raw[error.start]:02x}"
+    good = raw[:at].decode()
+    raise LineError(len(good) - good.rfind("\n"), what, detail, good.count("\n")) from None
 
 
 def parse_object(line: str) -> dict:

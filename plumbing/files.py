@@ -9,6 +9,7 @@ Folders are searched with all their folders. Hidden things, what macOS leaves in
 no file (a socket, a pipe), links out of the folder and what our own scripts wrote into it are
 passed over, and `Found.why` says so, for each of them. Links inside the folder are followed.
 """
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -145,8 +146,26 @@ def whole(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def check_place(path: str) -> None:
+    """Make the folder of a file to be written. Raises ValueError, before any work is done that
+    would be lost, if no file can be written there, or one of somebody else would be replaced."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        if os.path.isdir(path) or os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path}: there is something that is no file")
+        if os.path.exists(path) and os.path.getsize(path) and not own_file(path):
+            raise ValueError(f"{path}: this project has not written that file: give another place")
+        with open(f"{path}.tmp", "a"):
+            pass
+        os.unlink(f"{path}.tmp")
+    except OSError as error:
+        raise ValueError(f"{error.filename}: {error.strerror}") from None
+
+
 def put_in_place(temporary: str | Path, path: str | Path) -> None:
     """Give a file that is whole its name, so that a crash leaves the old file or the new one."""
+    if os.path.exists(path) and not os.path.isfile(path):  # /dev/null would become a file
+        raise OSError(errno.EEXIST, "there is something that is no file", str(path))
     os.replace(temporary, path)
     if os.name == "posix":  # elsewhere a folder cannot be opened
         folder = os.open(Path(path).parent, os.O_RDONLY)

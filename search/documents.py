@@ -11,16 +11,15 @@ UTF-16 and UTF-32 with their mark, and GB18030 that can only be Chinese; what is
 """
 import codecs
 import hashlib
-import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from plumbing.corpus import LineError, parse_object
 from plumbing.files import Found, find
 from plumbing.jobs import Progress
 from plumbing.terminal import printable
@@ -133,15 +132,17 @@ def read_document(path: Path, raw: bytes, cut: Cut) -> tuple[list[Chunk], int]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number}: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            row = parse_object(line)
+        except LineError as error:
+            raise ValueError(f"line {number}: {': '.join(filter(None, error.args[1:3]))}") from None
+        if not isinstance(row.get("text"), str):
             raise ValueError(f'line {number}: not an object with a "text"')
         body, more = clean(row["text"])
         replaced += more
-        named = str(row.get("title") or path)
-        chunks += [replace(c, doc=str(path), line=number) for c in cut(body, named)]
+        title = row.get("title") or str(path)
+        if not isinstance(title, str):
+            raise ValueError(f'line {number}: "title" must be a string')
+        chunks += [replace(c, doc=str(path), line=number) for c in cut(body, title)]
     return chunks, replaced
 
 
@@ -166,7 +167,8 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
     is unchanged costs no more than reading it. `how` names the settings of `cut`: with others, all
     files count as changed. Returns the number of files by what became of them. Raises ValueError
     for a path that is not there; OSError when the index cannot be written: it stays as it was."""
-    start, known, progress = time.time(), index.manifest["documents"], Progress(sys.stderr)
+    known, progress = index.manifest["documents"], Progress(sys.stderr)
+    stamps = dict(index.manifest["stamps"])
     folders = [os.path.realpath(path) for path in map(os.path.expanduser, paths)]
     folders = list(filter(os.path.isdir, folders + index.manifest["folders"]))
     earlier = [name for name, row in known.items() if row[0]]  # those that were read from a file
@@ -180,7 +182,7 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
     counts = dict.fromkeys(("new", "changed", "unchanged", "gone", "unreadable", "read as GB18030",
                             "characters replaced", "chunks embedded"), 0)
     refused = set(filter(os.path.exists, index.manifest["refused"])).difference(map(str, files))
-    index.note(folders, refused)
+    index.note(folders, refused, stamps)
     for name in sorted(gone.difference(map(str, more))):
         print(f"forgotten: {printable(name)}")
         index.remove(name)
@@ -190,6 +192,7 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
             progress.show(f"{i:,}/{len(files):,} files, {len(index):,} chunks")
             name, before = str(path), known.get(str(path))
             try:
+                stamps[name] = path.stat().st_mtime_ns
                 raw = path.read_bytes()
                 sha = hashlib.sha256(how.encode() + b"\0" + raw).hexdigest()
                 if before and before[0] == sha:
@@ -213,10 +216,8 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
         progress.end()
         print("stopped: what was read is kept, and the same command goes on", file=sys.stderr)
     progress.end()
-    index.note(folders, refused)
+    index.note(folders, refused, stamps)
     counts["chunks embedded"] += index.commit()
-    if (manifest := index.folder / "manifest.json").exists():
-        os.utime(manifest, (start, start))  # documents are as they were then: see forget_gone
     return counts
 
 
@@ -232,7 +233,7 @@ def remove(index: Index, paths: list[str]) -> int:
         for name in there:
             index.remove(name)
         index.note({*index.manifest["folders"]}.difference(folders),
-                   index.manifest["refused"] + there)
+                   index.manifest["refused"] + there, index.manifest["stamps"])
     index.commit()
     return before - len(index.manifest["documents"])
 
@@ -247,10 +248,11 @@ def forget_gone(index: Index, max_file_mb: int = 50) -> tuple[int, int, int]:
     """How many documents are gone and how many changed since the index was written, and how many
     files came into the folders that were added. No search finds the documents that are gone, until
     the index is opened again."""
-    written, gone, changed = os.stat(index.folder / "manifest.json").st_mtime, [], 0
+    stamps, gone, changed = index.manifest["stamps"], [], 0
     for name in (name for name, row in index.manifest["documents"].items() if row[0]):
         try:
-            changed += os.stat(name).st_mtime > written
+            now = os.stat(name).st_mtime_ns
+            changed += now != stamps.get(name, now)
         except (FileNotFoundError, NotADirectoryError):
             gone.append(name)
         except OSError:  # it cannot be told

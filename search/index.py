@@ -164,10 +164,13 @@ class Index(Files):
                            for i in range(first, min(first + n, len(self.vectors)))}
         self.show(slice(first, first + n), False)
 
-    def note(self, folders: Iterable[str], refused: Iterable[str]) -> None:
-        """Remember which folders are indexed, and which files in them are no documents. An index
-        without documents is not written for that."""
-        now = {"folders": sorted(set(folders)), "refused": sorted(set(refused))}
+    def note(self, folders: Iterable[str], refused: Iterable[str], stamps: dict[str, int]) -> None:
+        """Remember which folders are indexed, which files in them are no documents, and the time
+        that each document bore when it was read. An index without documents is not written for
+        that."""
+        now = {"folders": sorted(set(folders)), "refused": sorted(set(refused)),
+               "stamps": {name: stamp for name, stamp in sorted(stamps.items())
+                          if name in self.manifest["documents"]}}
         changed = any(self.manifest[key] != value for key, value in now.items())
         self._changed |= changed and bool(self.manifest["documents"])
         self.manifest |= now

@@ -38,7 +38,8 @@ AGAIN = "remove the folder and index the documents again"
 OURS = re.compile(r"(chunks-\d+\.jsonl|starts-\d+\.u64|vectors-\d+\.f32|terms-\d+-\d+-\d+\.npz"
                   r"|manifest\.json\.tmp)")  # removed if not named; other files are a user's
 EMPTY: dict = {"format": FORMAT, "generation": 0, "chunks": 0, "files": {}, "documents": {},
-               "dead": [], "segments": [], "embed": None, "folders": [], "refused": []}
+               "dead": [], "segments": [], "embed": None, "folders": [], "refused": [],
+               "stamps": {}}
 ARRAYS = ("lengths", "keys", "starts", "chunks", "counts")  # of a Segment, in this order
 
 
@@ -135,7 +136,10 @@ class Files(AbstractContextManager):
         self.manifest: dict = deepcopy(EMPTY)
         self.segments: list[Segment] = []
         if writable:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:
+                raise ValueError(f"{self.folder} is a file, and must be a folder") from None
             self._lock()
         try:
             self._open(writable)

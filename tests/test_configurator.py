@@ -279,3 +279,17 @@ def test_a_script_speaks_on_the_right_stream_with_the_right_exit_code(config):
     assert run("c.py", "--n_layer=9") == (0, b"n_layer 9 --n_layer=9", b"")
     assert run("c.py", rank="3") == (0, b"", b"")  # printed once, by rank 0
     assert run("--n_layer=x") == (2, b"", b"--n_layer=x: 'n_layer' must be int, got 'x'\n")
+
+
+def test_an_empty_path_is_not_the_folder_here(capsys):
+    """`--out_dir=$OUT` with OUT not set trained into the project's own folder, and `rag.py add
+    notes --index=` left an index there. A path that may be left out may be empty."""
+    @dataclass(frozen=True)
+    class Paths:
+        out_dir: FilePath = "out"  # where
+        pt_data: FilePath = ""  # if any
+    assert configure(Paths, ["--pt_data="], False) == Paths()
+    with pytest.raises(SystemExit) as stop:
+        configure(Paths, ["--out_dir="], False)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "--out_dir=: 'out_dir' names no path\n"

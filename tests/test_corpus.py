@@ -265,3 +265,12 @@ def test_the_share_read_grows_to_one(tmp_path, monkeypatch):
 def test_language_goes_by_the_share_of_han():
     texts = ("Hello 世界", "你好啊 world", "123", "e" * 4000 + "中" * 9000)
     assert [language(text) for text in texts] == ["en", "zh", "en", "en"]
+
+
+def test_english_in_utf16_is_not_learnt_as_letters_and_nul_bytes(tmp_path):
+    """PowerShell and some editors write it without a mark. It is UTF-8 too, with a NUL after each
+    letter, and was learnt so without a word; rag.py refused it."""
+    text = "The lamp is red.\n" * 3
+    (tmp_path / "a.txt").write_bytes(b"Good.\n" + text.encode("utf-16-le"))
+    assert [str(item) for item in items(tmp_path / "a.txt")] == [
+        f"{tmp_path}/a.txt:2:2: a NUL byte: binary, or UTF-16 without the mark that says so"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from plumbing.corpus import find_files
-from plumbing.files import find, split_paths, write_text
+from plumbing.files import check_place, find, split_paths, write_text
 
 
 def made(folder: Path, *names: str) -> Path:
@@ -113,3 +113,31 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="x was not written: No space left on device"):
         write_text(str(path), "new")
     assert path.read_bytes() == b"old\n" and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs mkfifo")
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    """`tokenizer.py --out=/dev/null`, typed by root to see the figures only, made /dev/null a file
+    of 3 kB, and broke the machine for everybody. A pipe stands for it here."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="pipe was not written: there is something that is no file"):
+        write_text(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
+    with pytest.raises(ValueError, match="pipe: there is something that is no file"):
+        check_place(str(tmp_path / "pipe"))
+
+
+def test_a_place_is_checked_before_the_work(tmp_path):
+    """A tokenizer was trained for minutes and then could not be written: --out was a folder, or lay
+    below a file. One that named the training text by mistake replaced it."""
+    (tmp_path / "notes.txt").write_text("my notes")
+    (tmp_path / "old.txt").write_text('{"khaosz_tokenizer": 1}')
+    for place, why in ((tmp_path, "something that is no file"), ("/dev/fd/x", "No such file"),
+                       (tmp_path / "notes.txt/t", "notes.txt: (File exists|Not a directory)"),
+                       (tmp_path / ("x" * 300), "File name too long"),
+                       (tmp_path / "notes.txt", "has not written that file")):
+        with pytest.raises(ValueError, match=why):
+            check_place(str(place))
+    for place in ("old.txt", "new.txt", "folder/new.txt"):
+        check_place(str(tmp_path / place))
+    assert sorted(os.listdir(tmp_path)) == ["folder", "notes.txt", "old.txt"]

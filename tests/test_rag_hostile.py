@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from search.index import Index
 from search.manifest import sha256_of
 from search.segment import split
 from tokenizer import PATTERN, dump
+
+ROOT = Path(rag.__file__).resolve().parent
 
 cut = lambda text, name: split(text, name, 64, count=count_pieces)
 
@@ -203,6 +206,19 @@ def test_a_question_that_is_too_long_does_not_end_a_chat(notes, tiny, run):
                          "Where is the spare key?\n")
     assert code == 0 and "Traceback" not in err and "no source fits beside the question" in err
     assert out.count("key.md:1") == 2
+
+
+def test_an_index_that_cannot_be_made_and_output_that_cannot_be_written(notes, tmp_path):
+    """Each is named in one line: "[Errno 17] File exists" and "[Errno 28] No space left on device"
+    said neither what nor where."""
+    (tmp_path / "file").write_text("x")
+    command = '"$0" rag.py add "$1" --index="$1/../{}" {}'
+    for index, redirect, code, why in (
+            ("file", "", 2, "file is a file, and must be a folder"),
+            ("ix", ">/dev/full", 3, "the output cannot be written: No space left on device")):
+        done = subprocess.run(["bash", "-c", command.format(index, redirect), sys.executable,
+                               notes[0]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code and done.stderr.count("\n") == 1 and why in done.stderr
 
 
 def test_ctrl_c_is_no_traceback(notes, run, monkeypatch):

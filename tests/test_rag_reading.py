@@ -232,3 +232,19 @@ def test_a_terminal_without_a_character_gets_another(tmp_path):
                               cwd=ROOT, capture_output=True,
                               env=os.environ | {"PYTHONIOENCODING": "gbk"})
         assert done.returncode == 0 and not done.stderr, done
+
+
+@pytest.mark.parametrize("line, why", [
+    ('{"text": "The lamp is red.", "text": "The lamp is blue."}', "key given twice: 'text'"),
+    ('{"text": "The lamp is red.", "n": NaN}', "NaN or Infinity"),
+    ('{"text": "The lamp is red.", "n": ' + "9" * 5000 + "}", "number too long"),
+    ('{"text": ["The lamp is red."]}', 'not an object with a "text"'),
+    ('{"text": "The lamp is red.", "title": ["Lamps"]}', '"title" must be a string')])
+def test_lines_of_json_are_read_as_strictly_as_for_training(line, why, tmp_path, capsys):
+    """Of a key that is given twice, the index knew the last value and answered "blue"; data.py
+    refuses the same line."""
+    (tmp_path / "a.jsonl").write_text('{"text": "The key hangs.", "title": null}\n' + line)
+    with Index(str(tmp_path / "ix"), True) as index:
+        counts = update(index, [f"{tmp_path}/a.jsonl"],
+                        lambda text, name: split(text, name, count=len))
+    assert counts["unreadable"] == 1 and f"a.jsonl: line 2: {why}" in capsys.readouterr().out

@@ -82,6 +82,22 @@ def test_asking_finds_nothing_that_is_gone_and_says_what_has_changed(tmp_path, r
     assert run("ask", "When are the bins emptied?")[2] == ""
 
 
+def test_no_clock_tells_what_has_changed(tmp_path, run):
+    """A file from a camera whose clock is ahead counted as changed after every `add`, for ever. And
+    when the clock was put back, an edit that came after the `add` seemed older than the index, and
+    the answer was the old one without a word."""
+    write(tmp_path / "notes/a.md", "The bins are emptied on Tuesday.")
+    os.utime(tmp_path / "notes/a.md", (4e9, 4e9))
+    run("add", tmp_path / "notes")
+    assert run("ask", "When are the bins emptied?")[2] == ""
+    write(tmp_path / "notes/a.md", "The bins are emptied on Friday.")
+    os.utime(tmp_path / "notes/a.md", (1e9, 1e9))
+    assert "changed: 1" in run("ask", "When are the bins emptied?")[2]
+    run("add", tmp_path / "notes")
+    assert run("ask", "When are the bins emptied?")[1:] == (
+        f"The bins are emptied on Friday. [1]\n  [1]* {tmp_path}/notes/a.md:1  a\n", "")
+
+
 def test_asking_says_how_many_files_came_into_the_folders(tmp_path, run):
     """Only `add` found a new note, and the answer came from the older ones without a word. What
     was refused, or removed on purpose, is not new; neither is what lies beside a file that was

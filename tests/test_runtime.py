@@ -3,6 +3,9 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import train_pt
 from plumbing import costs, optim, runtime
 from plumbing.log import Log, eta, peak_flops
 
+ROOT = Path(runtime.__file__).resolve().parent.parent
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)
 
 
@@ -51,6 +55,20 @@ def test_log_drops_what_a_resumed_run_does_again(tmp_path):
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert rows == [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.1},
                     {"step": 2, "val": {"en": 1}}, {"step": 2, "loss": 9.0}]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such locks")
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    """The same command typed in two windows: neither found a checkpoint, both trained, the log of
+    the first was lost and the folder held two runs."""
+    code = f"from plumbing.log import only_run; f = only_run({str(tmp_path)!r}); print(1, flush=1)"
+    with subprocess.Popen([sys.executable, "-c", f"{code}; input()"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(ValueError, match="another run is writing to it"):
+            Log(runtime.Settings(out_dir=str(tmp_path)), ALONE, 0, 9, 64, 10)
+        other.communicate(b"\n")
+    Log(runtime.Settings(out_dir=str(tmp_path)), ALONE, 0, 9, 64, 10)
 
 
 def test_a_signal_is_remembered_not_obeyed_at_once():

@@ -254,3 +254,12 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, args, line):
         run(monkeypatch, *args)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith(line) and error.count("\n") == 1
+
+
+def test_the_training_text_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    """--out with the name of the input: the text was read, and then the tokenizer stood there."""
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, f"--input={tmp_path}/text.txt", f"--out={tmp_path}/text.txt")
+    assert stop.value.code == 2 and "has not written that file" in capsys.readouterr().err
+    assert (tmp_path / "text.txt").read_bytes() == TEXT.encode()
