@@ -262,6 +262,8 @@ def main() -> None:
              "--out=… to make what others open of one")
     if cfg.dtype in (("float16", "q8_0") if takes else ("q8_0",) if cfg.to == "hf" else ()):
         fail(f"--dtype={cfg.dtype} is not written there")
+    if takes and checkpoint.list_checkpoints(cfg.out_dir):  # the newest would be taken for ours
+        fail(f"{cfg.out_dir} holds a model already: give another --out_dir")
     where = cfg.input or cfg.checkpoint
     try:
         take_in(cfg) if takes else give_out(cfg)

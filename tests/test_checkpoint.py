@@ -2,7 +2,9 @@
 import os
 import random
 import resource
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,3 +177,15 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="not a checkpoint of this program"):
         checkpoint.load(tmp_path / "list.pt")
+
+
+def test_a_model_from_elsewhere_does_not_come_to_lie_beside_another(tiny, monkeypatch, capsys):
+    """convert.py into the folder of a training run: its step 0 lay below the run's last step, so
+    generate.py went on with the old model, and a second conversion left two models of step 0."""
+    import convert
+    before = sorted(Path(tiny.pt).iterdir())
+    monkeypatch.setattr(sys, "argv", ["convert.py", "--input=model.gguf", f"--out_dir={tiny.pt}"])
+    with pytest.raises(SystemExit) as stop:
+        convert.main()
+    assert stop.value.code == 2 and "holds a model already" in capsys.readouterr().err
+    assert sorted(Path(tiny.pt).iterdir()) == before
