@@ -246,6 +246,9 @@ ROWS: list[tuple[Callable[..., Result], str, str]] = [
      "special tokens typed by users", "0 of 5,000"),
     (by_test("worst_strings", "test_tokenizer.py", "worst_cases"),
      "worst strings for the tokenizer", "below 2 s per MB"),
+    (by_test("http", "test_serve.py", "noise or hangs_up or ends_a_stream"),
+     "serve.py: 5,300 random requests, 200 clients that hang up, SIGTERM in a stream",
+     "0 errors of the server, rows free, memory level, the stream ends"),
 ]
 HEAD = "| # | what | target | measured | on, took | passed |\n|---|---|---|---|---|---|"
 
