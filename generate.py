@@ -127,12 +127,13 @@ def sample(logits: Tensor, seen: list[list[int]], noise: Tensor, **settings) -> 
 def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
              stop: tuple[int, ...] = (), seed: int = 0, cache: bool = True,
              noise: Tensor | None = None, logps: list[Tensor] | None = None,
-             **sampling) -> Iterator[list[int | None]]:
+             quoting: bool = False, **sampling) -> Iterator[list[int | None]]:
     """Continue prompts of token ids, of any lengths, together. Each item holds the next id of each
     row: at last a stop id, then None. It ends when all rows have stopped, or after `max_tokens`.
     `sampling` are settings of `Sampling`. Chance comes from `seed` or is given, `noise` (B,
-    max_tokens). `logps` is filled with the model's own log P of each id, (B,) per step. Raises
-    ValueError if a prompt is empty or leaves no room to write."""
+    max_tokens). `logps` is filled with the model's own log P of each id, (B,) per step.
+    With `quoting`, the repetition penalty spares what only the prompt has said. Raises ValueError
+    if a prompt is empty or leaves no room to write."""
     if not all(prompts) or max_tokens < 1:
         raise ValueError("a prompt, and what follows it, must have at least one token")
     longest, limit = max(map(len, prompts)), model.config.max_seq_len
@@ -140,9 +141,8 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
         way = f"--max_tokens={limit - longest} fits" if longest < limit else "shorten the prompt"
         raise ValueError(f"a prompt of {longest} tokens and --max_tokens={max_tokens} are more "
                          f"than the {limit} the model can read; {way}")
-    weight = model.norm.weight
+    weight, chance = model.norm.weight, torch.Generator().manual_seed(seed)
     if noise is None:
-        chance = torch.Generator().manual_seed(seed)
         noise = torch.rand(max_tokens, len(prompts), generator=chance).t()
     noise = noise.to(weight.device)
     rows, running = [list(prompt) for prompt in prompts], [True] * len(prompts)
@@ -157,7 +157,8 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
         else:
             logits = torch.cat([model(torch.tensor([row], device=weight.device))[:, -1]
                                 for row in rows])
-        fresh = sample(logits, rows, noise[:, i], **sampling)[:, None]
+        seen = [row[len(prompt) * quoting:] for row, prompt in zip(rows, prompts)]
+        fresh = sample(logits, seen, noise[:, i], **sampling)[:, None]
         if logps is not None:
             logps.append(logits.float().log_softmax(-1).gather(1, fresh)[:, 0])
         ids = fresh[:, 0].tolist()

@@ -20,23 +20,23 @@ stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from configurator import Count, FilePath, Share, configure
+from configurator import Count, FilePath, Positive, Share, configure
 from generate import generate
 from model import Transformer
 from plumbing import loading, terminal
 from plumbing.corpus import language
 from search import documents, embed
+from search.citations import CITATION, checked
 from search.index import Hit, Index
 from search.segment import MIN_TOKENS, Budget, split
 from search.topics import INVISIBLE, sentences, tfidf
-from tokenizer import StreamDecoder, Tokenizer, render
+from tokenizer import Tokenizer, render
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Config:
     embed: str = ""  # vectors: sentence-transformers:NAME, or http(s)://…#MODEL (OpenAI style)
     n_sources: Count = 3  # most sources for an answer
     min_coverage: Share = 0.3  # refuse if no source holds so much of the question's idf; 0: never
-    template: Literal["auto", "cited", "short"] = "auto"  # of the prompt; short: no instruction
+    template: Literal["auto", "cited", "plain", "short"] = "auto"  # of the prompt: see docs/rag.md
+    repetition_penalty: Positive = 1.1  # above 1: a small model does not say the same for ever
     max_tokens: Count = 200  # longest answer; never more than a quarter of what the model reads
     stream: bool = False  # print the answer as it is written
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
@@ -62,7 +63,9 @@ SYSTEM = {
           f'each sentence, like [1]. If they do not hold the answer, say "{REFUSAL["en"]}"',
     "zh": "只根据下面编号的资料回答，每句话后面标注来源编号，例如 [1]。"
           f"资料里没有答案时，回答“{REFUSAL['zh']}”"}
-LABELS = {"en": ("Context: ", "Question: ", " "), "zh": ("资料：", "问题：", "")}
+LABELS = {"en": ("Context: ", "Question: ", " ",
+                 "Answer the question in one sentence, only from this text."),
+          "zh": ("资料：", "问题：", "", "只根据下面的资料，用一句话回答问题。")}
 
 
 def shown(text: str) -> str:
@@ -83,34 +86,38 @@ def build_messages(question: str, sources: list[str], template: str,
                    history: list[dict]) -> list[dict]:
     """The chat that asks a model. `sources` are texts that `shown` has passed."""
     lang = language(question)
-    context, asked, space = LABELS[lang]
+    (context, asked, space, told), system = LABELS[lang], []
     if template == "short":
         text = space.join(re.sub(r"\s*\n\s*", space, source.strip()) for source in sources)
         content = f"{context}{text}\n{asked}{question}" if sources else question
-        return [*history, {"role": "user", "content": content}]
-    numbered = [f"[{n}] {text}" for n, text in enumerate(sources, 1)]
-    return [{"role": "system", "content": SYSTEM[lang]}, *history,
-            {"role": "user", "content": "\n\n".join([*numbered, asked + question])}]
+    elif template == "plain":
+        content = "\n\n".join([told, *sources, asked + question])
+    else:
+        system = [{"role": "system", "content": SYSTEM[lang]}]
+        numbered = [f"[{n}] {text}" for n, text in enumerate(sources, 1)]
+        content = "\n\n".join([*numbered, asked + question])
+    return [*system, *history, {"role": "user", "content": content}]
 
 
 def build_prompt(question: str, hits: list[Hit], tok: Tokenizer, window: int, cfg: Config,
-                 history: list[dict]) -> tuple[list[int], list[Hit], str]:
+                 history: list[dict], small: bool = False) -> tuple[list[int], list[Hit], str]:
     """(token ids, the sources in them, a note of what had to give way). As many of the best sources
-    as fit into the model's window of tokens, beside the question and an answer of at most a quarter
-    of it. The source that does not fit whole is cut to the part that holds most of the question.
-    Raises ValueError if none fits."""
+    as fit into the model's window, beside the question and an answer of at most a quarter of it;
+    the one that does not fit whole is cut to the part that holds most of the question. Raises
+    ValueError if none fits."""
     def ids_of(texts: list[str]) -> list[int]:
         return render(tok, build_messages(question, texts, template, history),
                       add_generation_prompt=True)[0]
 
     room, history, template = window - min(cfg.max_tokens, window // 4), list(history), cfg.template
     if template == "auto":  # the instruction must not take the room of the sources
-        template = "cited" if len(ids_of([])) <= window // 4 else "short"
+        template = "plain" if small else "cited"
+        template = "short" if len(ids_of([])) > window // 4 else template
     while history and len(ids_of([])) > room // 2:
         del history[:2]  # the oldest question and its answer
     texts: list[str] = []
     for hit in hits:
-        head = "" if template == "short" else f"{location(hit)}\n"
+        head = f"{location(hit)}\n" if template == "cited" else ""
         body = shown(f"{hit.chunk.prefix}\n{hit.chunk.text}".lstrip("\n"))
         if cut := len(ids_of([*texts, head + body])) > room:
             size = max(MIN_TOKENS, room - len(ids_of([*texts, head])) - 4)
@@ -125,7 +132,8 @@ def build_prompt(question: str, hits: list[Hit], tok: Tokenizer, window: int, cf
                          f"{window} tokens that the model reads")
     note = (f"the model reads {window:,} tokens: {template} prompt, {len(texts)} of {len(hits)} "
             f"sources{', the last one cut' * cut}, answers of at most {window - room} tokens")
-    fits = not cut and template in ("cited", cfg.template) and window - room == cfg.max_tokens
+    expected = ("cited", "plain", cfg.template)
+    fits = not cut and template in expected and window - room == cfg.max_tokens
     return ids_of(texts), hits[:len(texts)], "" if fits else note
 
 
@@ -136,9 +144,6 @@ def best_sentence(hit: Hit) -> str:
     parts = [part for part in parts if part[0] != "#" and part[-1] not in "?？"] or parts
     best = shown(hit.best(parts)).strip()
     return best[:600] + "…" * (len(best) > 600)
-
-
-CITATION = re.compile(r"\[(\d{1,9})\]")
 
 
 @dataclass(frozen=True)
@@ -169,29 +174,13 @@ def answer(question: str, cfg: Config = Config(), index: Index | None = None,
         return Answer(text, bearing, True, [*range(1, len(bearing) + 1)], [])
     writer, tok = model or load_writer(cfg)
     window = writer.config.max_seq_len
-    prompt, sources, note = build_prompt(question, hits, tok, window, cfg, history or [])
+    prompt, sources, note = build_prompt(question, hits, tok, window, cfg, history or [],
+                                         small=writer.config.n_embd <= 1024)
     tokens = generate(writer, [prompt], min(cfg.max_tokens, window // 4), temperature=0.0,
-                      stop=tok.stop)
+                      repetition_penalty=cfg.repetition_penalty, quoting=True, stop=tok.stop)
     text, invalid = checked(tokens, tok, len(sources), on_text)
     cited = sorted({int(n) for n in CITATION.findall(text)})
     return Answer(text, sources, True, cited, invalid, note)
-
-
-def checked(tokens: Iterable[list[int | None]], tok: Tokenizer, n_sources: int,
-            on_text: Callable[[str], None]) -> tuple[str, list[int]]:
-    """(text, invalid citations). A citation is held back until it is known to name a source."""
-    decoder, invalid, text, pending = StreamDecoder(tok), [], "", ""
-    for (token,) in chain(tokens, [(None,)]):
-        if token not in tok.stop:
-            pending += decoder.flush() if token is None else decoder.push(token)
-        half = re.search(r"\[\d{0,9}$", pending) if token is not None else None
-        done = pending[:half.start()] if half else pending
-        pending = pending[len(done):]
-        invalid += [n for n in map(int, CITATION.findall(done)) if not 1 <= n <= n_sources]
-        done = CITATION.sub(lambda m: m[0] if 1 <= int(m[1]) <= n_sources else "", done)
-        text += done
-        on_text(done)
-    return text, invalid
 
 
 @lru_cache(1)

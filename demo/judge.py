@@ -263,7 +263,8 @@ def judge_rag(out: Path, n: int, model: tuple[Transformer, Tokenizer],
               seed: int) -> tuple[list[str], list[Gate]]:
     """Questions about the facts of n held-out names in notes, and about n names that are in no
     note, all through rag.answer: (lines, gates)."""
-    cfg = rag.Config(template="short", n_sources=1, max_tokens=48, min_coverage=MIN_COVERAGE)
+    cfg = rag.Config(template="short", n_sources=1, max_tokens=48, min_coverage=MIN_COVERAGE,
+                     repetition_penalty=1.0)
     shares: dict[str, list[list[bool]]] = {}
 
     def cut(text: str, name: str) -> list[Chunk]:

@@ -158,6 +158,18 @@ def test_the_prompt_counts_as_seen(tok, model):
     assert len({*said, *prompt}) == len(said) + len(set(prompt))
 
 
+def test_quoting_lets_the_penalty_spare_what_the_prompt_says(tok, model):
+    """An answer from sources must copy them: only what the reply has said itself counts."""
+    prompt = tok.encode_ordinary("The cat sat")
+    settings = {"temperature": 0.0, "repetition_penalty": 100.0}
+    free, = rows(model, [prompt], 1, temperature=0.0)
+    biased = [[*prompt, *free]]
+    spared, = rows(model, biased, 30, quoting=True, **settings)
+    barred, = rows(model, biased, 30, **settings)
+    assert len(set(spared)) == len(spared) and not {*barred} & {*biased[0]}
+    assert spared[:1] == rows(model, biased, 1, temperature=0.0)[0]
+
+
 def test_the_seed_decides_the_text_and_nothing_else_moves(tok, model):
     """Neither weights nor the training flag nor torch's own random numbers."""
     ids = [tok.encode_ordinary(p) for p in PROMPTS]
