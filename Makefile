@@ -7,7 +7,7 @@
 PY = .venv/bin/python
 
 # a model this small repeats itself and strays, unless it is held to likely words
-SMALL = --temperature=0.3 --top_p=0.9 --repetition_penalty=1.1
+SMALL = --dtype=float32 --temperature=0.3 --top_p=0.9 --repetition_penalty=1.1
 
 .PHONY: demo chat test reliability test-all test-real peers lint
 demo: .venv/ready
