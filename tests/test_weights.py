@@ -187,3 +187,27 @@ def test_other_programs_read_what_is_written(tmp_path):
         out = torch.empty(made[name].shape)
         stored.read(out)
         assert torch.equal(out, made[name])
+
+
+def test_what_is_stopped_half_way_leaves_nothing(one_file, tmp_path, monkeypatch):
+    """Ctrl-C, or a full disk, while a model comes in or goes out. Seen to fail when only OSError
+    was heard, and when the files for others were written under their own names."""
+    for error in (KeyboardInterrupt, OSError(28, "No space left on device")):
+        def read(self, out, reads=[]):  # noqa: B006, counts the calls
+            reads.append(out)
+            if len(reads) == 3:
+                raise error
+        with monkeypatch.context() as patch:
+            patch.setattr(Stored, "read", read)
+            with pytest.raises((KeyboardInterrupt, OSError)):
+                take(one_file[0], tmp_path / "half")
+        assert not list((tmp_path / "half").iterdir())
+        for to in ("hf", "gguf"):
+            target = tmp_path / f"half.{to}"
+            with monkeypatch.context() as patch:
+                patch.setattr(gguffile, "packed", lambda *_: (_ for _ in ()).throw(error))
+                patch.setattr(weights.struct, "pack", lambda *_: (_ for _ in ()).throw(error))
+                with pytest.raises((KeyboardInterrupt, OSError)):
+                    give(tmp_path / "good", to, target)
+            left = [target] if to == "gguf" else target.glob("*safetensors*")
+            assert not any(path.exists() for path in left)
