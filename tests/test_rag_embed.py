@@ -42,7 +42,8 @@ def test_remove_needs_no_embed(server, monkeypatch, capsys, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"The key of {name} is here.")
     answers[0] = 200, json.dumps({"data": [{"embedding": [0.0, 1.0]}]}).encode()
-    monkeypatch.setattr(rag.embed, "load", lambda name, device: name and openai_style(name))
+    monkeypatch.setattr(rag.embed, "load", lambda name, device: (
+        openai_style(name) if name else None))
     monkeypatch.setattr("search.index.check_language", lambda *args: None)
 
     def call(*words):
