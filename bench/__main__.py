@@ -4,6 +4,7 @@ How fast it is: beside the limits of the machine, and beside other code that doe
     python -m bench                                        everything; CPU, fp32
     python -m bench --only=train --nanogpt=../nanoGPT      one job, your clone of nanoGPT beside it
     python -m bench --only=decode --decode_1b              also 1.1B parameters (needs 10 GB)
+    python -m bench --only=decode --llama=MODEL.gguf       8 and 4 bits, llama.cpp beside them
 
 race.py says how samples are taken and which count. Figures are medians; "x" is calls per second
 relative to the first contender.
@@ -36,6 +37,7 @@ import data
 import train_dpo
 import train_pt
 import train_sft
+from bench import llama
 from bench.race import Race
 from bench.search import search
 from configurator import Count, FilePath, NotNegative, configure, fail
@@ -65,7 +67,9 @@ class Config:
     max_foreign: NotNegative = 0.1  # part of a core that others may use during a good sample
     compile: bool = True  # also time compiled models (needs a C++ compiler)
     nanogpt: FilePath = ""  # folder of a clone of nanoGPT, to train its model too
-    decode_1b: bool = False  # also write with 1.1B parameters
+    decode_1b: bool = False  # also write with 1.1B parameters; with --llama only with them
+    llama: FilePath = ""  # decode and quality: a GGUF file to run here and in llama.cpp
+    texts: str = ""  # quality: files of text, comma-separated
     data_mb: Count = 24  # text to encode
     chunks: Count = 100_000  # in the index that is searched
 
@@ -200,7 +204,11 @@ def train(cfg: Config, folder: str) -> Iterator[Race]:
 
 
 def decode(cfg: Config, folder: str) -> Iterator[Race]:
-    """Greedy text after prompts of 16 tokens: tokens/s of all rows, reading them included."""
+    """Greedy text after prompts of 16 tokens: tokens/s of all rows, reading them included. With
+    --llama, in 8 and 4 bits beside llama.cpp."""
+    if cfg.llama:
+        yield from llama.speed(cfg, folder)
+        return
     C, n, heads = DECODE_EMBD, WRITTEN, DECODE_EMBD // 64
     shapes = [(VOCAB, 8, heads, heads, C, 64, 5 * C // 2), (32_000, 24, 32, 4, 2048, 64, 5632)]
     for sizes in shapes[:1 + cfg.decode_1b]:
@@ -297,8 +305,16 @@ def prepare(cfg: Config, folder: str) -> Iterator[Race]:
     yield race
 
 
+def quality(cfg: Config, folder: str) -> Iterator[Race]:
+    """Perplexity in 8 and 4 bits; no race."""
+    if not cfg.llama or not cfg.texts:
+        fail("--only=quality needs --llama=MODEL.gguf and --texts=FILE,FILE")
+    llama.quality(cfg, folder)
+    yield from ()
+
+
 JOBS = {"limits": limits, "train": train, "decode": decode, "stages": stages, "data": prepare,
-        "search": search}
+        "search": search, "quality": quality}
 
 
 def main() -> None:

@@ -36,40 +36,55 @@ static inline float exponential(float x)
            1 / 120.f + r / 720))))));
 }
 
+static inline floats vector(const float *x)
+{
+    floats v;
+    memcpy(&v, x, sizeof v);
+    return v;
+}
+
 /* y (D,): the n values v (n, D), each in its share softmax(q . k / sqrt(D)). It takes 64 at a time,
- * and shrinks what it has when it meets a larger score (Milakov & Gimelshein 2018). */
+ * and shrinks what it has when it meets a larger score (Milakov & Gimelshein 2018). D is a multiple
+ * of LANES, and 256 at most. */
 static inline __attribute__((always_inline)) void
 attend(float *y, const float *q, const float *k, const float *v, int n, int D)
 {
-    float share[64], top = -INFINITY, total = 0;
-    memset(y, 0, D * sizeof(float));
+    enum { AT_ONCE = 64 };
+    float share[AT_ONCE], top = -INFINITY, total = 0, scale = 1 / sqrtf(D);
+    floats out[256 / LANES];
+    for (int i = 0; i < D / LANES; i++)
+        out[i] = (floats){0};
     for (int m; n > 0; n -= m, k += m * D, v += m * D) {
-        m = n < 64 ? n : 64;
+        m = n < AT_ONCE ? n : AT_ONCE;
         float before = top, sum = 0;
         for (int t = 0; t < m; t++) {
-            float score = 0;
-#pragma omp simd reduction(+ : score)
-            for (int i = 0; i < D; i++)
-                score += q[i] * k[t * D + i];
-            share[t] = score / sqrtf(D);
-            top = share[t] > top ? share[t] : top;
+            floats score = {0};
+            for (int i = 0; i < D; i += LANES)
+                score += vector(q + i) * vector(k + t * D + i);
+            share[t] = sum_of(score) * scale;
         }
+        for (int t = m; t < AT_ONCE; t++)
+            share[t] = -INFINITY;
+#pragma omp simd reduction(max : top)
+        for (int t = 0; t < AT_ONCE; t++)
+            top = share[t] > top ? share[t] : top;
 #pragma omp simd reduction(+ : sum)
-        for (int t = 0; t < m; t++) {
+        for (int t = 0; t < AT_ONCE; t++) {
             share[t] = exponential(share[t] - top);
             sum += share[t];
         }
-        float shrink = before == -INFINITY ? 0 : exponential(before - top);
+        float shrink = exponential(before - top);  /* of -infinity next to nothing, as it should */
         total = total * shrink + sum;
-        for (int i = 0; i < D; i++)
-            y[i] *= shrink;
+        for (int i = 0; i < D / LANES; i++)
+            out[i] *= shrink;
         for (int t = 0; t < m; t++)
-#pragma omp simd
-            for (int i = 0; i < D; i++)
-                y[i] += share[t] * v[t * D + i];
+            for (int i = 0; i < D / LANES; i++)
+                out[i] += share[t] * vector(v + t * D + i * LANES);
     }
-    for (int i = 0; i < D; i++)
-        y[i] /= total;
+    for (int i = 0; i < D / LANES; i++) {
+        out[i] /= total;
+        memcpy(y + i * LANES, &out[i], sizeof out[i]);
+    }
 }
 
 /* One head of queries or keys of the token at `place`: from -> to */
@@ -98,7 +113,7 @@ int decode(const Model *m, float *x, int B, int T, float *kv, int64_t to_values,
     int64_t head = (int64_t)max_len * D;  /* numbers of a head in the cache */
     most = most > Q * D ? most : Q * D;
     size_t numbers = (size_t)rows * (C + wide + Q * D + 3 * H);
-    float *h = malloc(numbers * sizeof(float) + room(rows, most));
+    float *h = scratch(numbers * sizeof(float) + room(rows, most));
     if (!h)
         return 0;
     float *qkv = h + rows * C, *y = qkv + rows * wide, *gate_up = y + rows * Q * D;
@@ -131,8 +146,10 @@ int decode(const Model *m, float *x, int B, int T, float *kv, int64_t to_values,
             int first = at < pad[b] ? at : pad[b];  /* padding sees itself */
             int64_t from = (b * K + i % Q / (Q / K)) * head + (int64_t)first * D;
             const float *q = qkv + r * wide + i % Q * D;
-            if (D == 64)  /* known to the compiler: twice as fast */
+            if (D == 64)  /* known to the compiler, which keeps all in registers */
                 attend(y + i * D, q, keys + from, values + from, at + 1 - first, 64);
+            else if (D == 128)
+                attend(y + i * D, q, keys + from, values + from, at + 1 - first, 128);
             else
                 attend(y + i * D, q, keys + from, values + from, at + 1 - first, D);
         }
@@ -152,6 +169,5 @@ int decode(const Model *m, float *x, int B, int T, float *kv, int64_t to_values,
     }
     for (int r = 0; r < rows; r++)
         rms_norm(x + r * C, x + r * C, m->norm, C, m->eps);
-    free(h);
     return 1;
 }

@@ -52,7 +52,7 @@ typedef struct {  /* rows of x as integers */
     int32_t *sum;  /* row, group: of the 32 integers */
 } Rounded;
 
-/* sum[i] + q[4i .. 4i+3] . x[0 .. 3] for each lane i: the only line that knows the processor */
+/* sum[i] + q[4i .. 4i+3] . x[0 .. 3] for each lane i. This and the next two know the processor. */
 static inline ints dot(ints sum, bytes q, const int8_t *x)
 {
     int32_t four;
@@ -86,6 +86,24 @@ static inline floats from_half(const uint16_t *h)
         bits[i] = h[i];
     floats size = (floats)((bits & 0x7fff) << 13) * 0x1p112f;
     return (floats)((ints)size | (bits & 0x8000) << 16);
+#endif
+}
+
+static inline float sum_of(floats v)
+{
+#if defined(__AVX512VNNI__)
+    return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+    __m128 low = _mm256_castps256_ps128((__m256)v), high = _mm256_extractf128_ps((__m256)v, 1);
+    __m128 four = _mm_add_ps(low, high), two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return vaddvq_f32((float32x4_t)v);
+#else
+    float sum = 0;
+    for (int i = 0; i < LANES; i++)
+        sum += v[i];
+    return sum;
 #endif
 }
 
@@ -203,12 +221,25 @@ static void multiply(float *y, const float *x, const Matrix *m, int rows, int ad
         m->bits == 8 ? panel(y, all, m, p, add, rows, 8) : panel(y, all, m, p, add, rows, 4);
 }
 
+/* At least n bytes for the thread that calls, which keeps them: what is new must first be cleared
+ * by the system, at each token. NULL: there is no memory. */
+static void *scratch(size_t n)
+{
+    static _Thread_local void *kept;
+    static _Thread_local size_t size;
+    if (n > size) {
+        free(kept);
+        kept = malloc(n);
+        size = kept ? n : 0;
+    }
+    return kept;
+}
+
 /* The same for Python. 0: there is no memory for it. */
 int product(float *y, const float *x, const Matrix *m, int rows)
 {
-    void *space = malloc(room(rows, m->n_in));
+    void *space = scratch(room(rows, m->n_in));
     if (space)
         multiply(y, x, m, rows, 0, space);
-    free(space);
     return space != NULL;
 }

@@ -26,7 +26,8 @@ from model import KVCache, ModelConfig, Transformer, rope_table
 GROUP, PANEL = 32, 16  # as in product.c
 AT_ONCE = 64  # tokens that go through a layer together
 WORTH, SMALL = 100_000_000, 500_000_000  # weights: from here 8 bits by default, 4 bits do
-MOST = {"n_in": 1 << 18, "n_out": 1 << 24, "rows": 1 << 12, "tokens": 1 << 20}  # C counts in int32
+MOST = {"n_in": 1 << 18, "n_out": 1 << 24, "rows": 1 << 12, "tokens": 1 << 20,
+        "head_dim": 256}  # C counts in int32
 FUSED = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
          "o": ("self_attn.o_proj",), "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
          "down": ("mlp.down_proj",)}
@@ -75,9 +76,10 @@ def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
                 0 < shape[0] <= MOST["n_out"] and 0 < shape[1] <= MOST["n_in"])):
             raise ValueError(f"{name} is a matrix of {shape[0]:,} x {shape[1]:,}: 8 and 4 bits "
                              f"need multiples of {PANEL} x {GROUP}")
-    if c.max_seq_len > MOST["tokens"]:
-        raise ValueError(f"a model that reads {c.max_seq_len:,} tokens: "
-                         f"8 and 4 bits end at {MOST['tokens']:,}")
+    if c.max_seq_len > MOST["tokens"] or c.head_dim % PANEL or c.head_dim > MOST["head_dim"]:
+        raise ValueError(f"heads of {c.head_dim} and {c.max_seq_len:,} tokens: 8 and 4 bits need "
+                         f"multiples of {PANEL} up to {MOST['head_dim']}, and end at "
+                         f"{MOST['tokens']:,} tokens")
     return found
 
 
@@ -227,7 +229,7 @@ class Quantised(Transformer):
                 matrices[name] = Matrix(parts_of(tensors, name, *shape), shape[0])
             else:
                 require(tensors, name, shape, torch.float32)
-        self.tensors, self.matrices = tensors, matrices
+        self.tensors, self.bytes = tensors, sum(t.nbytes for t in tensors.values())
         self.lm_head = matrices["lm_head"]
         self.embed_tokens = matrices.get("embed_tokens", self.lm_head)
         self.lm_head.n_out = self.embed_tokens.n_out = c.vocab_size  # the rest is padding

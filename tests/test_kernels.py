@@ -216,7 +216,7 @@ def test_sizes_that_do_not_fit_are_refused():
     sizes = SHAPES["qwen3"]
     for wrong in (dict(n_embd=100), dict(n_hidden=33), dict(head_dim=2, n_head=2),
                   dict(n_hidden=1 << 40), dict(n_embd=1 << 20), dict(vocab_size=1 << 40),
-                  dict(max_seq_len=1 << 40)):
+                  dict(max_seq_len=1 << 40), dict(head_dim=512), dict(head_dim=8)):
         with pytest.raises(ValueError, match="8 and 4 bits"):
             quantised.shapes(replace(sizes, **wrong))
     for broken in (torch.full((32, 64), torch.nan), torch.full((32, 64), 1e9)):
