@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def search(cfg, folder: str) -> Iterator[Race]:
     notes["disk_mb"] = sum(path.stat().st_size for path in Path(folder, "many").iterdir()) / 1e6
     before = resident()
     bm25 = Index(f"{folder}/many")
-    turns = {lang: iter(questions * 10_000) for lang, questions in asked.items()}
+    turns = {lang: cycle(questions) for lang, questions in asked.items()}
     ask = {f"bm25, {lang}": partial(lambda lang: bm25.search(next(turns[lang])), lang)
            for lang in asked}
     for search_once in ask.values():

@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from statistics import fmean as mean
 from typing import NamedTuple
 
 import torch
@@ -48,10 +49,6 @@ def table(title: str, note: str, head: list[str], rows: list[list[str]]) -> list
     """A section of the report."""
     return [f"## {title}", *["", note][:2 * bool(note)], "", f"| {' | '.join(head)} |",
             "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
-
-
-def mean(values: list) -> float:
-    return sum(values) / len(values)
 
 
 @torch.inference_mode()

@@ -262,7 +262,7 @@ def old_rows(path: str) -> dict[int, str]:
 def write_report(path: str, board: dict[int, str]) -> None:
     cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
     head = (f"# Faults survived\n\nWritten by `make reliability`, or row by row by `python -m "
-            f"faults --only=ROW` (the function's name), on {os.cpu_count()} cores of {cpu}, "
+            f"faults --only=ROW` (the function's name), last on {os.cpu_count()} cores of {cpu}, "
             f"{platform.system()} {platform.release()}; Python {platform.python_version()}, torch "
             f"{torch.__version__}.\nWhat each row does, and with which deliberate break it was "
             "seen to fail, is said by its function\nin `faults/`, or by its test in `tests/`. "

@@ -298,6 +298,12 @@ def die_at(number: int, torn: bool, operation: Callable[[], object]) -> None:
             setattr(file, name, partial(step, getattr(file, name)))
         return file
 
+    class Raw(io.FileIO):
+        """What checkpoint.save writes to."""
+        def write(self, data) -> int:
+            return step(super().write, bytes(data))
+
+    io.FileIO = Raw  # type: ignore[misc]
     builtins.open = io.open = opening  # type: ignore[assignment]
     for name in ("replace rename fsync unlink remove mkdir rmdir open close truncate ftruncate "
                  "link symlink").split():
