@@ -26,7 +26,7 @@ from random import Random
 
 import torch
 
-from configurator import Count, FilePath, configure, fail
+from configurator import Count, configure, fail
 from faults.damage import crash_at_every_call, damaged_files, disk_full, hostile_files, kill_storm
 from faults.lab import (ROOT, STAGES, Child, Lab, Result, die_after_save, instead, same_bits,
                         same_run, side_by_side)
@@ -39,7 +39,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 class Config:
     kills: Count = 300  # of the SIGKILL storm
     only: str = ""  # rows to run, comma-separated names of their functions; empty: all
-    out: FilePath = "docs/reliability.md"  # the report; empty: none
+    out: str = "docs/reliability.md"  # the report; empty: none
 
 
 def resume_anywhere(lab: Lab, steps: int = 30, stages: tuple[str, ...] = STAGES) -> Result:
