@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert import CPU, give
+from test_convert import CPU, TEMPLATES, folder, give, take  # noqa: F401, folder is a fixture
 from test_tokenizer import TEXT, random_text
 
 import convert
@@ -74,6 +74,24 @@ def test_in_llama_cpp(ours):
     for text in strings():
         assert theirs.tokenize(text.encode(), add_bos=False) == tok.encode_ordinary(text), text
     for text in STARTS:
+        ids = tok.encode_ordinary(text)
+        theirs.reset()
+        said = list(islice(theirs.generate(ids, temp=0.0, repeat_penalty=1.0), 64))
+        assert said == replies(model, [ids], 64, temperature=0)[0]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_others_models_in_llama_cpp(family, tied, folder, tmp_path):  # noqa: F811
+    """Random weights of transformers' classes, in here and out again to a GGUF file in fp32."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    take(folder(family, tied), tmp_path / "in")
+    give(tmp_path / "in", "gguf", tmp_path / "x.gguf", "float32")
+    model, tok = load_model(str(tmp_path / "in"), CPU, torch.float32)
+    theirs = llama_cpp.Llama(str(tmp_path / "x.gguf"), n_ctx=256, n_threads=1, verbose=False)
+    r = random.Random(2)
+    for _ in range(5):
+        text = TEXT[:20] + random_text(r, 20)
         ids = tok.encode_ordinary(text)
         theirs.reset()
         said = list(islice(theirs.generate(ids, temp=0.0, repeat_penalty=1.0), 64))

