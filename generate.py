@@ -75,21 +75,17 @@ def penalise(logits: Tensor, seen: list[list[int]], penalty: float) -> Tensor:
     return logits
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """-inf for all but the k likeliest tokens: exactly k, even where several are equally likely."""
-    values, ids = logits.topk(min(k, logits.size(-1)))
-    return torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """-inf for all but the fewest tokens that hold p of the probability (Holtzman et al. 2020)."""
-    probs = logits.softmax(-1)
-    ordered, ids = probs.topk(min(1000, probs.size(-1)))  # nearly always enough; sorting is slow
-    if (ordered.sum(-1) < p).any():
-        ordered, ids = probs.sort(-1, descending=True)
-    likelier = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
-    values = logits.gather(-1, ids).masked_fill(likelier >= p, -torch.inf)
-    return torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
+def keep_top_p(logits: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Logits and ids of the likeliest tokens, -inf for all but the fewest that hold p of the
+    probability (Holtzman et al. 2020)."""
+    total = logits.logsumexp(-1, keepdim=True)
+    for n in (100, 1000, logits.size(-1)):  # a few are nearly always enough, and sorting is slow
+        values, ids = logits.topk(min(n, logits.size(-1)))
+        probs = (values - total).exp()
+        if (probs.sum(-1) >= p).all():
+            break
+    likelier = probs.cumsum(-1) - probs  # the probability of all likelier tokens
+    return values.masked_fill(likelier >= p, -torch.inf), ids
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
@@ -109,18 +105,22 @@ def sample(logits: Tensor, seen: list[list[int]], noise: Tensor, **settings) -> 
         logits = penalise(logits, seen, how.repetition_penalty)
     if how.temperature < 1e-5:  # 0, or so low that the division could overflow
         return logits.argmax(-1)
-    logits = logits / how.temperature
-    if how.top_k:
-        logits = keep_top_k(logits, how.top_k)
+    logits, ids = logits / how.temperature, None  # ids: of the few tokens that are left, in order
+    if how.top_k:  # exactly k, even where several are equally likely
+        ids = logits.topk(min(how.top_k, logits.size(-1))).indices.sort(-1).values
+        logits = logits.gather(-1, ids)
     if how.top_p < 1:
-        logits = keep_top_p(logits, how.top_p)
+        logits, left = keep_top_p(logits, how.top_p)
+        left, order = left.sort(-1)
+        logits, ids = logits.gather(-1, order), left if ids is None else ids.gather(-1, left)
     if how.min_p > 0:
         logits = keep_min_p(logits, how.min_p)
     probs = logits.softmax(-1)
     # a GPU adds in another order for each token: without the mask a token of no probability could
     # seem to raise the sum a little, and be drawn
     total = probs.cumsum(-1).masked_fill(probs == 0, 0.0)
-    return (total > noise[:, None] * total.amax(-1, keepdim=True)).int().argmax(-1)
+    drawn = (total > noise[:, None] * total.amax(-1, keepdim=True)).int().argmax(-1)
+    return drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
 
 
 @torch.inference_mode()
