@@ -34,6 +34,7 @@ from plumbing.corpus import language
 from search import documents, embed
 from search.citations import CITATION, checked
 from search.index import Hit, Index
+from search.readers import PLACES
 from search.segment import MIN_TOKENS, Budget, split
 from search.topics import INVISIBLE, sentences, tfidf
 from tokenizer import Tokenizer, render
@@ -76,10 +77,11 @@ def shown(text: str) -> str:
 
 
 def location(hit: Hit) -> str:
-    """path:line  headings"""
+    """path:line  headings, or paper.pdf:p7  headings"""
     path, here = Path(hit.chunk.doc), Path.cwd()
     near = path.relative_to(here) if path.is_relative_to(here) else path
-    return shown(f"{near}:{hit.chunk.line}  {hit.chunk.crumb}").replace("\n", " ").rstrip()
+    place = PLACES.get(path.suffix.lower(), ":{}").format(hit.chunk.line)
+    return shown(f"{near}{place}  {hit.chunk.crumb}").replace("\n", " ").rstrip()
 
 
 def build_messages(question: str, sources: list[str], template: str,

@@ -24,9 +24,10 @@ from plumbing.files import Found, find
 from plumbing.jobs import Progress
 from plumbing.terminal import printable
 from search.index import Index
+from search.readers import READERS, parts
 from search.segment import Chunk, clean
 
-SUFFIXES = (".md", ".markdown", ".txt", ".rst", ".py", ".json", ".jsonl")
+SUFFIXES = (".md", ".markdown", ".txt", ".rst", ".py", ".json", ".jsonl", *READERS)
 COMMIT_CHUNKS = 5000  # an interrupted run loses no more than so many
 PIECE = re.compile(r"[^\W\u3400-\u9fff\uf900-\ufaff_]{1,16}|([^\w\s])\1{0,15}|\S")  # 40 kB are many
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8",
@@ -60,7 +61,7 @@ def find_documents(paths: list[str], max_file_mb: int = 50,
         if real(path) != real(path).encode(errors="replace").decode():
             return "its name is not UTF-8"
         if not path.lower().endswith(SUFFIXES):
-            return "convert to text first" + " (with pdftotext, perhaps)" * path.endswith(".pdf")
+            return "convert to text first"
         try:
             large = os.path.getsize(path) > max_file_mb << 20
         except OSError as error:  # gone since the folder was listed
@@ -121,13 +122,24 @@ def decode(raw: bytes) -> str:
     return raw.decode(encoding_of(raw))
 
 
+def is_guessed(path: Path, raw: bytes) -> bool:
+    """Whether a file is read as GB18030, which no mark says."""
+    return path.suffix.lower() not in READERS and encoding_of(raw) == "gb18030"
+
+
 def read_document(path: Path, raw: bytes, cut: Cut) -> tuple[list[Chunk], int]:
     """(the chunks of a file, how many characters had to be replaced). A chunk of a .jsonl file
-    counts its places within the "text", and its line is that of the file. Raises ValueError."""
+    counts its places within the "text", and its line is that of the file; one of a PDF or a book
+    counts within its page, whose number is the line. Raises ValueError."""
+    chunks: list[Chunk] = []
+    if path.suffix.lower() in READERS:
+        pages = [(number, *clean(text)) for number, text in parts(str(path), raw)]
+        for number, text, _ in pages:
+            chunks += [replace(chunk, line=number) for chunk in cut(text, str(path))]
+        return chunks, sum(replaced for *_, replaced in pages)
     text, replaced = clean(decode(raw))
     if path.suffix.lower() != ".jsonl":
         return cut(text, str(path)), replaced
-    chunks: list[Chunk] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -152,7 +164,7 @@ def chunks_of(paths: list[str], cut: Cut, max_file_mb: int = 50) -> Iterator[Chu
     print("".join(f"{line}\n" for line in skipped), end="", file=sys.stderr)
     for path in files:
         try:
-            if encoding_of(raw := path.read_bytes()) == "gb18030":
+            if is_guessed(path, raw := path.read_bytes()):
                 print(f"{printable(path)}: read as GB18030", file=sys.stderr)
             yield from read_document(path, raw, cut)[0]
         except (OSError, ValueError) as error:
@@ -207,7 +219,7 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
                 counts["unreadable"] += 1
                 continue
             counts["characters replaced"] += replaced
-            counts["read as GB18030"] += encoding_of(raw) == "gb18030"
+            counts["read as GB18030"] += is_guessed(path, raw)
             counts["changed" if before else "new"] += 1
             index.put(name, sha, chunks)
             if len(index.new) >= COMMIT_CHUNKS:

@@ -66,7 +66,7 @@ def test_re_adding_a_hundred_files_is_quick(tmp_path):
 
 
 def test_what_is_passed_over_is_said_in_a_line_each(folder, tmp_path, capsys):
-    (folder / "a.pdf").write_bytes(b"%PDF")
+    (folder / "a.odt").write_bytes(b"%PDF")
     (folder / ".git").mkdir()
     (folder / "big.txt").write_bytes(b"x" * (2 << 20))
     outside = tmp_path / "secret.md"
@@ -75,7 +75,7 @@ def test_what_is_passed_over_is_said_in_a_line_each(folder, tmp_path, capsys):
     os.symlink(tmp_path, folder / "away")
     (folder / os.fsdecode(b"bad\xff.md")).write_text("not UTF-8, but for its content")
     found, skipped = find_documents([str(folder)], 1)
-    for what in ("a.pdf: convert to text first (with pdftotext, perhaps)", ".git: hidden",
+    for what in ("a.odt: convert to text first", ".git: hidden",
                  "big.txt: more than --max_file_mb=1", "link.md: a link out of the folder",
                  "away: a link out of the folder", "bad\\udcff.md: its name is not UTF-8"):
         assert sum(line.endswith(what) for line in skipped) == 1, (what, skipped)
