@@ -207,7 +207,7 @@ def test_no_name_commands_the_terminal_and_results_are_json_and_nothing_else(tmp
     evil = tmp_path / "n" / "x\x1b[31mred"
     evil.mkdir(parents=True)
     (evil / "a.md").write_text("The lamp is red.")
-    (evil / "b.pdf").write_text("x")
+    (evil / "b.odt").write_text("x")
     (evil / "c.md").write_bytes(b"\0")
     def run(*arguments):
         done = subprocess.run([sys.executable, "rag.py", *map(str, arguments)], cwd=ROOT,
@@ -215,7 +215,7 @@ def test_no_name_commands_the_terminal_and_results_are_json_and_nothing_else(tmp
         assert b"\x1b" not in done.stdout + done.stderr, done
         return done.stdout.decode()
     at = f"--index={tmp_path}/ix"
-    assert "b.pdf: convert" in run("add", tmp_path / "n", at)
+    assert "b.odt: convert" in run("add", tmp_path / "n", at)
     assert "a.md:1" in run("ask", "What colour is the lamp?", at) and "a.md" in run("info", at)
     assert [json.loads(line)["text"] for line in run("split", tmp_path / "n").splitlines()] == [
         "The lamp is red."]

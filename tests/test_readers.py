@@ -27,8 +27,8 @@ def pdf(*pages: str) -> bytes:
     for i, text in enumerate(pages):
         stream = "".join(f"BT /F1 12 Tf 72 {700 - 20 * n} Td ({line}) Tj ET\n"
                          for n, line in enumerate(text.split("\n")) if line)
-        objects += [f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents {5 + 2 * i} 0 R"
-                    " /Resources << /Font << /F1 3 0 R >> >> >>",
+        objects += ["<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] "
+                    f"/Contents {5 + 2 * i} 0 R /Resources << /Font << /F1 3 0 R >> >> >>",
                     f"<< /Length {len(stream)} >>\nstream\n{stream}endstream"]
     out, places = b"%PDF-1.4\n", []
     for number, body in enumerate(objects, 1):
@@ -106,7 +106,8 @@ def test_answers_name_page_and_chapter(tmp_path, capsys, monkeypatch):
     rag.change("add", [str(tmp_path)], cfg)
     assert "4 unchanged" in capsys.readouterr().out
     for question, place in [("Where is the key, under the mat?", "a.pdf:p2  "),
-                            ("Which fox wins?", "b.epub:ch2  End"), ("什么是没有燃气？", "c.docx  Boiler"),
+                            ("Which fox wins?", "b.epub:ch2  End"),
+                            ("什么是没有燃气？", "c.docx  Boiler"),
                             ("绿茶的水温是多少度？", "d.html  Tea > 绿茶")]:
         assert rag.location(rag.answer(question, cfg).sources[0]).startswith(place)
 
