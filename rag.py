@@ -4,7 +4,9 @@ Answers from your own documents, with their sources, in English and Chinese.
     python rag.py add notes/ manual.md                     index files and folders; again: changes
     python rag.py ask "怎么安装？" --stream                 the best sentences and where they stand
     python rag.py ask "How?" --checkpoint=out/sft          the same, answered by a model
+    python rag.py ask "How?" --writer=http://127.0.0.1:11434/v1#qwen3     … by a server of yours
     python rag.py chat --checkpoint=out/sft                a conversation
+    python rag.py mcp                                      tools for assistants (the extra `mcp`)
     python rag.py remove notes/old/                        forget files and folders
     python rag.py info                                     what is in the index
     python rag.py split notes/ --semantic                  the chunks as JSON lines
@@ -23,7 +25,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, Literal
 
 from configurator import Count, FilePath, Positive, Share, configure
@@ -31,12 +32,12 @@ from generate import generate
 from model import Transformer
 from plumbing import loading, terminal
 from plumbing.corpus import language
-from search import documents, embed
-from search.citations import CITATION, checked
+from search import documents, embed, tools
+from search.citations import CITATION, best_sentence, checked, location, shown, texts_of
 from search.index import Hit, Index
-from search.readers import PLACES
 from search.segment import MIN_TOKENS, Budget, split
-from search.topics import INVISIBLE, sentences, tfidf
+from search.topics import INVISIBLE, tfidf
+from search.writer import written
 from tokenizer import Tokenizer, render
 
 
@@ -44,6 +45,7 @@ from tokenizer import Tokenizer, render
 class Config:
     index: FilePath = "out/rag"  # folder of the index
     checkpoint: FilePath = ""  # model that answers; without one the best sentences are shown
+    writer: str = ""  # a server that answers instead, http://…/v1#MODEL (OpenAI style)
     chunk_tokens: Budget = 256  # most words, Han characters and signs of a chunk, with its headings
     semantic: bool = False  # end chunks where the topic changes, too
     max_file_mb: Count = 50  # skip files that are larger
@@ -67,21 +69,6 @@ SYSTEM = {
 LABELS = {"en": ("Context: ", "Question: ", " ",
                  "Answer the question in one sentence, only from this text."),
           "zh": ("资料：", "问题：", "", "只根据下面的资料，用一句话回答问题。")}
-
-
-def shown(text: str) -> str:
-    """Text of a document as a model or a terminal may see it: without invisible characters, and
-    without brackets at the start of a line that would look like the number of a source."""
-    text = re.sub("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", "\n", INVISIBLE.sub("", text))
-    return re.sub(r"(?m)^((?:[^\S\n]|[>*#-])*)\[[^\S\n]*(\d+)[^\S\n]*\]", r"\1(\2)", text)
-
-
-def location(hit: Hit) -> str:
-    """path:line  headings, or paper.pdf:p7  headings"""
-    path, here = Path(hit.chunk.doc), Path.cwd()
-    near = path.relative_to(here) if path.is_relative_to(here) else path
-    place = PLACES.get(path.suffix.lower(), ":{}").format(hit.chunk.line)
-    return shown(f"{near}{place}  {hit.chunk.crumb}").replace("\n", " ").rstrip()
 
 
 def build_messages(question: str, sources: list[str], template: str,
@@ -139,15 +126,6 @@ def build_prompt(question: str, hits: list[Hit], tok: Tokenizer, window: int, cf
     return ids_of(texts), hits[:len(texts)], "" if fits else note
 
 
-def best_sentence(hit: Hit) -> str:
-    """Of a source, the sentence that holds most of the question, rather no heading or question."""
-    text = hit.chunk.text
-    parts = [text[start:end] for start, end in sentences(text)] or [text]
-    parts = [part for part in parts if part[0] != "#" and part[-1] not in "?？"] or parts
-    best = shown(hit.best(parts)).strip()
-    return best[:600] + "…" * (len(best) > 600)
-
-
 @dataclass(frozen=True)
 class Answer:
     text: str
@@ -170,17 +148,23 @@ def answer(question: str, cfg: Config = Config(), index: Index | None = None,
     if not bearing:
         on_text(REFUSAL[language(question)])
         return Answer(REFUSAL[language(question)], [], False, [], [])
-    if model is None and not cfg.checkpoint:
+    if cfg.writer and model is None:
+        texts = [f"{location(hit)}\n{shown(hit.chunk.full)}" for hit in bearing]
+        messages = build_messages(question, texts, "cited", history or [])
+        pieces, sources, note = written(cfg.writer, messages, cfg.max_tokens), bearing, ""
+    elif model is None and not cfg.checkpoint:
         text = "\n".join(f"{best_sentence(hit)} [{n}]" for n, hit in enumerate(bearing, 1))
         on_text(text)
         return Answer(text, bearing, True, [*range(1, len(bearing) + 1)], [])
-    writer, tok = model or load_writer(cfg)
-    window = writer.config.max_seq_len
-    prompt, sources, note = build_prompt(question, hits, tok, window, cfg, history or [],
-                                         small=writer.config.n_embd <= 1024)
-    tokens = generate(writer, [prompt], min(cfg.max_tokens, window // 4), temperature=0.0,
-                      repetition_penalty=cfg.repetition_penalty, quoting=True, stop=tok.stop)
-    text, invalid = checked(tokens, tok, len(sources), on_text)
+    else:
+        writer, tok = model or load_writer(cfg)
+        window = writer.config.max_seq_len
+        prompt, sources, note = build_prompt(question, hits, tok, window, cfg, history or [],
+                                             small=writer.config.n_embd <= 1024)
+        pieces = texts_of(generate(
+            writer, [prompt], min(cfg.max_tokens, window // 4), temperature=0.0,
+            repetition_penalty=cfg.repetition_penalty, quoting=True, stop=tok.stop), tok)
+    text, invalid = checked(pieces, len(sources), on_text)
     cited = sorted({int(n) for n in CITATION.findall(text)})
     return Answer(text, sources, True, cited, invalid, note)
 
@@ -251,17 +235,34 @@ def chat(cfg: Config) -> None:
             terminal.say(error)
 
 
+def offers(cfg: Config) -> tuple[Callable, Callable]:
+    """What `mcp` offers to assistants: a search and an answer, both as plain data."""
+    index = open_index(cfg)
+
+    def found(hits: list[Hit]) -> list[dict]:
+        return [{"place": location(hit), "text": shown(hit.chunk.full)} for hit in hits]
+
+    def reply(question: str) -> dict:
+        said = answer(question, cfg, index)
+        return {"answer": said.text, "found": said.grounded, "sources": found(said.sources)}
+    return lambda question, most: found(index.search(question, most)), reply
+
+
 def main() -> None:
     job, *rest = sys.argv[1:] or ["--help"]
     if job == "eval":  # bench/rag.py imports this file, so this file does not import it
         sys.argv[1:] = rest
         return importlib.import_module("bench.rag").main()
-    if job not in ("add", "ask", "chat", "remove", "info", "split", "-h", "--help"):
-        fail(f"{job}: not one of add, ask, chat, remove, info, split, eval; see --help")
+    if job not in ("add", "ask", "chat", "mcp", "remove", "info", "split", "-h", "--help"):
+        fail(f"{job}: not one of add, ask, chat, mcp, remove, info, split, eval; see --help")
     words = [word for word in rest if not word.startswith("--")]
     cfg = configure(Config, [job] * (job[0] == "-") + [w for w in rest if w not in words], False)
-    if bool(words) == (job in ("chat", "info")):
+    if bool(words) == (job in ("chat", "info", "mcp")):
         fail(f"{job} takes no {words[0]}" if words else f"{job} what? python rag.py {job} …")
+    if cfg.writer and cfg.checkpoint:
+        fail("--checkpoint and --writer both answer: give one of them")
+    if cfg.writer and job in ("ask", "chat", "mcp"):
+        terminal.say(f"questions, with the sources found, are sent to {cfg.writer}")
     try:
         if job in ("add", "remove"):
             change(job, words, cfg)
@@ -273,6 +274,8 @@ def main() -> None:
                 show_json(asdict(chunk) | {"lang": language(chunk.full)})
         elif job == "chat":
             chat(cfg)
+        elif job == "mcp":
+            tools.serve(*offers(cfg))
         else:
             index = Index(cfg.index)
             vectors = (index.manifest["embed"] or {"name": "none"})["name"]

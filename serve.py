@@ -109,7 +109,8 @@ class Server:
         self.name, self.answered, self.refused = Path(self.model.path).parent.name, 0, 0
         Thread(target=self.batch.run, daemon=True).start()
 
-    def text(self, prompt: list[int], asked: dict, number: int, on_token: Callable) -> Text:
+    def text(self, prompt: list[int], asked: dict, number: int, on_token: Callable,
+             quoting: bool = False) -> Text:
         """Hand a prompt to the batch. Raises Refused if it is too long or too many wait."""
         room = self.window - len(prompt)
         if not prompt or room < 1:
@@ -117,7 +118,7 @@ class Server:
         wanted, seed = asked["max_completion_tokens"] or asked["max_tokens"] or room, asked["seed"]
         text = Text(prompt, min(wanted, room), on_token, self.tok.stop,
                     secrets.randbits(31) if seed is None else (seed + number) % 2**63,
-                    {f.name: asked[f.name] for f in fields(Sampling)},
+                    {f.name: asked[f.name] for f in fields(Sampling)}, quoting,
                     asked["top_logprobs"] if asked["logprobs"] else -1)
         if not self.batch.submit(text):
             raise Refused(429, f"{self.cfg.waiting} texts are waiting already: try again later")
@@ -153,20 +154,21 @@ class Server:
             return [], api.one(Piece(0, rag.REFUSAL[rag.language(question)], finish="stop")), []
         try:
             prompt, hits, _ = rag.build_prompt(question, hits, self.tok, self.window, self.rag,
-                                               history)
+                                               history, self.model.config.n_embd <= 1024)
         except ValueError as error:
             raise Refused(400, str(error)) from None
         loop, said, tokens = asyncio.get_running_loop(), asyncio.Queue(), queue.Queue()
         most = min(self.rag.max_tokens, self.window // 4)
         text = self.text(prompt, asked | {"temperature": 0.0, "logprobs": False,
+                                          "repetition_penalty": self.rag.repetition_penalty,
                                           "max_tokens": min(asked["max_tokens"] or most, most)},
-                         0, lambda token, *_: tokens.put([token]))
+                         0, lambda token, *_: tokens.put([token]), quoting=True)
 
         async def pieces() -> AsyncIterator[Piece]:
             def check() -> None:  # rag.checked reads tokens as they come, so it has its own thread
                 def tell(piece: str | None) -> None:
                     loop.call_soon_threadsafe(said.put_nowait, piece)
-                rag.checked(iter(tokens.get, [None]), self.tok, len(hits), tell)
+                rag.checked(rag.texts_of(iter(tokens.get, [None]), self.tok), len(hits), tell)
                 tell(None)
             work = asyncio.create_task(asyncio.to_thread(check))
             while (piece := await said.get()) is not None:

@@ -24,6 +24,8 @@ from urllib.error import HTTPError
 
 import numpy as np
 
+from search.writer import request
+
 Kind = Literal["query", "passage"]
 Embed = Callable[[list[str], Kind], np.ndarray]
 BATCH = 64  # texts to embed at once
@@ -101,15 +103,11 @@ def sentence_transformer(name: str, device: str = "auto") -> Embed:
 def openai_style(url: str) -> Embed:
     """A server with OpenAI's POST /embeddings, for instance llama.cpp's or vLLM's."""
     base, _, model = url.partition("#")
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
 
     def ask(texts: list[str]) -> np.ndarray:
-        body = json.dumps({"input": texts, "model": model}).encode()
-        request = urllib.request.Request(base.rstrip("/") + "/embeddings", body, headers)
+        body = {"input": texts, "model": model}
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
+            with urllib.request.urlopen(request(url, "/embeddings", body), timeout=60) as reply:
                 return vectors_in(json.load(reply), len(texts))
         except HTTPError as error:
             why = error.read(200).decode(errors="replace")

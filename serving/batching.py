@@ -38,6 +38,7 @@ class Text:
     stop: tuple[int, ...] = ()
     seed: int = 0
     sampling: dict[str, Any] = field(default_factory=dict)  # settings of generate.Sampling
+    quoting: bool = False  # the repetition penalty spares what only the prompt has said
     top_logprobs: int = -1  # how many of the likeliest tokens to report; -1: no log P at all
     cancelled: bool = False  # set by whoever no longer wants the text
     ended: str = ""
@@ -189,7 +190,8 @@ class Batch:
         """Draw a token of row i from its logits (1, V), and tell whoever wants it."""
         text = self.texts[i]
         noise = torch.rand(1, generator=text.chance).to(logits.device)
-        token = int(self.sample(logits, [text.ids], noise, **text.sampling))
+        seen = text.ids[len(text.prompt) * text.quoting:]
+        token = int(self.sample(logits, [seen], noise, **text.sampling))
         logp, likeliest = 0.0, {}
         if text.top_logprobs >= 0:
             logps = logits[0].float().log_softmax(-1)
