@@ -24,7 +24,8 @@ FORBIDDEN = {"eval", "exec", "__import__", "pickle.load", "pickle.loads", "pickl
              "torch.hub.load", "tiktoken.get_encoding", "urllib.request.urlopen", "runpy.run_path"}
 ALLOWED = {("plumbing/configfile.py", "exec"),  # the user's own Python, see SECURITY.md
            ("bench/__main__.py", "runpy.run_path"),  # of what --nanogpt names, see SECURITY.md
-           ("search/embed.py", "urllib.request.urlopen")}  # to the server that --embed=http… names
+           ("search/embed.py", "urllib.request.urlopen"),  # to the server that --embed=http… names
+           ("search/writer.py", "urllib.request.urlopen")}  # to that of --writer
 
 
 def unsafe(source: str, name: str = "x.py") -> list[str]:
