@@ -86,7 +86,7 @@ def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumula
     # A frozen one has none, but is made wide.
     at_head = 4 * table * head * (not rank or extra)
     widened = 4 * table * head * (held < width and not at_head)
-    logits = 2 * 4 * (1 << 23) * (head and c.vocab_size > 1 << 15)  # model.logits_at_once, on a CPU
+    logits = 4 * (1 << 23) * (head and c.vocab_size > 1 << 15)  # model.logits_at_once, on a CPU
     if shards > 1:
         # Embedding and head are gathered in fp32 while they are needed. Of the blocks one is in use
         # and the next on its way. A block's gradient is whole while it is summed.
@@ -181,7 +181,7 @@ def memory_line(cfg: Settings, dist: Dist, *shape, **moments) -> str:
     the run would take twice as much. (That would slow small ones by half.)"""
     parts, free = stage_memory(cfg, dist, *shape, **moments), free_memory(dist.device)
     need = sum(parts.values())
-    if dist.device.type == "cpu" and need > 1e9:
+    if dist.device.type == "cpu" and parts["parameters"] > 1e8:
         with suppress(AttributeError, TypeError, OSError):  # only glibc knows mallopt
             ctypes.CDLL(None).mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
     text = " + ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items())

@@ -30,7 +30,9 @@ SCRIPTS = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "rl": train_rl}
 WARM = (260, 1, 2, 1, 32, 16, 64, 64), 4, 20, 8
 SIZES = {"state": ((2052, 4, 6, 3, 384, 64, 1024, 64), 2, 24, 8),  # 16 bytes a weight are most
          "rows": ((2052, 3, 4, 2, 256, 64, 704, 128), 8, 78, 16),  # activations are most
-         "judged": ((2052, 1, 4, 2, 256, 64, 1408, 128), 8, 78, 16)}  # one layer: not training
+         "judged": ((2052, 1, 4, 2, 256, 64, 1408, 128), 8, 78, 16),  # one layer: not training
+         "49k": ((49_152, 2, 4, 2, 256, 64, 704, 128), 8, 78, 16),  # the head is most
+         "152k": ((151_936, 2, 4, 2, 256, 64, 704, 64), 2, 24, 8)}
 KINDS = {
     "sft": ("sft", {}), "sft lora": ("sft", dict(lora_rank=4)),
     "sft extra": ("sft", dict(lora_rank=4, lora_extra=True)),
@@ -41,13 +43,14 @@ KINDS = {
     "rl": ("rl", {})}
 CASES = [(kind, size) for kind in KINDS for size in ("state", "rows")]
 CASES += [("sft", "judged"), ("rl", "judged")]
+CASES += [(kind, size) for kind in ("sft", "sft lora") for size in ("49k", "152k")]
 
 
 def make(folder: Path, shape: tuple, prompt: int, reply: int) -> None:
     """A model, a reward model, and chats, rankings, pairs and prompts of about one length."""
+    two = range(min(shape[0], 2052) - 260)  # a model may have more rows than there are tokens
     tok = Tokenizer(dump([bytes([i]) for i in range(256)]
-                         + [bytes([128 + i // 256, i % 256]) for i in range(shape[0] - 260)],
-                         PATTERN))
+                         + [bytes([128 + i // 256, i % 256]) for i in two], PATTERN))
     model = Transformer(ModelConfig(*shape))
     for kind, module in (("sft", model), ("rm", RewardModel(model))):
         checkpoint.save(str(folder / kind), 0, {
