@@ -25,7 +25,8 @@ FORBIDDEN = {"eval", "exec", "__import__", "pickle.load", "pickle.loads", "pickl
 ALLOWED = {("plumbing/configfile.py", "exec"),  # the user's own Python, see SECURITY.md
            ("bench/__main__.py", "runpy.run_path"),  # of what --nanogpt names, see SECURITY.md
            ("search/embed.py", "urllib.request.urlopen"),  # to the server that --embed=http… names
-           ("search/writer.py", "urllib.request.urlopen")}  # to that of --writer
+           ("search/writer.py", "urllib.request.urlopen"),  # to that of --writer
+           ("serving/load.py", "urllib.request.urlopen")}  # to a serve.py that is measured
 
 
 def unsafe(source: str, name: str = "x.py") -> list[str]:
