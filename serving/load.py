@@ -4,8 +4,8 @@ How much faster do several clients of serve.py get their texts together than one
     python serve.py --checkpoint=out/smol &
     python -m serving.load --clients=8
 
-Each client asks its own question at temperature 0, first alone, then all at once; printed are tokens
-per second of both, their ratio, and how many texts were the same to the last letter.
+Each client asks its own question at temperature 0, first alone, then all at once. Printed are the
+tokens per second of both, their ratio, and how many texts were the same to the last letter.
 """
 import json
 import time
@@ -18,7 +18,7 @@ from configurator import Count, configure
 from plumbing.terminal import fail, run
 
 QUESTIONS = ("What is the moon?", "How is tea made?", "Tell me of a river.", "Who was Newton?",
-             "Why is the sky blue?", "What does a baker do?", "Name five animals.", "What is paper?")
+             "Why is the sky blue?", "What does a baker do?", "Name an animal.", "What is paper?")
 
 
 @dataclass(frozen=True)
