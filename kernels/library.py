@@ -53,6 +53,11 @@ def built() -> Path:
             except subprocess.CalledProcessError as error:
                 said = error.stderr.strip().partition("\n")[0] or f"exit code {error.returncode}"
                 continue
+            try:
+                CDLL(f"{fresh}/new.so")
+            except OSError as error:  # a clang that takes -fopenmp, and has no such library
+                said = str(error).removeprefix(f"{fresh}/new.so: ")
+                continue
             os.replace(f"{fresh}/new.so", path)
             return path
     raise ValueError(f"{compiler}: {said}")

@@ -297,6 +297,18 @@ def test_the_program_is_kept_and_two_processes_may_make_it_at_once(monkeypatch, 
     assert library.built() == made[0] and made[0].stat().st_mtime_ns == at
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_what_a_compiler_makes_must_load_before_it_is_kept(monkeypatch, tmp_path):
+    """A clang without its OpenMP library compiled, and what it made did not load, ever again."""
+    (tmp_path / "cc").write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; echo no > "$2"')
+    (tmp_path / "cc").chmod(0o700)
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="cc: file too short|cc: .*invalid ELF"):
+        library.built()
+    assert list((tmp_path / "khaosz").iterdir()) == []
+
+
 @pytest.mark.skipif(os.name == "nt", reason="modes of POSIX")
 def test_a_program_is_not_run_from_where_others_can_write(monkeypatch, tmp_path):
     """Somebody else could put theirs there: a folder of ours for this process only is used."""
