@@ -28,7 +28,7 @@ def library() -> CDLL | None:
     try:
         return CDLL(str(built()))
     except (OSError, ValueError) as error:
-        print(f"8 and 4 bits need a C compiler (cc, or CC=…), with which a CPU writes 4 to 8 times "
+        print(f"8 and 4 bits need a C compiler (cc, or CC=…), with which a CPU writes several times "
               f"as fast: {error}", file=sys.stderr)
         return None
 

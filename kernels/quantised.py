@@ -1,6 +1,6 @@
 """
-A model whose matrices have 8 or 4 bits: it writes on a CPU 4 to 8 times as fast as in fp32, and
-needs a quarter or an eighth of the memory.
+A model whose matrices have 8 or 4 bits: it writes on a CPU several times as fast as in fp32, and
+needs a quarter or a seventh of the memory.
 
     fast = Quantised(model.config, pack(model.config, model.state_dict(), bits=8))
     generate(fast, prompts, 100)                     # as with any model
