@@ -28,8 +28,8 @@ def library() -> CDLL | None:
     try:
         return CDLL(str(built()))
     except (OSError, ValueError) as error:
-        print(f"8 and 4 bits need a C compiler (cc, or CC=…), with which a CPU writes several times "
-              f"as fast: {error}", file=sys.stderr)
+        print(f"8 and 4 bits need a C compiler (cc, or CC=…), with which a CPU writes several "
+              f"times as fast: {error}", file=sys.stderr)
         return None
 
 
