@@ -113,9 +113,10 @@ def test_bfloat16_computes_products_in_bfloat16():
 
 
 @pytest.mark.parametrize("device, vocabulary, rows", [
-    ("cuda", 65_536, 2048), ("cuda", 1 << 21, 128), ("cpu", 65_536, None)])
+    ("cuda", 65_536, 2048), ("cuda", 1 << 21, 128), ("cpu", 65_536, 128), ("cpu", 8_192, None)])
 def test_a_gpu_holds_half_a_gigabyte_of_logits_at_once(device, vocabulary, rows):
-    """2,048 x 65,536 logits of 4 bytes are 0.54 GB. A stand-in for a head on a GPU."""
+    """2,048 x 65,536 logits of 4 bytes are 0.54 GB, 128 of them 34 MB, which a CPU holds; a short
+    vocabulary is left to torch. A stand-in for a head."""
     class Head:
         def __init__(self):
             self.device = torch.device(device)

@@ -244,8 +244,8 @@ def test_eval_only_scores_a_checkpoint_on_any_split(cfg, capsys):
 
 def test_a_copied_config_with_another_width_trains_resumes_and_generates(cfg, tmp_path):
     """What a fork does first."""
-    text = (ROOT / "config/pt_micro.py").read_text().replace("n_embd = 64", "n_embd = 48")
-    (tmp_path / "my.py").write_text(text)
+    text = (ROOT / "config/pt_micro.py").read_text()
+    (tmp_path / "my.py").write_text(text + "n_embd = 48\n")
     common = ["train_pt.py", str(tmp_path / "my.py"), f"--data_dir={cfg.data_dir}",
               f"--out_dir={cfg.out_dir}", "--warmup_steps=1", "--max_steps=4", "--sample_every=2"]
     for more in ([], ["--resume"]):
