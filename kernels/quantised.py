@@ -25,7 +25,7 @@ from model import KVCache, ModelConfig, Transformer, rope_table
 
 GROUP, PANEL = 32, 16  # as in product.c
 AT_ONCE = 64  # tokens that go through a layer together
-WORTH, SMALL = 100_000_000, 500_000_000  # weights: from here 8 bits by default, 4 bits do
+WORTH, QUICK = 100_000_000, 300_000_000  # weights: 8 bits are worth it, and rounded in seconds
 MOST = {"n_in": 1 << 18, "n_out": 1 << 24, "rows": 1 << 12, "tokens": 1 << 20,
         "head_dim": 256}  # C counts in int32
 FUSED = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -296,21 +296,24 @@ def writer(c: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype | None
            device: torch.device) -> Transformer | None:
     """A model that writes in 8 or 4 bits (torch.int8, torch.int4) with weights that `pack` made, or
     those of a Transformer; None if that is not asked for, or not possible. Lines on stderr say what
-    is done. dtype None: 8 bits if that makes a difference, or what is stored."""
+    is done. dtype None: what is stored, or 8 bits if they make a difference and are made at once."""
     packed_already = "lm_head.q" in weights
     size = sum(t.numel() for name, t in weights.items() if not (c.tied and "lm_head.w" in name))
-    if dtype is None and device.type == "cpu" and (packed_already or size >= WORTH and fits(c)):
-        dtype = torch.int8
-        tell(f"{size:,} weights: written with in 8 bits, as if --dtype=int8 (float32 is exact, but "
-             f"slow; int4 {'costs so small a model' if size < SMALL else 'is faster and costs'} "
-             "quality)", not packed_already)
+    if dtype is None and device.type == "cpu":
+        if packed_already or WORTH <= size < QUICK and fits(c):
+            dtype = torch.int8
+            tell(f"{size:,} weights: written with in 8 bits, as if --dtype=int8 (float32 is exact, "
+                 "but slow; int4 costs so small a model quality)", not packed_already)
+        else:
+            tell(f"{size:,} weights, used as they are stored; --dtype=int8 writes several times as "
+                 "fast, convert.py --to=int8 rounds them for good", size >= QUICK and fits(c))
     bits = {torch.int8: 8, torch.int4: 4}.get(dtype, 0)
     if bits and device.type != "cpu":
         raise ValueError(f"--dtype=int{bits} is for a CPU: give --device=cpu")
     if not bits or library() is None:
         return None
     if not packed_already:
-        tell(f"rounding {size:,} weights to {bits} bits", size > SMALL)
+        tell(f"rounding {size:,} weights to {bits} bits", size > QUICK)
         weights = pack(c, weights, bits)
     return Quantised(c, weights)
 
