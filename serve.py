@@ -121,7 +121,8 @@ class Server:
                     {f.name: asked[f.name] for f in fields(Sampling)}, quoting,
                     asked["top_logprobs"] if asked["logprobs"] else -1)
         if not self.batch.submit(text):
-            raise Refused(429, f"{self.cfg.waiting} texts are waiting already: try again later")
+            raise Refused(503, "the server ends") if self.batch.over else Refused(
+                429, f"{self.cfg.waiting} texts are waiting already: try again later")
         self.answered += 1
         return text
 
@@ -239,7 +240,7 @@ class Server:
             one = {"id": self.name, "object": "model", "created": 0, "owned_by": "khaosz"}
             return JSONResponse({"object": "list", "data": [one]})
         if "health" in request.url.path:
-            return JSONResponse({"status": "ok"})
+            return JSONResponse({"over": self.batch.over}, 503 if self.batch.over else 200)
         found = {"requests_answered": self.answered, "requests_refused": self.refused,
                  **self.batch.counts()}
         return PlainTextResponse("".join(f"khaosz_{k} {v:g}\n" for k, v in found.items()))

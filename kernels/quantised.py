@@ -296,7 +296,7 @@ def writer(c: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype | None
            device: torch.device) -> Transformer | None:
     """A model that writes in 8 or 4 bits (torch.int8, torch.int4) with weights that `pack` made, or
     those of a Transformer; None if that is not asked for, or not possible. Lines on stderr say what
-    is done. dtype None: what is stored, or 8 bits if they make a difference and are made at once."""
+    is done. dtype None: what is stored, or 8 bits where they help and are made in seconds."""
     packed_already = "lm_head.q" in weights
     size = sum(t.numel() for name, t in weights.items() if not (c.tied and "lm_head.w" in name))
     if dtype is None and device.type == "cpu":

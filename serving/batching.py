@@ -60,6 +60,7 @@ class Batch:
         self.cache = KVCache(model.config, rows, window, None, weight.device, weight.dtype)
         self.store = self.cache.kv  # (layers, 2, rows, heads, window, D); the first rows are in use
         self.texts: list[Text] = []  # one for each row in use
+        self.reading: Text | None = None  # the next, while its prompt is read
         self.waiting: queue.SimpleQueue[Text] = queue.SimpleQueue()
         self.room = rows + waiting  # most texts that may be written, read or waiting
         self.past: deque[tuple[list[int], Tensor]] = deque(maxlen=rows)  # ended: ids, their kv
@@ -68,34 +69,41 @@ class Batch:
         self.seconds = 0.0  # tokens; time that writing took
 
     def submit(self, text: Text) -> bool:
-        """Hand in a text; False if too many wait."""
-        if self.waiting.qsize() + len(self.texts) >= self.room:
+        """Hand in a text; False if too many wait, or nothing is written any more."""
+        if self.over or self.waiting.qsize() + len(self.texts) >= self.room:
             return False
         self.waiting.put(text)
         self.wake.set()
         return True
 
     def run(self) -> None:
-        """Write until `stop` is called."""
-        reading: Text | None = None
+        """Write until `stop` is called. An error, for instance too little memory, ends all texts,
+        and `over` says so: it must not leave anyone waiting."""
+        try:
+            self.write()
+        finally:
+            self.over = True
+            left = [*self.texts, *filter(None, [self.reading])]
+            while self.waiting.qsize():
+                left.append(self.waiting.get())
+            for text in dict.fromkeys(left):
+                text.ended = "length"  # cut short
+                text.on_token(None, 0.0, {})
+
+    def write(self) -> None:
         while not self.over:
-            if reading is None and len(self.texts) < self.store.size(2) and self.waiting.qsize():
-                reading = self.waiting.get()
-            if reading is None and not self.texts:
+            if not self.reading and len(self.texts) < self.store.size(2) and self.waiting.qsize():
+                self.reading = self.waiting.get()
+            if not self.reading and not self.texts:
                 self.wake.wait()
                 self.wake.clear()
                 continue
             start = time.perf_counter()
-            if reading is not None and self.read(reading):
-                reading = None
+            if self.reading and self.read(self.reading):
+                self.reading = None
             if self.texts:
                 self.step()
             self.seconds += time.perf_counter() - start
-        while self.waiting.qsize():
-            self.texts.append(self.waiting.get())
-        for text in [*self.texts, *([reading] if reading else [])]:
-            text.ended = "length"  # cut short
-            text.on_token(None, 0.0, {})
 
     def stop(self) -> None:
         """End all texts where they are."""

@@ -127,6 +127,21 @@ def test_a_batch_that_is_stopped_ends_all_texts(model):
     assert all(text.ended == "length" for text in texts)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_error_leaves_nobody_waiting(model):
+    """Too little memory in the middle of a step, say. Seen to hang without the `finally`."""
+    def fails(*args, **more):
+        raise MemoryError("deliberate")
+    batch = Batch(model, fails, rows=1, window=96)
+    texts = [Waiting([30 + i], 90) for i in range(3)]
+    assert all(batch.submit(text) for text in texts)
+    thread = threading.Thread(target=batch.run, daemon=True)
+    thread.start()
+    assert [text.wait() for text in texts] == [[]] * 3
+    thread.join(10)
+    assert batch.over and not batch.submit(Waiting([1], 1))
+
+
 def test_log_p_and_the_likeliest_tokens(batch, model):
     text = Waiting([5, 6, 7], 3, sampling=dict(temperature=0.0), top_logprobs=2)
     found = []
