@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import parent_process
 from threading import Thread
 from typing import Any, TextIO
@@ -49,7 +50,8 @@ def parallel(work: Callable[[Any], Any], batches: Iterable, workers: int) -> Ite
     waiting: deque = deque()
     try:
         for batch in batches:
-            waiting.append(pool.submit(work, batch))
+            with no_interrupt():  # it may start a worker, which must not hear one
+                waiting.append(pool.submit(work, batch))
             if len(waiting) == 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -59,6 +61,19 @@ def parallel(work: Callable[[Any], Any], batches: Iterable, workers: int) -> Ite
                          "command with fewer --workers needs less") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def no_interrupt() -> Iterator[None]:
+    """Ctrl-C waits until the block has ended; on Windows it does not."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:
