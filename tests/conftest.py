@@ -23,7 +23,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def signals_as_before():
-    """A stage that is trained in this process leaves its handlers; the next fork would have them."""
+    """A stage trained in this process leaves its handlers, and the next fork would have them."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
