@@ -94,8 +94,8 @@ def write_gguf(path: str, name: str, meta: dict[str, Any], tensors: dict[str, tu
     with whole(path) as temporary:
         file = gguf.GGUFWriter(temporary, name)
         for key, value in meta.items():
-            add = {bool: file.add_bool, int: file.add_uint32, float: file.add_float32,
-                   str: file.add_string, list: file.add_array}[type(value)]
+            add: Any = {bool: file.add_bool, int: file.add_uint32, float: file.add_float32,
+                        str: file.add_string, list: file.add_array}[type(value)]
             add(key, value)
         for key, (shape, kind) in tensors.items():
             type_ = gguf.GGMLQuantizationType(kind)
