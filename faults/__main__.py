@@ -90,8 +90,8 @@ def signals(lab: Lab, moments: int = 20) -> Result:
             seconds = 0.9
         else:
             run = lab.start(stage, out, terminal.end_quietly, **settings)
-        while not hears_sigterm(run.pid):  # its first lines see to that, then come the imports
-            pass
+        while not run.ends(0) and not hears_sigterm(run.pid):  # its first lines see to that, then
+            pass  # come the imports
         if i % 6 == 1:
             while not list(out.glob(".tmp-*")) and not run.ends(0.0002):
                 pass
