@@ -235,8 +235,8 @@ def main() -> None:
         out = Path(cfg.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         judge = Judge(cfg)
-        about = {"checkpoint": Path(judge.model.path).name, "dtype": cfg.dtype,
-                 "limit": cfg.limit, "window": judge.window}
+        about = {"checkpoint": Path(judge.model.path).name, "dtype": cfg.dtype, "limit": cfg.limit,
+                 "window": judge.window, "max_tokens": cfg.max_tokens}
         done = [json.loads(line) for line in out.read_text("utf-8").splitlines()
                 if line.endswith("}")] if out.exists() else []
         say(f"{judge.model.path}: {len(files)} tasks; figures go to {out}")
