@@ -64,7 +64,7 @@ class Config:
     api_key: str = ""  # what clients must send; else KHAOSZ_API_KEY of the environment
     rows: Count = 8  # texts that are written at once
     waiting: Count = 64  # texts that may wait; one more is refused with 429
-    window: Count = 2048  # most tokens of a prompt and its reply; the cache has rows x window
+    window: Count = 2048  # most tokens of a prompt and its reply; caches take 2 x rows x window
     max_body_kb: Count = 1024  # largest request
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Precision = "auto"  # of the weights; auto: bfloat16 on cuda, int8 on a CPU if it pays
