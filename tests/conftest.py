@@ -1,4 +1,5 @@
 """For every test: the repository on sys.path, and one thread, so that sums round the same way."""
+import io
 import json
 import signal
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import rag  # noqa: E402
 from demo import world as toyworld  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from plumbing import checkpoint  # noqa: E402
@@ -53,6 +55,21 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, pt=str(folder / "pt"), tok=tok, model=model,
                            chat=str(folder / "chat.jsonl"), pairs=str(folder / "pairs.jsonl"),
                            prompts=str(folder / "prompts.jsonl"))
+
+
+@pytest.fixture
+def rag_py(monkeypatch, capsys):
+    """rag.py in this process: (exit code, stdout, stderr)."""
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["rag.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = 0
+        try:
+            rag.main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        return code, *capsys.readouterr()
+    return call
 
 
 @pytest.fixture(scope="session")

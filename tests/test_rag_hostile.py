@@ -27,18 +27,8 @@ cut = lambda text, name: split(text, name, 64, count=count_pieces)
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """rag.py in this process: (exit code, stdout, stderr)."""
-    def call(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["rag.py", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = 0
-        try:
-            rag.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        return code, *capsys.readouterr()
-    return call
+def run(rag_py):
+    return rag_py
 
 
 @pytest.fixture

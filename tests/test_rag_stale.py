@@ -19,17 +19,9 @@ WORDS = "alarm bins code Friday hangs key lamp Monday pump spare 钥匙 水泵 �
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """rag.py in this process, with an index in tmp_path: (exit code, stdout, stderr)."""
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rag.py", *map(str, arguments), f"--index={tmp_path}/ix"])
-        code = 0
-        try:
-            rag.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        return code, *capsys.readouterr()
-    return call
+def run(rag_py, tmp_path):
+    """rag.py with an index in tmp_path."""
+    return lambda *arguments: rag_py(*arguments, f"--index={tmp_path}/ix")
 
 
 def write(path, text):
