@@ -18,6 +18,8 @@ an expected gradient of zero (tests/test_losses.py). This A is RLOO's (Ahmadian 
 2024; config/rl_grpo.py); grpo_mean leaves the division out (half of Liu et al. 2025).
 
 r is clipped to +-5; a reply that does not end gets 1 less than the worst one written with it.
+With --reward_from=FILE.py, r is what a Python function of yours returns (config/reward_numbers.py).
+Replies to a prompt that all have the same r say nothing, and no update learns from them.
 Replies are drawn at temperature 1 from all tokens: another distribution would not be the policy's.
 """
 from plumbing.terminal import end_quietly, run
@@ -33,16 +35,17 @@ from torch import Tensor, nn
 from configurator import Count, FilePath, Natural, NotNegative, Positive, Share, configure
 from data import IGNORE, Order, hash64
 from generate import replies
-from model import RewardModel, Transformer, token_logps
+from model import Transformer, token_logps
 from plumbing import runtime, sharding
 from plumbing.costs import (count_frozen, count_parameters, flops_per_token, memory_line,
                             peak_line)
-from plumbing.evaluation import print_samples, rl_warnings, row_logps, row_scores
-from plumbing.examples import Row, Rows, evenly_spaced, in_batches, pad_right
-from plumbing.loading import load_reference, load_reward_model, load_to_train
+from plumbing.evaluation import print_samples, rl_line, rl_warnings, row_logps
+from plumbing.examples import Row, Rows, evenly_spaced, pad_right
+from plumbing.loading import load_reference, load_to_train
 from plumbing.log import Log, describe_run
 from plumbing.lora import adapter_off
 from plumbing.optim import make_optimizers, set_learning_rate
+from plumbing.rewards import Judge, load_judge, pass_rates, that_teach
 from plumbing.runtime import Dist, all_max, all_sum, print0
 from plumbing.splits import RowSettings, load_splits
 from tokenizer import Tokenizer
@@ -55,7 +58,7 @@ Several = Annotated[int, "at least 2", lambda n: n >= 2]  # to compare, or for a
 @dataclass(frozen=True)
 class Config(RowSettings):
     init_from: FilePath = "out/sft"  # checkpoint to start from; it is the reference, too
-    reward_from: FilePath = "out/rm"  # checkpoint of the reward model
+    reward_from: FilePath = "out/rm"  # a reward model's checkpoint, or FILE.py with reward()
     data: str = "out/toyworld/prompts.jsonl"  # prompts: JSONL files or folders, comma-separated
     out_dir: FilePath = "out/rl"  # checkpoints and log.jsonl go here
     advantage: Literal["rloo", "grpo", "grpo_mean"] = "rloo"  # how replies are compared
@@ -75,7 +78,7 @@ class Config(RowSettings):
     warmup_steps: Natural = 10  # steps of linear warm-up
     final_lr: Share = 1.0  # learning rate at the end, as a share of the full one
     eval_every: Count = 20  # steps between validations
-    eval_prompts: Several = 128  # held-out prompts in a validation, each answered once
+    eval_prompts: Several = 128  # held-out prompts of a validation; 1 reply each, FILE.py: `group`
     save_every: Count = 20  # steps between checkpoints
     log_every: Count = 5  # steps between log lines
     dist_timeout: Positive = 600.0  # seconds of silence from another process that end the run
@@ -116,11 +119,13 @@ def rl_loss(logps: Tensor, old_logps: Tensor, mask: Tensor, advantage: Tensor, e
 
 def best_possible(rewards: Tensor, beta: float) -> tuple[float, float]:
     """J* = beta log E_ref[exp(r / beta)], above which no policy gets, and its standard error, from
-    the rewards r (n,) of replies that the reference wrote. With Z = E_ref[exp(r / beta)] the policy
-    P_ref exp(r / beta) / Z has J = J*, any other has J* - beta KL(it || that one) (Rafailov et al.
-    2023, appendix A.1). Over several prompts it is an upper bound of the mean of J* (Jensen)."""
+    the rewards r of replies that the reference wrote, (n,) or (n, replies to a prompt). With Z =
+    E_ref[exp(r / beta)] the policy P_ref exp(r / beta) / Z has J = J*, any other has J* - beta
+    KL(it || that one) (Rafailov et al. 2023, appendix A.1). Over several prompts it is an upper
+    bound of the mean of J* (Jensen)."""
     top = float(rewards.max())
     weights = ((rewards - top) / beta).cpu().double().exp()  # not every device has fp64
+    weights = weights.view(len(weights), -1).mean(1)  # replies to one prompt are alike
     error = beta * weights.std() / weights.mean() / len(weights) ** 0.5  # d log Z = dZ / Z
     return top + beta * float(weights.mean().log()), float(error)
 
@@ -134,11 +139,11 @@ class Rollout:
     figures: dict[str, Tensor]  # (B,) each, for the log
 
 
-def roll_out(model: Transformer, reference: Transformer, reward: RewardModel, stop: int,
-             cfg: Config, dist: Dist, prompts: list[list[int]], keys: list[int]) -> Rollout:
-    """Write a reply to each prompt with the policy as it is, and judge it. The chance of a reply
-    comes from its key, so that it does not depend on which others are written beside it."""
-    rows, seen = [], []
+def roll_out(model: Transformer, reference: Transformer, judge: Judge, stop: int, cfg: Config,
+             dist: Dist, source: Rows, chosen: list[int], keys: list[int]) -> Rollout:
+    """Write a reply to each chosen prompt with the policy as it is, and judge it. The chance of a
+    reply comes from its key, so that it does not depend on which others are written beside it."""
+    rows, seen, prompts = [], [], [source.example(i)[0].ids for i in chosen]
     with sharding.unsharded(model, dist):
         for at in range(0, len(prompts), cfg.rollout_size):
             asked, each = prompts[at:at + cfg.rollout_size], []
@@ -151,13 +156,11 @@ def roll_out(model: Transformer, reference: Transformer, reward: RewardModel, st
         logps = row_logps(model, rows, cfg.batch_size, dist)
     with sharding.unsharded(reference, dist), adapter_off(reference):
         ref_logps = row_logps(reference, rows, cfg.batch_size, dist)
-    with sharding.unsharded(reward, dist):
-        raw = row_scores(reward, rows, cfg.batch_size, dist)
     ended = torch.tensor([row.ids[-1] == stop for row in rows])
-    r = ((raw - reward.mean.cpu()) / reward.std.cpu()).clamp(-5, 5)
+    raw, r, passed = judge(rows, [source.record(i) for i in chosen], ended)
     r = torch.where(ended, r, -all_max(dist, -float(r.min())) - 1)
     R = shaped_reward(r, logps, ref_logps, cfg.beta)
-    return Rollout(rows, logps, R, {
+    return Rollout(rows, logps, R, passed | {
         "J": R, "reward": r, "raw": raw, "kl": (logps - ref_logps).sum(1), "ended": ended.float(),
         "length": torch.tensor([float(sum(row.mask)) for row in rows]),
         "read": torch.tensor([float(len(row.ids)) for row in rows]), "surprise": -logps.sum(1),
@@ -178,17 +181,19 @@ def reply_losses(net: nn.Module, model: Transformer, rollout: Rollout, advantage
     return losses, losses.detach() != loss(logps.detach(), eps_low=torch.inf, eps_high=torch.inf)
 
 
-def evaluate(roll: partial[Rollout], rows: Rows, tok: Tokenizer,
-             cfg: Config) -> tuple[dict[str, float], Tensor]:
-    """Roll out held-out prompts, one reply each: mean figures, two standard errors, and all r."""
+def evaluate(roll: partial[Rollout], rows: Rows, tok: Tokenizer, cfg: Config,
+             each: int = 1) -> tuple[dict[str, float], Tensor]:
+    """Roll out held-out prompts, `each` replies to one: mean figures, two standard errors, how
+    often replies pass, and all r, (prompts, each)."""
     chosen = evenly_spaced(range(len(rows)), cfg.eval_prompts)
-    rollout = roll([rows.example(i)[0].ids for i in chosen],
-                   [hash64(cfg.seed, -1, i) for i in chosen])
-    print_samples(tok, [rows.lang(i) for i in chosen], rollout.rows, rollout.figures["raw"])
-    found = {name: float(x.mean()) for name, x in rollout.figures.items()}
+    asked = [(i, g) for i in chosen for g in range(each)]
+    rollout = roll(rows, [i for i, _ in asked], [hash64(cfg.seed, -1, i) ^ g for i, g in asked])
+    print_samples(tok, [rows.lang(i) for i, _ in asked], rollout.rows, rollout.figures["raw"])
+    figures = {name: x.view(-1, each) for name, x in rollout.figures.items()}
+    found = {name: float(x.mean()) for name, x in figures.items()}
     for name in ("kl", "J"):
-        found[f"{name}_error"] = float(rollout.figures[name].std() / len(chosen) ** 0.5)
-    return found, rollout.figures["reward"]
+        found[f"{name}_error"] = float(figures[name].mean(1).std() / len(chosen) ** 0.5)
+    return found | pass_rates(figures), figures["reward"]
 
 
 def check(cfg: Config, world: int) -> int:
@@ -208,36 +213,32 @@ def train(cfg: Config, dist: Dist) -> None:
     accumulate, max_steps = check(cfg, dist.world), cfg.max_steps
     model, tok = load_to_train(cfg)
     reference = load_reference(cfg, model, dist)
-    reward, reward_tok = load_reward_model(cfg.reward_from, dist, cfg.shard)
-    config, reward_config = model.config, reward.backbone.config
-    if reward_tok.sha256 != tok.sha256:
-        raise ValueError(f"{cfg.reward_from}: made with another tokenizer than {cfg.init_from}")
-    length = min(config.max_seq_len, reward_config.max_seq_len)
+    judge, config = load_judge(cfg, tok, dist), model.config
+    length = min(config.max_seq_len, judge.reads)
     if cfg.answer_tokens >= length:
         raise ValueError(f"answer_tokens {cfg.answer_tokens} leave no room for a prompt in the "
                          f"{length} tokens that the models read")
     prompts, val = load_splits(cfg, "prompt", tok, length - cfg.answer_tokens, dist, least=2)
-    order, data_id = Order(len(prompts), cfg.seed, prompts.name), prompts.data_id
+    order = Order(len(prompts), cfg.seed, prompts.name)
+    data_id = hash64(prompts.data_id, judge.sha256)
     if model.kind == "pt":
         print0(f"WARNING: {model.path} has not learnt to answer: start from an SFT model")
     n_replies = cfg.prompts_per_step * cfg.group  # in a rollout, of all processes
     longest = max(int(rows.lengths().max()) for rows in (prompts, val))
-    most = min(cfg.rollout_size, max(n_replies // dist.world, min(cfg.eval_prompts, len(val))))
+    most = max(n_replies // dist.world, min(cfg.eval_prompts, len(val)) * judge.each)
     print0(describe_run(dist))
     print0(memory_line(cfg, dist, model, cfg.batch_size, longest + cfg.answer_tokens, accumulate,
-                       frozen={"reference": model, "reward model": reward},
-                       written=(most, longest, cfg.answer_tokens)))
+                       frozen={"reference": model} | judge.held,
+                       written=(min(cfg.rollout_size, most), longest, cfg.answer_tokens)))
     print0(f"{count_parameters(config):,} parameters; {len(prompts):,} prompts, {len(val):,} held "
            f"out; {max_steps:,} steps of {cfg.prompts_per_step} x {cfg.group} replies")
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute)
     optimizers = make_optimizers(model, cfg)
     # now the policy is the reference, whose rewards say what J can reach
-    roll = partial(roll_out, model, reference, reward, tok.im_end, cfg, dist)
-    start, rewards = evaluate(roll, val, tok, cfg)
-    limit = ""
+    roll = partial(roll_out, model, reference, judge, tok.im_end, cfg, dist)
+    start, rewards = evaluate(roll, val, tok, cfg, judge.each)
     if cfg.beta:  # a KL that costs nothing leaves no limit but the best reply of all
         start["best"], start["best_error"] = best_possible(rewards, cfg.beta)
-        limit = f" of at most {start['best']:+.3f} ± {start['best_error']:.3f}"
     first = sharding.resume(cfg, KIND, model, optimizers, tok, data_id)
     log = Log(cfg, dist, first, max_steps, 0,
               flops_per_token(config, length, frozen=count_frozen(model)), columns=COLUMNS)
@@ -249,10 +250,8 @@ def train(cfg: Config, dist: Dist) -> None:
         # Evaluate at the start, every few steps, and at the end.
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
             sharding.same_weights(model, dist)
-            now = start | evaluate(roll, val, tok, cfg)[0] if step else start
-            print0(f"val at step {step:,} | reward {now['reward']:+.3f} sd (score {now['raw']:.3f})"
-                   f", KL {now['kl']:.3f}, J {now['J']:+.3f}{limit}, "
-                   f"{now['length']:.1f} tokens, {now['ended']:.1%} end")
+            now = start | evaluate(roll, val, tok, cfg, judge.each)[0] if step else start
+            print0(f"val at step {step:,} | {rl_line(now, judge.unit)}")
             for warning in rl_warnings(start, now, mean, cfg.kl_budget, dist):
                 print0(f"WARNING: {warning}")
             log.write(step=step, val=now)
@@ -272,16 +271,17 @@ def train(cfg: Config, dist: Dist) -> None:
         chosen = order.take(step * cfg.prompts_per_step, cfg.prompts_per_step)
         own = range(dist.rank, cfg.prompts_per_step, dist.world)
         asked = [(i, g) for i in own for g in range(cfg.group)]
-        rollout = roll([prompts.example(chosen[i])[0].ids for i, _ in asked],
+        rollout = roll(prompts, [chosen[i] for i, _ in asked],
                        [hash64(hash64(cfg.seed, step, i), g) for i, g in asked])
-        R = rollout.R.view(-1, cfg.group)  # (prompts, group)
-        A = advantages(R, cfg.advantage).flatten()
-        by_length = sorted(range(len(A)), key=lambda i: len(rollout.rows[i].ids))
+        R, r = (x.view(-1, cfg.group) for x in (rollout.R, rollout.figures["reward"]))
+        equal = r.amax(1) == r.amin(1)  # (prompts,)
+        A = torch.where(equal[:, None], 0, advantages(R, cfg.advantage)).flatten()
+        batches = that_teach(A, rollout.rows, cfg.batch_size, dist)
         for update in range(cfg.updates_per_rollout):
             # Add up the gradients of the replies, a portion at a time.
             loss, clipped = torch.zeros((), device=dist.device), 0.0
-            for micro_step, some in enumerate(in_batches(by_length, cfg.batch_size)):
-                sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once is enough
+            for micro_step, some in enumerate(batches):
+                sharding.exchange_gradients(net, micro_step == len(batches) - 1)  # once will do
                 losses, cut = reply_losses(net, model, rollout, A, list(some), cfg, dist)
                 part = losses.sum() / n_replies
                 (part * dist.world).backward()  # DDP takes the mean over processes
@@ -301,7 +301,7 @@ def train(cfg: Config, dist: Dist) -> None:
                 optimizer.zero_grad()
             # end same
         sums = {name: x.sum() for name, x in rollout.figures.items()}
-        sums |= {"equal": (R.std(1) < 1e-6).sum() * cfg.group, "clipped": clipped}
+        sums |= {"equal": equal.sum() * cfg.group, "clipped": clipped}
         mean = {k: x / n_replies for k, x in zip(sums, all_sum(dist, *sums.values()))}
         mean["entropy"] = mean["surprise"] / mean["length"]  # estimate, in nats per token
         mean["mismatch"] = all_max(dist, float(rollout.figures["mismatch"].max()))

@@ -204,7 +204,8 @@ def restore(cfg, kind: str, optimizers: list, tokenizer: str, shape: dict,
         if getattr(cfg, key, value) != value and key not in ("resume", "device"):
             print0(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
     if state.get("data", data_id) != data_id:
-        print0("WARNING: the training data is not what this run began with: examples may repeat")
+        print0("WARNING: the training data, or the file of the reward, is not what this run began "
+               "with: examples may repeat")
     print0(f"loaded {path}")
     return state["step"], state
 

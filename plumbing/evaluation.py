@@ -148,6 +148,16 @@ def print_scores(files: str, init_from: str, dist: Dist) -> None:
         print(f"{n:,} lines, {without:,} of them without a score")
 
 
+def rl_line(now: dict, unit: str) -> str:
+    """What a validation of train_rl.py says; r is in this unit. Of pass@k the first and the last
+    are shown."""
+    rates = [f", {name} {now[name]:.1%}" for name in now if name.startswith("pass@")]
+    limit = f" of at most {now['best']:+.3f} ± {now['best_error']:.3f}" if "best" in now else ""
+    return (f"reward {now['reward']:+.3f}{unit} (score {now['raw']:.3f})"
+            f"{''.join(rates[:1] + rates[1:][-1:])}, KL {now['kl']:.3f}, J {now['J']:+.3f}{limit}, "
+            f"{now['length']:.1f} tokens, {now['ended']:.1%} end")
+
+
 def rl_warnings(start: dict, now: dict, mean: dict, kl_budget: float, dist: Dist) -> list[str]:
     """What goes wrong, told from validations at the start and now and from the last rollout."""
     found = []

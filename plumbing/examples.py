@@ -14,7 +14,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import combinations, pairwise
 from typing import Literal, NamedTuple
 
@@ -32,7 +32,7 @@ from tokenizer import Tokenizer, load_tokenizer, render
 
 Kind = Literal["chat", "pair", "ranking", "prompt"]
 SPLITS = ("train", "val")
-VERSION = 4  # of the files; older ones are made again
+VERSION = 5  # of the files; older ones are made again
 # of each row: tokens in .words, language, margin, whether it is the first of its example
 ROW = np.dtype([("length", "<i4"), ("lang", "S8"), ("margin", "<f4"), ("first", "?")])
 LEARN = np.uint32(1 << 31)  # flag on a token id in .words: to be learnt
@@ -44,10 +44,11 @@ class Row(NamedTuple):
     mask: list[int]  # 1: to be learnt
 
 
-def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str, list, Counter]:
+def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int
+            ) -> tuple[str, list, Counter, str]:
     """What one record gives: the text that decides its split, [(lang, margin, rows)] with one row
-    for a chat or prompt, two for a pair, as many as replies for a ranking, and how often something
-    was dropped or shortened. Raises LineError."""
+    for a chat or prompt, two for a pair, as many as replies for a ranking, how often something was
+    dropped or shortened, and what is kept of a prompt for a reward file: all. Raises LineError."""
     counts: Counter = Counter()
     groups, margin = [], 0.0
     if kind == "chat":
@@ -74,7 +75,8 @@ def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int) -> tuple[str
     if not isinstance(lang, str) or len(check_text(lang, "lang").encode()) > 8:  # see ROW
         raise LineError("lang", "unknown language", "'lang' must be a string of at most 8 bytes "
                         "like 'zh'")
-    return json.dumps(messages), [(lang, float(margin), rows) for rows in groups], counts
+    return (json.dumps(messages), [(lang, float(margin), rows) for rows in groups], counts,
+            json.dumps(record) if kind == "prompt" and groups else "")
 
 
 def read_rows(batch: Batch, kind: Kind, tokenizer: str, max_len: int) -> Iterator:
@@ -112,15 +114,17 @@ def fit_chat(tok: Tokenizer, messages: list[dict], max_len: int, counts: Counter
     return Row(ids, mask)
 
 
-def encode(found: list[tuple[str, list, Counter]], val_fraction: float) -> Made:
-    """Words and rows for the files of each split, of what `rows_of` has found in some records; how
-    many examples that are, and how often something was dropped or shortened."""
+def encode(found: list[tuple[str, list, Counter, str]], val_fraction: float) -> Made:
+    """Words, rows and records for the files of each split, of what `rows_of` has found in some
+    lines; how many examples that are, and how often something was dropped or shortened."""
     words: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     rows: dict[str, list[tuple]] = {split: [] for split in SPLITS}
+    records: dict[str, list[str]] = {split: [] for split in SPLITS}
     counts = Counter()
-    for key, groups, met in found:
+    for key, groups, met, record in found:
         split = draw_split(key.encode(), val_fraction)
         counts.update({**met, split: len(groups)})
+        records[split] += [record] if record else []
         for lang, margin, group in groups:
             for i, (ids, mask) in enumerate(group):
                 learn = np.where(np.array(mask, bool), LEARN, np.uint32(0))
@@ -128,6 +132,9 @@ def encode(found: list[tuple[str, list, Counter]], val_fraction: float) -> Made:
                 rows[split].append((len(ids), lang.encode(), margin, i == 0))
     parts = {f"{split}.words": b"".join(w.tobytes() for w in words[split]) for split in SPLITS}
     parts |= {f"{split}.rows": np.array(rows[split], ROW).tobytes() for split in SPLITS}
+    if any(records.values()):
+        parts |= {f"{split}.records": "".join(f"{line}\n" for line in lines).encode()
+                  for split, lines in records.items()}
     return parts, counts
 
 
@@ -135,10 +142,12 @@ class Rows:
     """Examples of a folder: a row each, two for a pair, one for each reply of a ranking. Nothing is
     in memory until used."""
 
-    def __init__(self, words: np.ndarray, table: np.ndarray, name: str, data_id: int = 0):
+    def __init__(self, words: np.ndarray, table: np.ndarray, records: np.ndarray, name: str,
+                 data_id: int = 0):
         self.words = words  # (tokens,) uint32: id, and LEARN
         self.table = table  # (rows,) of ROW
-        self.name, self.data_id = name, data_id  # data_id: a hash of both
+        self.records = records  # (bytes,) uint8: of prompts, the lines that they came from
+        self.name, self.data_id = name, data_id  # data_id: a hash of all three
         self.firsts = np.append(np.flatnonzero(table["first"]), len(table))  # row of each example
         self.starts = np.append(0, np.cumsum(self.lengths()))  # of each row in .words, and its end
         self.most_tokens = np.array([], int)  # of a row of each example
@@ -157,6 +166,15 @@ class Rows:
         first, after = self.firsts[i:i + 2]
         parts = [self.words[a:b] for a, b in pairwise(self.starts[first:after + 1])]
         return [Row((w & ~LEARN).tolist(), (w >= LEARN).astype(int).tolist()) for w in parts]
+
+    @cached_property
+    def line_ends(self) -> np.ndarray:
+        return np.append(-1, np.flatnonzero(self.records == ord("\n")))
+
+    def record(self, i: int) -> str:
+        """The line of prompt i, as JSON without the fields that are null."""
+        before, end = self.line_ends[i:i + 2]
+        return self.records[before + 1:end].tobytes().decode()
 
     def margin(self, i: int) -> float:
         return float(self.table["margin"][self.firsts[i]])
@@ -188,17 +206,19 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
         prepare(out, kind, max_len, val_fraction, on_bad_line)
     found = {}
     for split in SPLITS:
-        hashes, arrays = [], []
-        for name, dtype in ((f"{split}.words", np.dtype("<u4")), (f"{split}.rows", ROW)):
+        hashes, arrays = [], {"records": np.zeros(0, np.uint8)}
+        for part, dtype in [("words", np.dtype("<u4")), ("rows", ROW)] + [
+                ("records", np.dtype("u1"))] * (kind == "prompt"):
+            name = f"{split}.{part}"
             path = os.path.join(folder, name)
             with open(path, "rb") as f:
                 hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
             if hashes[-1] != out.meta["files"][name]:
                 raise ValueError(f"{path}: damaged: its contents do not match their sha256; delete "
                                  f"{folder}")
-            arrays.append(mapped(path, dtype))
-        words, table = arrays
-        found[split] = Rows(words, table, f"{paths} ({split})", hash64(*hashes))
+            arrays[part] = mapped(path, dtype)
+        found[split] = Rows(arrays["words"], arrays["rows"], arrays["records"],
+                            f"{paths} ({split})", hash64(*hashes))
     return found
 
 

@@ -21,11 +21,12 @@ import train_rl
 import train_rm
 from data import IGNORE, Order
 from model import RewardModel
-from plumbing import checkpoint
+from plumbing import checkpoint, rewards
 from plumbing.evaluation import row_logps
-from plumbing.examples import (Row, load_examples, micro_batches, pad_right, pair_batch,
+from plumbing.examples import (Row, Rows, load_examples, micro_batches, pad_right, pair_batch,
                                ranking_batch)
 from plumbing.loading import load_model, load_reward_model
+from plumbing.rewards import load_judge
 from tokenizer import render
 
 ROOT = Path(train_rm.__file__).parent
@@ -230,13 +231,19 @@ def test_a_step_takes_its_pairs_once_in_batches_of_like_length(tiny, tmp_path):
 
 # ---------------------------------------------------------------------------- RL
 
+def prompts_of(tiny, folder) -> Rows:
+    """Two short prompts."""
+    path = folder / "two.jsonl"
+    path.write_text('{"prompt": "abc"}\n{"prompt": "你好吗"}\n', encoding="utf-8")
+    return load_examples(str(path), "prompt", tiny.tok, 200, str(folder / "two"))["train"]
+
+
 def rolled(tiny, reward, **changes) -> tuple[train_rl.Rollout, train_rl.Config]:
     """Four replies to each of two prompts."""
     cfg = settings("rl", tiny, "unused", reward, **changes)
-    prompts = [tiny.tok.encode_ordinary(text) for text in ("abc", "你好吗") for _ in range(4)]
     model, _ = load_model(tiny.pt, torch.device("cpu"), torch.float32)
-    judge, _ = train_rl.load_reward_model(reward, ALONE)
-    return train_rl.roll_out(model, tiny.model, judge, tiny.tok.im_end, cfg, ALONE, prompts,
+    return train_rl.roll_out(model, tiny.model, load_judge(cfg, tiny.tok, ALONE), tiny.tok.im_end,
+                             cfg, ALONE, prompts_of(tiny, tiny.folder), [0] * 4 + [1] * 4,
                              list(range(8))), cfg
 
 
@@ -247,7 +254,7 @@ def test_sampling_and_training_agree_on_every_token(tiny, reward):
     assert rollout.figures["kl"].abs().max() < 1e-4  # the reference is the policy itself
     for row, logps in zip(rollout.rows, rollout.logps):
         assert sum(row.mask) == (logps != 0).sum() <= cfg.answer_tokens
-        assert tiny.tok.im_end not in row.ids[:-1]
+        assert tiny.tok.im_end not in row.ids[row.mask.index(1):-1]
 
 
 def test_a_reply_does_not_depend_on_what_is_written_beside_it(tiny, reward):
@@ -259,7 +266,7 @@ def test_a_reply_does_not_depend_on_what_is_written_beside_it(tiny, reward):
 
 def test_a_reply_that_does_not_end_is_the_worst_of_its_step(tiny, reward):
     rollout, cfg = rolled(tiny, reward, answer_tokens=3)
-    judge, _ = train_rl.load_reward_model(reward, ALONE)
+    judge, _ = load_reward_model(reward, ALONE)
     ended = torch.tensor([row.ids[-1] == tiny.tok.im_end for row in rollout.rows])
     figures = rollout.figures
     normed = ((figures["raw"] - judge.mean) / judge.std).clamp(-5, 5)
@@ -272,9 +279,10 @@ def test_a_reply_that_does_not_end_is_the_worst_of_its_step(tiny, reward):
 def test_a_validation_has_the_j_that_is_learnt_from(tiny, reward, tmp_path):
     """It left out what not ending costs: J rose while fewer and fewer replies ended."""
     cfg = settings("rl", tiny, tmp_path, reward, answer_tokens=3, eval_prompts=6)
-    judge, _ = train_rl.load_reward_model(reward, ALONE)
+    judge, _ = load_reward_model(reward, ALONE)
     val = load_examples(cfg.data, "prompt", tiny.tok, 200, str(tmp_path / "rows"))["train"]
-    roll = partial(train_rl.roll_out, tiny.model, tiny.model, judge, tiny.tok.im_end, cfg, ALONE)
+    roll = partial(train_rl.roll_out, tiny.model, tiny.model, load_judge(cfg, tiny.tok, ALONE),
+                   tiny.tok.im_end, cfg, ALONE)
     found, rewards = train_rl.evaluate(roll, val, tiny.tok, cfg)
     assert found["ended"] < 1 and len(rewards) == 6
     assert found["J"] == pytest.approx(float(rewards.mean()) - cfg.beta * found["kl"], abs=1e-6)
@@ -308,7 +316,7 @@ def test_reference_and_reward_model_stay_as_they_are(tiny, reward, tmp_path, mon
     roll_out = train_rl.roll_out
 
     def watched(model, reference, judge, *rest):
-        held[:] = [reference, judge]
+        held[:] = [reference, judge.model]
         return roll_out(model, reference, judge, *rest)
     monkeypatch.setattr(train_rl, "roll_out", watched)
     train_rl.train(settings("rl", tiny, tmp_path / "run", reward), ALONE)
@@ -331,7 +339,7 @@ def test_the_other_ways_run_and_are_finite(tiny, reward, tmp_path, change):
 
 def test_replies_learn_to_end(tiny, reward, tmp_path, monkeypatch):
     """With equal scores for all, the price of not ending is all there is to learn."""
-    monkeypatch.setattr(train_rl, "row_scores", lambda judge, rows, *rest: torch.zeros(len(rows)))
+    monkeypatch.setattr(rewards, "row_scores", lambda judge, rows, *rest: torch.zeros(len(rows)))
     cfg = settings("rl", tiny, tmp_path / "run", reward, max_steps=40, learning_rate=3e-3, beta=0.0,
                    prompts_per_step=8, group=8, batch_size=64, rollout_size=64, eval_every=40,
                    save_every=40, eval_prompts=16)

@@ -1,0 +1,34 @@
+"""
+A reward for a reader of numbered sources: the F1 of a short answer, plus a quarter if it cites the
+right source, minus a half if it stands in no source.
+
+    python train_rl.py config/rl_micro.py --reward_from=config/reward_reader.py --data=FILE
+
+    {"prompt": [{"role": "user", "content": "[1] Ann bakes.\\n[2] Ben is 17.\\nHow old is Ben?"}],
+     "answers": ["17", "seventeen"], "source": 2, "lang": "en"}
+
+"17 [2]" gets 1.25, "17" gets 1, "is 17 [1]" gets 0.67, "18 [2]" gets -0.25, and the refusal of
+rag.py 0. With "answers": [] the sources hold no answer: then the refusal gets 1 and all else -1. A
+reply passes if it is an answer word for word with its citation, or a refusal where it is due.
+"""
+from plumbing.answers import score_answer
+from rag import REFUSAL
+from search.citations import CITATION
+
+
+def parts(reply: str) -> tuple[str, list[int]]:
+    """"17 [2]." -> ("17", [2])"""
+    return CITATION.sub("", reply).strip(" .。"), [int(n) for n in CITATION.findall(reply)]
+
+
+def reward(prompt: list[dict], reply: str, record: dict) -> float:
+    refuses = reply.strip() == REFUSAL[record["lang"]]
+    if refuses or not record["answers"]:
+        return float(not record["answers"]) * (1.0 if refuses else -1.0)
+    said, cited = parts(reply)
+    f1 = score_answer(said, record["answers"], record["lang"])[1]
+    return f1 + 0.25 * (cited == [record["source"]]) - 0.5 * (said not in prompt[-1]["content"])
+
+
+def passes(prompt: list[dict], reply: str, record: dict) -> bool:
+    return reward(prompt, reply, record) >= (1.25 if record["answers"] else 1.0)
