@@ -20,30 +20,33 @@ after Wilson, 1927). Each task is a JSON line of --out, too; one that stands the
 from plumbing.terminal import fail, run, say, stop_imports
 stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds
 
+import hashlib
 import json
 import math
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from configurator import Count, FilePath, Natural, configure
 from generate import complete
 from model import KVCache, Transformer
 from plumbing.answers import last_number, score_answer
-from plumbing.benchmarks import interval, read_task, table
+from plumbing.benchmarks import (Request, interval, names_of, read_task, request, stem, table,
+                                 windows)
 from plumbing.corpus import find_files
 from plumbing.examples import evenly_spaced, in_batches
 from plumbing.jobs import Progress
 from plumbing.loading import Precision, load_writer, newest_checkpoint
-from tokenizer import Tokenizer, render
+from tokenizer import render
 
 Figures = dict[str, Any]
-Request = tuple[list[int], list[list[int]]]  # ids of a context, and of what may follow it
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Config:
     tasks: str = ""  # files of JSON lines, or folders, with commas between
     limit: Natural = 0  # this many rows of each task and language, evenly spaced; 0: all
     window: Count = 2048  # most tokens that are read at once; the beginning of more is left out
-    at_once: Count = 2048  # tokens in a batch
+    at_once: Count = 2048  # tokens in the caches of a batch; more on a GPU
     max_tokens: Count = 256  # longest answer
     out: FilePath = "out/evaluate.jsonl"  # a JSON line for each task is added here
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
@@ -61,71 +64,69 @@ class Config:
 
 # ---------------------------------------------------------------------------- log P
 
-def batches(requests: list[Request], at_once: int) -> Iterator[list[int]]:
-    """Numbers of requests of like length, with at most so many tokens; the longest first, so that
-    too little memory shows at once."""
+def batches(sizes: list[int], at_once: int) -> Iterator[list[int]]:
+    """Numbers of rows of like size, at most so many tokens when padded to the longest; the longest
+    come first, so that too little memory shows at once. [1, 5, 0, 5], 10 -> [1, 3], [0]"""
     chosen: list[int] = []
-    for i in sorted(range(len(requests)), key=lambda i: -len(requests[i][0])):
-        rows = sum(len(requests[j][1]) for j in [*chosen, i])
-        width = max(len(requests[j][0]) + max(map(len, requests[j][1])) for j in [*chosen, i])
-        if chosen and rows * width > at_once:
+    for i in sorted(filter(sizes.__getitem__, range(len(sizes))), key=lambda i: -sizes[i]):
+        if chosen and (len(chosen) + 1) * sizes[chosen[0]] > at_once:
             yield chosen
             chosen = []
         chosen.append(i)
-    yield chosen
+    if chosen:
+        yield chosen
+
+
+def read(model: Transformer, rows: list[tuple[Tensor, list[int]]], at_once: int
+         ) -> list[tuple[Tensor, Tensor]]:
+    """Read each row's tokens after what is in its cache, (layers, 2, H, T, D). Returns its last
+    states (t, C), and its cache with the t new tokens."""
+    weight = model.norm.weight
+    found = [(weight.new_empty(0, len(weight)), past) for past, _ in rows]
+    # so few at once that their caches fit, and that hardly any padding is read
+    sizes = [len(ids) and max(past.size(-2) + len(ids), 16 * len(ids)) for past, ids in rows]
+    for chosen in batches(sizes, at_once):
+        pasts, texts = zip(*(rows[i] for i in chosen))
+        before, width = max(past.size(-2) for past in pasts), max(map(len, texts))
+        pad = [before - past.size(-2) for past in pasts]
+        cache = KVCache(model.config, len(chosen), before + width, pad, weight.device, weight.dtype)
+        for k, past in enumerate(pasts):
+            cache.kv[:, :, k, :, pad[k]:before] = past
+        cache.length = before
+        hidden = model(torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in texts],
+                                    device=weight.device), cache, hidden=True)
+        for k, (i, ids) in enumerate(zip(chosen, texts)):
+            found[i] = hidden[k, :len(ids)], cache.kv[:, :, k, :, pad[k]:before + len(ids)]
+    return found
 
 
 @torch.inference_mode()
-def log_probs(model: Transformer, requests: list[Request]) -> list[list[tuple[float, bool]]]:
-    """For each continuation of each context, its log P in nats, and whether it is the greedy one.
-    Each context is read once for all that may follow it."""
-    config, device, dtype = model.config, model.norm.weight.device, model.norm.weight.dtype
-    longest = max(len(context) for context, _ in requests) - 1
-    pad = [longest - len(context) + 1 for context, _ in requests]
-    rows = [(i, [context[-1], *end[:-1]], end) for i, (context, ends) in enumerate(requests)
-            for end in ends]  # the last token of the context predicts the first of the end
-    owner, width = [i for i, *_ in rows], max(len(read) for _, read, _ in rows)
-    cache = KVCache(config, len(rows), longest + width, [pad[i] for i in owner], device, dtype)
-    if longest:
-        once = KVCache(config, len(requests), longest, pad, device, dtype)
-        model(torch.tensor([[0] * n + context[:-1] for n, (context, _) in zip(pad, requests)],
-                           device=device), once, hidden=True)
-        cache.kv[..., :longest, :] = once.kv[:, :, owner]
-        cache.length = longest
-    hidden = model(torch.tensor([read + [0] * (width - len(read)) for _, read, _ in rows],
-                                device=device), cache, hidden=True)
-    states = torch.cat([hidden[i, :len(read)] for i, (_, read, _) in enumerate(rows)])
-    targets = torch.tensor([token for *_, end in rows for token in end], device=device)
-    logps, greedy = [], []
-    for some, wanted in zip(states.split(512), targets.split(512)):
-        logits = model.lm_head(some).float()  # (512, V)
-        logps.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
-        greedy.append(logits.argmax(-1) == wanted)
-    sizes, found = [len(end) for *_, end in rows], [[] for _ in requests]
-    for i, logp, right in zip(owner, torch.cat(logps).split(sizes), torch.cat(greedy).split(sizes)):
-        found[i].append((float(logp.double().sum()), bool(right.all())))
-    return found
-
-
-def request(tok: Tokenizer, context: str, ends: list[str], window: int) -> Request:
-    """Ids of a context and of what may follow it. Spaces at the end of the context belong to what
-    follows. Without a context, what follows the beginning of a text is asked for."""
-    kept = context.rstrip(" ")
-    start = [*tok.begin, *tok.encode_ordinary(kept)] if kept else tok.begin or [tok.endoftext]
-    n = len(start) - len(tok.begin) if kept else 0
-    found = [tok.encode_ordinary(context + end)[n:] or tok.encode_ordinary(end) for end in ends]
-    return start[-max(1, window + 1 - max(map(len, found))):], found
-
-
-def windows(tok: Tokenizer, text: str, size: int) -> list[Request]:
-    """A text as requests of `size` tokens; the last one reaches back, so that it is as long."""
-    ids, before = tok.encode_ordinary(text), tok.begin or [tok.endoftext]
-    found = []
-    for at in range(0, len(ids), size):
-        end = ids[at:at + size]
-        context = [*before, *ids[:at]][-(size + 1 - len(end)):]
-        found.append((context, [end]))
-    return found
+def log_probs(model: Transformer, requests: list[Request],
+              at_once: int = 2048) -> list[list[tuple[float, bool]]]:
+    """For each end of each context, its log P in nats, and whether it is the greedy one. What the
+    ends of a context share is read once: "She ate" for "She ate rice", "She ate rocks"."""
+    config, device = model.config, model.norm.weight.device
+    nothing = KVCache(config, 1, 1, None, device, model.norm.weight.dtype).kv[:, :, 0, :, :0]
+    stems = read(model, [(nothing, stem(one)) for one in requests], at_once)
+    rests = [(i, end[len(stem(requests[i])) - len(context):-1])
+             for i, (context, ends) in enumerate(requests) for end in ends]
+    states = [state[len(context) - 1:] for (state, _), (context, _) in zip(stems, requests)] + [
+        state for state, _ in read(model, [(stems[i][1], rest) for i, rest in rests], at_once)]
+    begin = [0, *accumulate(map(len, states))]
+    places = [[*range(begin[i], begin[i + 1]), *range(begin[k], begin[k + 1])]
+              for k, (i, _) in enumerate(rests, len(stems))]  # of the states that predict an end
+    at = torch.tensor([*chain(*places)], device=device)
+    wanted = torch.tensor([token for _, ends in requests for token in chain(*ends)], device=device)
+    logps, greedy = torch.zeros(len(at), device=device), at < 0
+    for n, some in enumerate(torch.cat(states).split(512)):
+        here = at // 512 == n
+        own, token, logits = at[here] % 512, wanted[here], model.lm_head(some).float()  # (512, V)
+        logps[here] = logits[own, token] - logits.logsumexp(-1)[own]
+        greedy[here] = logits.argmax(-1)[own] == token
+    sizes = [*map(len, places)]
+    scores = iter([(math.fsum(logp.tolist()), bool(right.all()))
+                   for logp, right in zip(logps.split(sizes), greedy.split(sizes))])
+    return [[next(scores) for _ in ends] for _, ends in requests]
 
 
 # ---------------------------------------------------------------------------- kinds of tasks
@@ -141,14 +142,12 @@ class Judge:
         self.progress, self.name = Progress(sys.stderr), ""
 
     def scores(self, requests: list[Request]) -> list[list[tuple[float, bool]]]:
-        found: list[list[tuple[float, bool]]] = [[] for _ in requests]
-        done = 0
-        for chosen in batches(requests, self.cfg.at_once):
-            for i, scores in zip(chosen, log_probs(self.model, [requests[i] for i in chosen])):
-                found[i] = scores
-            done += len(chosen)
-            self.progress.show(f"{self.name}: {done / len(requests):.0%}")
-        return found
+        found: dict[int, list[tuple[float, bool]]] = {}
+        for chosen in batches([len(stem(one)) for one in requests], self.cfg.at_once):
+            found |= zip(chosen, log_probs(self.model, [requests[i] for i in chosen],
+                                           self.cfg.at_once))
+            self.progress.show(f"{self.name}: {len(found) / len(requests):.0%}")
+        return [found[i] for i in range(len(requests))]
 
     def choice(self, rows: list[dict], joint: str) -> Figures:
         asked = [request(self.tok, row["query"], [(joint if row["query"] else "") + choice
@@ -204,20 +203,19 @@ class Judge:
         return {"em": interval(list(em)), "f1": round(100 * sum(f1) / len(f1), 2)}
 
 
-def run_task(judge: Judge, path: str, about: dict, done: list[dict]) -> Iterator[dict]:
-    """The figures of a file, one line for each language. Lines that are `done` are taken as they
-    are."""
+def run_task(judge: Judge, name: str, path: str, about: dict, done: list[dict]) -> Iterator[dict]:
+    """The figures of a file, one line for each language. Lines that are `done` stay as they are,
+    whose rows are the same."""
     rows, kind = read_task(path)
     for lang in sorted({row["lang"] for row in rows}):
         own = [row for row in rows if row["lang"] == lang]
         chosen = [own[i] for i in evenly_spaced(range(len(own)), judge.cfg.limit or None)]
-        head = {"task": Path(path).name.partition(".")[0], "lang": lang, "kind": kind,
-                "n": len(chosen), **about}
-        old = [line for line in done if head.items() <= line.items()]
-        if old:
+        head = {"task": name, "lang": lang, "kind": kind, "n": len(chosen),
+                "rows": hashlib.sha256(repr(chosen).encode()).hexdigest()[:12], **about}
+        if old := [line for line in done if head.items() <= line.items()]:
             yield old[-1]
             continue
-        judge.name, start = f"{head['task']} ({lang})", time.monotonic()
+        judge.name, start = f"{name} ({lang})", time.monotonic()
         figures = getattr(judge, kind)(chosen, chosen[0].get("joint", " " * (lang == "en")))
         judge.progress.end()
         line = head | figures | {"seconds": round(time.monotonic() - start, 1)}
@@ -240,7 +238,8 @@ def main() -> None:
         done = [json.loads(line) for line in out.read_text("utf-8").splitlines()
                 if line.endswith("}")] if out.exists() else []
         say(f"{judge.model.path}: {len(files)} tasks; figures go to {out}")
-        lines = [line for path in files for line in run_task(judge, path, about, done)]
+        lines = [line for name, path in zip(names_of(files), files)
+                 for line in run_task(judge, name, path, about, done)]
     except (ValueError, OSError) as error:
         fail(str(error))
     print("\n".join(table(lines)))

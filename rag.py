@@ -1,7 +1,8 @@
 """
 Answers from your own documents, with their sources, in English and Chinese.
 
-    python rag.py add notes/ manual.md                     index files and folders; again: changes
+    python rag.py add notes/ manual.md                     index files and folders
+    python rag.py add                                      take up what has changed in them
     python rag.py ask "怎么安装？" --stream                 the best sentences and where they stand
     python rag.py ask "How?" --checkpoint=out/sft          the same, answered by a model
     python rag.py ask "How?" --writer=http://127.0.0.1:11434/v1#qwen3     … by a server of yours
@@ -180,7 +181,7 @@ def open_index(cfg: Config) -> Index:
     gone, changed, new = documents.forget_gone(index, cfg.max_file_mb)
     if gone or changed or new:
         terminal.say(f"documents gone since they were indexed: {gone:,}, changed: {changed:,}; new "
-                     f"files in their folders: {new:,}; python rag.py add PATH takes that up")
+                     f"files in their folders: {new:,}; python rag.py add takes that up")
     return index
 
 
@@ -194,13 +195,13 @@ def cutter(cfg: Config, embedder: Any) -> documents.Cut:
 def change(job: str, paths: list[str], cfg: Config) -> None:
     """Bring the index up to date with files and folders, or forget them, and say what was done."""
     only_talk()
-    if job == "remove":
+    if job == "remove" or not paths:
         Index(cfg.index).close()  # raises ValueError if there is none
     embedder = None if job == "remove" else embed.load(cfg.embed, cfg.device)
     with Index(cfg.index, True, embedder, cfg.embed, job == "remove") as index:
         n = {"forgotten": documents.remove(index, paths)} if job == "remove" else documents.update(
-            index, paths, cutter(cfg, embedder), f"{cfg.chunk_tokens} {cfg.semantic}",
-            cfg.max_file_mb)
+            index, paths or documents.newcomers(index, cfg.max_file_mb), cutter(cfg, embedder),
+            f"{cfg.chunk_tokens} {cfg.semantic}", cfg.max_file_mb)
         did = ", ".join(f"{count:,} {what}" for what, count in n.items() if count)
         print(f"{cfg.index}: {did or 'nothing to read'}; {index.size()}")
 
@@ -257,7 +258,7 @@ def main() -> None:
         fail(f"{job}: not one of add, ask, chat, mcp, remove, info, split, eval; see --help")
     words = [word for word in rest if not word.startswith("--")]
     cfg = configure(Config, [job] * (job[0] == "-") + [w for w in rest if w not in words], False)
-    if bool(words) == (job in ("chat", "info", "mcp")):
+    if bool(words) == (job in ("chat", "info", "mcp")) and (words or job != "add"):
         fail(f"{job} takes no {words[0]}" if words else f"{job} what? python rag.py {job} …")
     if cfg.writer and cfg.checkpoint:
         fail("--checkpoint and --writer both answer: give one of them")

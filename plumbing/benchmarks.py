@@ -1,15 +1,27 @@
 """
-Reads the rows of benchmarks for evaluate.py, and writes its table; may be skipped.
+Reads the rows of benchmarks for evaluate.py, makes token ids of them, and writes its table; may be
+skipped.
 """
 import math
 from collections.abc import Iterator
+from os.path import commonprefix
+from pathlib import Path
 
 from plumbing.chats import read_prompt
 from plumbing.corpus import BadLine, LineError, language, parse_records, read_batches
+from tokenizer import Tokenizer
 
+Request = tuple[list[int], list[list[int]]]  # ids of a context, and of what may follow it
 KINDS = {"choice": ("query", "choices", "gold"), "cloze": ("context", "target"),
          "answer": ("prompt",), "text": ("text",)}
 STRINGS = ("query", "context", "target", "text", "answer")
+
+
+def names_of(files: list[str]) -> list[str]:
+    """What tasks are called: arc for arc.jsonl; en/arc where several files are called so."""
+    short = [Path(path).name.partition(".")[0] for path in files]
+    return [name if short.count(name) == 1 else f"{Path(path).absolute().parent.name}/{name}"
+            for name, path in zip(short, files)]
 
 
 def read_task(path: str) -> tuple[list[dict], str]:
@@ -65,6 +77,32 @@ def from_harness(row: dict) -> dict:
     except (TypeError, ValueError, AttributeError):
         raise LineError("arguments", "bad sample", "wanted multiple choice: a context and a "
                         "continuation for each choice, and the number of the target") from None
+
+
+def request(tok: Tokenizer, context: str, ends: list[str], window: int) -> Request:
+    """Ids of a context and of what may follow it. Spaces at the end of the context belong to what
+    follows. Without a context, what follows the beginning of a text is asked for."""
+    kept = context.rstrip()
+    start = [*tok.begin, *tok.encode_ordinary(kept)] if kept else tok.begin or [tok.endoftext]
+    n = len(start) - len(tok.begin) if kept else 0
+    found = [tok.encode_ordinary(context + end)[n:] or tok.encode_ordinary(end) for end in ends]
+    return start[-max(1, window + 1 - max(map(len, found))):], found
+
+
+def stem(request: Request) -> list[int]:
+    """The context and what all ends begin with, but for their last tokens, which none follows."""
+    return [*request[0], *commonprefix([end[:-1] for end in request[1]])]
+
+
+def windows(tok: Tokenizer, text: str, size: int) -> list[Request]:
+    """A text as requests of `size` tokens; the last one reaches back, so that it is as long."""
+    ids, before = tok.encode_ordinary(text), tok.begin or [tok.endoftext]
+    found = []
+    for at in range(0, len(ids), size):
+        end = ids[at:at + size]
+        context = [*before, *ids[:at]][-(size + 1 - len(end)):]
+        found.append((context, [end]))
+    return found
 
 
 def interval(right: list[float]) -> list[float]:

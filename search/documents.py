@@ -271,6 +271,11 @@ def forget_gone(index: Index, max_file_mb: int = 50) -> tuple[int, int, int]:
             pass
     for name in gone:
         index.remove(name)
+    return len(gone), changed, len(newcomers(index, max_file_mb))
+
+
+def newcomers(index: Index, max_file_mb: int = 50) -> list[str]:
+    """Files that came into the folders that were added. What was removed on purpose is none."""
     there, _ = find_documents(list(filter(os.path.isdir, index.manifest["folders"])), max_file_mb)
-    new = set(map(str, there)).difference(index.manifest["documents"], index.manifest["refused"])
-    return len(gone), changed, len(new)
+    known = {*index.manifest["documents"], *index.manifest["refused"]}
+    return [str(path) for path in there if str(path) not in known]

@@ -252,7 +252,7 @@ def test_split_passes_over_what_it_cannot_read_and_ends_when_its_reader_does(not
 
 @pytest.mark.parametrize("arguments, why", [  # exit code 2, no traceback
     (["find"], "find: not one of add, ask"),
-    (["add"], "add what?"),
+    (["add"], "no index here"),
     (["ask"], "ask what?"),
     (["split"], "split what?"),
     (["add", "nowhere"], "nowhere: no such file"),

@@ -74,6 +74,21 @@ def test_asking_finds_nothing_that_is_gone_and_says_what_has_changed(tmp_path, r
     assert run("ask", "When are the bins emptied?")[2] == ""
 
 
+def test_add_without_a_path_takes_up_what_has_changed(tmp_path, run):
+    """What `ask` says has changed, is gone or is new, wherever it was added from."""
+    for name in ("one/a.md", "one/gone.md", "two/b.md"):
+        write(tmp_path / name, "The bins are emptied on Tuesday.")
+    run("add", tmp_path / "one", tmp_path / "two/b.md")
+    (tmp_path / "one/gone.md").unlink()
+    write(tmp_path / "one/new.md", "The pump is blue.")
+    write(tmp_path / "two/b.md", "The bins are emptied on Friday.")
+    os.utime(tmp_path / "two/b.md", (1e9, 1e9))
+    assert "python rag.py add takes that up" in run("ask", "Which pump?")[2]
+    assert "1 new, 1 changed, 1 unchanged, 1 gone" in run("add")[1]
+    assert run("ask", "Which pump?")[1:] == (
+        f"The pump is blue. [1]\n  [1]* {tmp_path}/one/new.md:1  new\n", "")
+
+
 def test_no_clock_tells_what_has_changed(tmp_path, run):
     """A file from a camera whose clock is ahead counted as changed after every `add`, for ever. And
     when the clock was put back, an edit that came after the `add` seemed older than the index, and
