@@ -26,8 +26,10 @@ from torch import Tensor
 
 from configurator import Count, FilePath, Natural, NotNegative, Positive, Share, configure
 from model import KVCache, Transformer
+from plumbing.drawing import draw
 from plumbing.files import read_text
 from plumbing.loading import Precision, load_writer, newest_checkpoint
+from plumbing.lookup import Lookup
 from plumbing.thoughts import Answer
 from tokenizer import Tokenizer, render
 
@@ -75,17 +77,18 @@ def penalise(logits: Tensor, seen: list[list[int]], penalty: float) -> Tensor:
     return logits
 
 
-def keep_top_p(logits: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Logits and ids of the likeliest tokens, -inf for all but the fewest that hold p of the
-    probability (Holtzman et al. 2020)."""
-    total = logits.logsumexp(-1, keepdim=True)
-    for n in (100, 1000, logits.size(-1)):  # a few are nearly always enough, and sorting is slow
+def keep_likeliest(logits: Tensor, k: int, p: float) -> Tensor:
+    """-inf for all tokens but the k likeliest, exactly k even of equals, or with k = 0 for none. Of
+    those left, the fewest that hold p of the probability are kept (Holtzman et al. 2020)."""
+    for n in (k,) if k else (100, 1000, 10_000, logits.size(-1)):  # few often do; sorting is slow
         values, ids = logits.topk(min(n, logits.size(-1)))
-        probs = (values - total).exp()
+        probs = (values - (values if k else logits).logsumexp(-1, keepdim=True)).exp()
         if (probs.sum(-1) >= p).all():
             break
-    likelier = probs.cumsum(-1) - probs  # the probability of all likelier tokens
-    return values.masked_fill(likelier >= p, -torch.inf), ids
+    if p < 1:
+        likelier = probs.cumsum(-1) - probs  # the probability of all likelier tokens
+        values = values.masked_fill(likelier >= p, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
@@ -96,31 +99,19 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 def sample(logits: Tensor, seen: list[list[int]], noise: Tensor, **settings) -> Tensor:
     """One token per row, (B,), from logits (B, V), by the settings of `Sampling`. `seen` are the
-    ids of each row so far, `noise` (B,) a uniform number in [0, 1) for each: drawn is the first
-    token at which the summed probabilities pass it. So the same noise gives the same token on every
-    device and beside any other rows, which `torch.multinomial` does not promise."""
+    ids of each row so far, `noise` (B,) a uniform number in [0, 1) for each."""
     how = Sampling(**settings)
     logits = logits.float()
     if how.repetition_penalty != 1:
         logits = penalise(logits, seen, how.repetition_penalty)
     if how.temperature < 1e-5:  # 0, or so low that the division could overflow
         return logits.argmax(-1)
-    logits, ids = logits / how.temperature, None  # ids: of the few tokens that are left, in order
-    if how.top_k:  # exactly k, even where several are equally likely
-        ids = logits.topk(min(how.top_k, logits.size(-1))).indices.sort(-1).values
-        logits = logits.gather(-1, ids)
-    if how.top_p < 1:
-        logits, left = keep_top_p(logits, how.top_p)
-        left, order = left.sort(-1)
-        logits, ids = logits.gather(-1, order), left if ids is None else ids.gather(-1, left)
+    logits = logits / how.temperature
+    if how.top_k or how.top_p < 1:
+        logits = keep_likeliest(logits, how.top_k, how.top_p)
     if how.min_p > 0:
         logits = keep_min_p(logits, how.min_p)
-    probs = logits.softmax(-1)
-    # a GPU adds in another order for each token: without the mask a token of no probability could
-    # seem to raise the sum a little, and be drawn
-    total = probs.cumsum(-1).masked_fill(probs == 0, 0.0)
-    drawn = (total > noise[:, None] * total.amax(-1, keepdim=True)).int().argmax(-1)
-    return drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
+    return draw(logits.softmax(-1), noise)
 
 
 @torch.inference_mode()
@@ -151,12 +142,20 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         kv = KVCache(model.config, len(rows), longest + max_tokens, pad, weight.device, dtype)
         fresh = torch.tensor([[0] * n + row for n, row in zip(pad, rows)], device=weight.device)
+    # guess: ids that may come next, which the model has read already; ahead: the logits after them
+    lookup, guess, ahead = Lookup(model), [], torch.empty(0)
     for i in range(max_tokens):
-        if cache:  # first the whole prompts go in, then one new token of each row
-            logits = model.lm_head(model(fresh, kv, hidden=True)[:, -1])  # (B, T) -> (B, V)
+        if guess and guess[0] == rows[0][-1]:
+            guess, ahead = guess[1:], ahead[:, 1:]
+        elif cache:  # first the whole prompts go in, then one new token of each row, and a guess
+            kv.length -= len(guess)  # forget the old one, which was wrong
+            guess = lookup.guess(rows[0], max_tokens - i - 1) if len(rows) == 1 else []
+            fresh = torch.cat((fresh, fresh.new_tensor([guess] * len(rows))), dim=1)
+            ahead = model.lm_head(model(fresh, kv, hidden=True)[:, -1 - len(guess):])
         else:
-            logits = torch.cat([model(torch.tensor([row], device=weight.device))[:, -1]
-                                for row in rows])
+            ahead = torch.cat([model(torch.tensor([row], device=weight.device))[:, -1:]
+                               for row in rows])
+        logits = ahead[:, 0]  # (B, 1 + guess, V) -> (B, V)
         seen = [row[len(prompt) * quoting:] for row, prompt in zip(rows, prompts)]
         fresh = sample(logits, seen, noise[:, i], **sampling)[:, None]
         if logps is not None:
@@ -184,8 +183,6 @@ def complete(model: Transformer, tok: Tokenizer, prompts: list[list[int]], max_t
     return [tok.decode([token for token in reply if token not in stop])
             for reply in replies(model, prompts, max_tokens, **settings)]
 
-
-# ---------------------------------------------------------------------------- command line
 
 def read_prompts(cfg: Config) -> list[str]:
     """The prompts of the command line, of a file or from a pipe; [] to ask the user for them.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from model import KVCache, Transformer
+from plumbing.lookup import Lookup
 
 PART = 128  # tokens of a prompt that are read between two steps
 Sampler = Callable[..., Tensor]
@@ -48,6 +49,7 @@ class Text:
         self.chance = torch.Generator().manual_seed(self.seed)
         self.cache: KVCache | None = None  # of its own, while the prompt is read
         self.reused = 0  # tokens of the prompt that were copied
+        self.lookup: Lookup  # guesses how it goes on
 
 
 class Batch:
@@ -123,7 +125,7 @@ class Batch:
             text.on_token(None, 0.0, {})
             return True
         if text.cache is None:
-            weight = self.model.norm.weight
+            text.lookup, weight = Lookup(self.model), self.model.norm.weight
             text.cache = KVCache(self.model.config, 1, len(text.prompt), None, weight.device,
                                  weight.dtype)
             common, kv = self.longest_prefix(text.prompt)
@@ -185,13 +187,22 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Write one token of every text."""
+        """Write a token of every text; of one that is alone, all that were guessed right, too."""
         if self.cache.length == self.window:  # the longest text has ended, so there is padding
             self.shift(-int(self.cache.pad.min()))
-        fresh = torch.tensor([[text.ids[-1]] for text in self.texts], device=self.store.device)
-        logits = self.model.lm_head(self.model(fresh, self.cache, hidden=True)[:, -1])
-        for i in range(len(self.texts)):
-            self.take(i, logits[i:i + 1])
+        text, guess = self.texts[0], []
+        if len(self.texts) == 1:
+            left = len(text.prompt) + text.max_tokens - len(text.ids)
+            guess = text.lookup.guess(text.ids, min(left, self.window - self.cache.length) - 1)
+        fresh = torch.tensor([[text.ids[-1], *guess] for text in self.texts],
+                             device=self.store.device)
+        logits = self.model.lm_head(self.model(fresh, self.cache, hidden=True))
+        for place, guessed in enumerate([*guess, -1], 1):
+            for i in range(len(self.texts)):
+                self.take(i, logits[i:i + 1, place - 1])
+            if text.ended or text.ids[-1] != guessed:
+                break
+        self.cache.length += place - 1 - len(guess)  # what was wrong is forgotten
         self.leave()
 
     def take(self, i: int, logits: Tensor) -> None:
