@@ -15,7 +15,6 @@ import rag
 from bench.rag import read_records
 from configurator import Count, FilePath, configure
 from generate import generate
-from plumbing.examples import evenly_spaced
 from plumbing.loading import Precision, load_writer
 from plumbing.lookup import Lookup
 from plumbing.terminal import run
@@ -41,7 +40,8 @@ FREE = ["Tell me a story about a lighthouse.", "How is tea made?", "Explain grav
 class Config:
     checkpoint: FilePath = ""  # model that writes
     corpus: FilePath = ""  # as bench.rag
-    queries: FilePath = ""  # as bench.rag; 16 of the English ones are asked
+    queries: FilePath = ""  # as bench.rag
+    questions: Count = 16  # so many of the English ones are asked
     repeats: Count = 3  # times that each text is written
     dtype: Precision = "int8"  # of the weights
 
@@ -52,7 +52,7 @@ def main() -> None:
     texts = {row["id"]: row["text"] for row in read_records(cfg.corpus, "corpus")}
     english = [q for q in read_records(cfg.queries, "queries") if q["lang"] == "en"]
     answers = [rag.build_messages(q["query"], [texts[q["doc_id"]]], "plain", [])
-               for q in evenly_spaced(english, 16)]
+               for q in english[::max(1, len(english) // cfg.questions)][:cfg.questions]]
     guess, none = Lookup.guess, lambda self, ids, most: []
 
     def timed(prompt: list[int], how: dict) -> tuple[list[int], float, float]:
