@@ -19,7 +19,7 @@ an expected gradient of zero (tests/test_losses.py). This A is RLOO's (Ahmadian 
 
 r is clipped to +-5; a reply that does not end gets 1 less than the worst one written with it.
 With --reward_from=FILE.py, r is what a Python function of yours returns (config/reward_numbers.py).
-Replies to a prompt that all have the same r say nothing, and no update learns from them.
+Replies to a prompt with all the same r say nothing: no update learns from them, or from their KL.
 Replies are drawn at temperature 1 from all tokens: another distribution would not be the policy's.
 """
 from plumbing.terminal import end_quietly, run

@@ -114,20 +114,20 @@ def main() -> None:
     run("tokenizer.py", f"--input={data}", "--kind=char", f"--out={tok}")
     run("data.py", f"--input={data}/pt.jsonl", f"--tokenizer={tok}", f"--out_dir={out}/tokens")
 
-    def stage(script: str, name: str, steps: int, *more: str) -> None:
+    def stage(script: str, name: str, steps: int, warmup: int, *more: str) -> None:
         run(script, *more, f"--out_dir={out}/{name}", f"--max_steps={steps}", "--log_every=20",
-            f"--warmup_steps={min(20, steps // 5)}", f"--seed={cfg.seed}")
-    stage("train_pt.py", "pt", cfg.pt_steps, f"--data_dir={out}/tokens", "--optimizer=muon",
+            f"--warmup_steps={min(warmup, steps - 1)}", f"--seed={cfg.seed}")
+    stage("train_pt.py", "pt", cfg.pt_steps, 50, f"--data_dir={out}/tokens", "--optimizer=muon",
           "--eval_tokens=20000")
-    stage("train_sft.py", "sft", cfg.sft_steps, f"--init_from={out}/pt", "--optimizer=muon",
+    stage("train_sft.py", "sft", cfg.sft_steps, 20, f"--init_from={out}/pt", "--optimizer=muon",
           "--learning_rate=6e-3", "--batch_tokens=4096", "--batch_size=16", "--answer_tokens=6",
           f"--data={data}/chat.jsonl", f"--val_data={data}/chat_heldout.jsonl")
     for name, prompts in (("rl", "prompts"), ("control", "shuffled")):
-        stage("train_rl.py", name, cfg.rl_steps, "config/rl_sums.py", f"--init_from={out}/sft",
+        stage("train_rl.py", name, cfg.rl_steps, 5, "config/rl_sums.py", f"--init_from={out}/sft",
               f"--data={data}/{prompts}.jsonl", f"--val_data={data}/prompts_heldout.jsonl")
     lines = report(Path(out))
     print("\n".join(["", *lines]))
-    raise SystemExit(int("MISSED" in lines[-1]))
+    raise SystemExit(int(lines[-1].startswith("MISSED")))
 
 
 if __name__ == "__main__":
