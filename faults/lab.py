@@ -8,10 +8,8 @@ Tools to break a training run with, for `python -m faults` and the tests.
 A run is a fork that sets sys.argv and calls main(): torch is imported once, so a kill costs a
 fraction of a second. The child does not measure the peak speed of the CPU. Linux only.
 """
-import builtins
 import ctypes
 import importlib
-import io
 import json
 import os
 import random
@@ -23,18 +21,16 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from demo import world
-from plumbing import checkpoint, log
+from plumbing import checkpoint, log, runtime
 from tokenizer import PATTERN, dump
 
 ROOT = Path(__file__).resolve().parent.parent
-Result = tuple[str, bool]  # of a row: what was measured, and whether it is what is promised
 STAGES = ("pt", "sft", "rm", "dpo", "rl")
 SHORT = dict(warmup_steps=1, eval_every=1000, save_every=1, log_every=1, learning_rate=1e-3)
 LATER = dict(answer_tokens=4, val_fraction=0.2, batch_size=2)
@@ -222,6 +218,21 @@ def die_after_save(step: int) -> Callable[[], None]:
     return instead(checkpoint, "save", save)
 
 
+def break_rank(how: str, at: int, note: Path) -> Callable[[], None]:
+    """For a Run: at step `at` rank 1 is killed, raises or hangs (sleeps, as on a dead network
+    drive). `note` gets the time."""
+    def allows(real, guard, norm: float, step: int, *rest) -> bool:
+        if os.environ["RANK"] == "1" and step == at:
+            note.write_text(str(time.time()))
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "raises":
+                raise RuntimeError("deliberate")
+            time.sleep(1000)
+        return real(guard, norm, step, *rest)
+    return instead(runtime.GradientGuard, "allows", allows)
+
+
 def side_by_side(jobs: list[Callable[[], list]], workers: int = 2) -> list[list]:
     """What each job returns (numbers and strings), run in forked children, `workers` at once.
     Raises RuntimeError if one fails; its traceback is printed."""
@@ -274,71 +285,3 @@ def damaged(out_dir: Path) -> list[Path]:
     """Checkpoints that a new process would find damaged."""
     checkpoint._known_good.clear()
     return [path for path in checkpoint.list_checkpoints(str(out_dir)) if checkpoint.damage(path)]
-
-
-def die_at(number: int, torn: bool, operation: Callable[[], object]) -> None:
-    """Do the operation, but end, as by a power switch, instead of call `number` that touches the
-    disk: open, write, flush, close, fsync, replace, unlink, mkdir and their kin. `torn`: half of a
-    last write still reaches the file."""
-    left, plain_open = iter(range(number)), builtins.open
-
-    def step(real, *args, **more):
-        if next(left, None) is None:
-            if torn and real.__name__ == "write":
-                real(args[0][:len(args[0]) // 2])
-                type(real.__self__).flush(real.__self__)
-            os._exit(9)  # what is buffered in this process is lost
-        return real(*args, **more)
-
-    def opening(path, mode="r", *args, **more):
-        if not set(mode) & set("wax+"):
-            return plain_open(path, mode, *args, **more)
-        file = step(plain_open, path, mode, *args, **more)
-        for name in ("write", "flush", "truncate", "close"):
-            setattr(file, name, partial(step, getattr(file, name)))
-        return file
-
-    class Raw(io.FileIO):
-        """What checkpoint.save writes to."""
-        def write(self, data) -> int:
-            return step(super().write, bytes(data))
-
-    io.FileIO = Raw  # type: ignore[misc]
-    builtins.open = io.open = opening  # type: ignore[assignment]
-    for name in ("replace rename fsync unlink remove mkdir rmdir open close truncate ftruncate "
-                 "link symlink").split():
-        setattr(os, name, partial(step, getattr(os, name)))
-    operation()
-
-
-def crash_everywhere(operation: Callable[[], object], right: Callable[[], bool],
-                     reset: Callable[[], None], every: int = 1) -> tuple[int, int]:
-    """SQLite's method, for any operation that writes: a child dies at its k-th call that touches
-    the disk, for every k (or every `every`-th), with the last write torn or not, until it survives.
-    `reset` puts everything back before each try; `right` says whether what is left is the old state
-    or the new one, and doing it again ends well. (crashes, bad states)."""
-    crashes = bad = 0
-    for torn in (False, True):
-        for number in range(torn * (every // 2), 100_000, every):
-            reset()
-            code = Child(lambda: die_at(number, torn, operation), Path(os.devnull)).wait()
-            if code == 0:
-                break
-            crashes += 1
-            try:
-                bad += code != 9 or not right()
-            except Exception:  # what is left cannot even be read, or made again
-                bad += 1
-    return crashes, bad
-
-
-def spoil(raw: bytes, r: random.Random) -> tuple[str, bytes]:
-    """One bit flipped, or the end cut off, or a page of zeros as after a loss of power."""
-    kind = r.choice(["bit flipped", "bit flipped", "cut off", "page zeroed"])
-    at = r.randrange(len(raw))
-    if kind == "cut off":
-        return kind, raw[:at]
-    before, page, after = raw[:at & -4096], raw[at & -4096:][:4096], raw[(at & -4096) + 4096:]
-    if kind == "page zeroed" and any(page):
-        return kind, before + bytes(len(page)) + after
-    return "bit flipped", raw[:at] + bytes([raw[at] ^ 1 << r.randrange(8)]) + raw[at + 1:]

@@ -1,6 +1,7 @@
 """For every test: the repository on sys.path, and one thread, so that sums round the same way."""
 import io
 import json
+import os
 import signal
 import sys
 from dataclasses import asdict
@@ -77,3 +78,18 @@ def lab(tmp_path_factory):
     """Toy data, and runs of the five stages in forked children; on Linux."""
     from faults.lab import Lab
     return Lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture
+def full() -> bool:
+    """Whether `python -m faults` wants the numbers of docs/reliability.md."""
+    return "KILLS" in os.environ
+
+
+@pytest.fixture
+def measured():
+    """What a row of the fault board has found, for the board, and whether that is as promised."""
+    def tell(what: str, good: bool) -> None:
+        print(f"\nmeasured: {what}")
+        assert good, what
+    return tell

@@ -1,11 +1,11 @@
-"""
-Rows of `python -m faults` about files: processes killed at any moment, damage on the disk, disks
-that are full, model files of strangers.
-"""
+"""Rows of docs/reliability.md about files: processes that die in the middle of a write, damage on
+the disk, disks that are full, model files of strangers. `python -m faults` runs them in full."""
+import builtins
 import contextlib
 import io
+import os
+import random
 import shutil
-import signal
 import sys
 import zlib
 from collections import Counter
@@ -15,11 +15,13 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import pytest
 
 import data
 from demo import world
-from faults.lab import (ROOT, STAGES, Lab, Result, Run, bits, crash_everywhere, damaged,
-                        die_after_save, newest, same_bits, same_run, side_by_side, spoil)
+from faults.lab import (STAGES, Child, Lab, Run, bits, damaged, die_after_save, newest, same_bits,
+                        same_run, side_by_side)
+from hostile_files import write_all
 from plumbing import checkpoint, corpus, examples, runtime
 from plumbing.jobs import Progress
 from search.documents import count_pieces, update
@@ -29,39 +31,87 @@ from search.topics import terms
 from tokenizer import load_tokenizer
 
 
-def kill_storm(lab: Lab, kills: int = 300) -> Result:
-    """SIGKILL at random moments from the first instruction of main() on, each life resuming where
-    the last one was shot, until the run ends; then the next of the five stages. After each kill
-    every checkpoint is read back; at the end losses, weights and moments are compared bit by bit
-    with a run that nothing disturbed. Seen to fail when checkpoint.save wrote in place, and when
-    the optimizer was not restored."""
-    def storm(stage: str) -> list[int]:
-        """Kills, runs, corrupt checkpoints, runs that differ."""
-        r, done, runs, corrupt, differ = Random(stage), 0, 0, 0, 0
-        expected, seconds = lab.whole(stage, max_steps=12)
-        while done < kills / len(STAGES):
-            out, patience = lab.new("storm"), 0.4 * seconds
-            while True:
-                run = lab.start(stage, out, resume=True, max_steps=12)
-                if run.ends(r.uniform(0.002, patience)):
-                    break
-                run.send(signal.SIGKILL)
-                run.wait()
-                done += 1
-                patience *= 1.02  # a run must end some time, even on a busy machine
-                corrupt += len(damaged(out))
-            differ += run.code != 0 or not same_run(out, expected)
-            runs += 1
-            shutil.rmtree(out)
-        return [done, runs, corrupt, differ]
-
-    found = side_by_side([partial(storm, stage) for stage in STAGES])
-    done, runs, corrupt, differ = map(sum, zip(*found))
-    return (f"{done:,} kills in {runs:,} runs: {corrupt} corrupt checkpoints, {differ} runs that "
-            "differ by a bit", not corrupt and not differ)
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and kills as Linux does")
 
 
-def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
+def die_at(number: int, torn: bool, operation: Callable[[], object]) -> None:
+    """Do the operation, but end, as by a power switch, instead of call `number` that touches the
+    disk: open, write, flush, close, fsync, replace, unlink, mkdir and their kin. `torn`: half of a
+    last write still reaches the file."""
+    left, plain_open = iter(range(number)), builtins.open
+
+    def step(real, *args, **more):
+        if next(left, None) is None:
+            if torn and real.__name__ == "write":
+                real(args[0][:len(args[0]) // 2])
+                type(real.__self__).flush(real.__self__)
+            os._exit(9)  # what is buffered in this process is lost
+        return real(*args, **more)
+
+    def opening(path, mode="r", *args, **more):
+        if not set(mode) & set("wax+"):
+            return plain_open(path, mode, *args, **more)
+        file = step(plain_open, path, mode, *args, **more)
+        for name in ("write", "flush", "truncate", "close"):
+            setattr(file, name, partial(step, getattr(file, name)))
+        return file
+
+    class Raw(io.FileIO):
+        """What checkpoint.save writes to."""
+        def write(self, data) -> int:
+            return step(super().write, bytes(data))
+
+    io.FileIO = Raw  # type: ignore[misc]
+    builtins.open = io.open = opening  # type: ignore[assignment]
+    for name in ("replace rename fsync unlink remove mkdir rmdir open close truncate ftruncate "
+                 "link symlink").split():
+        setattr(os, name, partial(step, getattr(os, name)))
+    operation()
+
+
+def crash_everywhere(operation: Callable[[], object], right: Callable[[], bool],
+                     reset: Callable[[], None], every: int = 1) -> tuple[int, int]:
+    """SQLite's method, for any operation that writes: a child dies at its k-th call that touches
+    the disk, for every k (or every `every`-th), with the last write torn or not, until it survives.
+    `reset` puts everything back before each try; `right` says whether what is left is the old state
+    or the new one, and doing it again ends well. (crashes, bad states)."""
+    crashes = bad = 0
+    for torn in (False, True):
+        for number in range(torn * (every // 2), 100_000, every):
+            reset()
+            code = Child(lambda: die_at(number, torn, operation), Path(os.devnull)).wait()
+            if code == 0:
+                break
+            crashes += 1
+            try:
+                bad += code != 9 or not right()
+            except Exception:  # what is left cannot even be read, or made again
+                bad += 1
+    return crashes, bad
+
+
+def test_an_operation_that_is_not_atomic_is_found_out(tmp_path):
+    """The tool itself: writing in place leaves bad states, writing aside and renaming does not."""
+    path = tmp_path / "x"
+
+    def in_place() -> None:
+        path.write_text("new" * 1000)
+
+    def aside() -> None:
+        (tmp_path / "y").write_text("new" * 1000)
+        os.replace(tmp_path / "y", path)
+
+    def reset() -> None:
+        path.write_text("old")
+
+    def right() -> bool:
+        return path.read_text() in ("old", "new" * 1000)
+    assert crash_everywhere(in_place, right, reset)[1] > 0
+    crashes, bad = crash_everywhere(aside, right, reset)
+    assert crashes >= 8 and bad == 0
+
+
+def test_crash_at_every_call(lab, full, measured):
     """A child dies at its k-th call that touches the disk, for every k, once between two calls and
     once in the middle of a write: while a checkpoint is saved (an older one is there), while
     data.py makes token shards, while examples.py makes the rows of a chat file, and while notes are
@@ -69,6 +119,8 @@ def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
     `crash_everywhere` the operation. Seen to fail when checkpoint.save wrote under the final name,
     when write_text did, when examples.prepare left what a killed run had begun, and when the index
     was written over instead of after its valid end."""
+    every = 1 if full else 7
+
     def crashes(change: Callable[[Path], object], found: Callable[[Path], object],
                 old: Path | None = None) -> tuple[int, int]:
         """`change` makes a folder, or makes it what it is to be from what it was (`old`). What is
@@ -133,10 +185,22 @@ def crash_at_every_call(lab: Lab, every: int = 1) -> Result:
                                  "index": of_index, "rows": of_rows}
     tried, bad = zip(*side_by_side(list(jobs.values())))
     text = ", ".join(f"{name} {n:,}" for name, n in zip(jobs, tried))
-    return f"crashes: {text}; {sum(bad)} bad states", not sum(bad)
+    measured(f"crashes: {text}; {sum(bad)} bad states", not sum(bad))
 
 
-def damaged_files(lab: Lab, n: int = 1500) -> Result:
+def spoil(raw: bytes, r: random.Random) -> tuple[str, bytes]:
+    """One bit flipped, or the end cut off, or a page of zeros as after a loss of power."""
+    kind = r.choice(["bit flipped", "bit flipped", "cut off", "page zeroed"])
+    at = r.randrange(len(raw))
+    if kind == "cut off":
+        return kind, raw[:at]
+    before, page, after = raw[:at & -4096], raw[at & -4096:][:4096], raw[(at & -4096) + 4096:]
+    if kind == "page zeroed" and any(page):
+        return kind, before + bytes(len(page)) + after
+    return "bit flipped", raw[:at] + bytes([raw[at] ^ 1 << r.randrange(8)]) + raw[at + 1:]
+
+
+def test_damaged_files(lab, full, measured):
     """A flipped bit, a cut end or a zeroed page in a checkpoint of each stage, in a token shard, in
     the rows of examples and in each file of a search index: the file must be named and not used (of
     two checkpoints the other one is). Seen to fail when `damage` trusted the zip archive's own end,
@@ -169,6 +233,7 @@ def damaged_files(lab: Lab, n: int = 1500) -> Result:
         return False
 
     r, found, kinds, files = Random(1), 0, Counter(), [*saved, *readers]
+    n = 1500 if full else 120
     for i in range(n):
         path = files[i % len(files)]
         raw = path.read_bytes()
@@ -178,17 +243,17 @@ def damaged_files(lab: Lab, n: int = 1500) -> Result:
         found += notices(path)
         path.write_bytes(raw)
     text = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
-    return f"{found:,} of {n:,} ({text})", found == n and not any(map(notices, files))
+    measured(f"{found:,} of {n:,} ({text})", found == n and not any(map(notices, files)))
 
 
-def disk_full(lab: Lab, shares: tuple[float, ...] = (0.1, 0.5, 0.99),
-              stages: tuple[str, ...] = STAGES) -> Result:
+def test_disk_full(lab, full, measured):
     """Each stage goes on from a checkpoint with a limit on the size of files (RLIMIT_FSIZE) that
     the next checkpoint passes after some share of it. The script must end with exit code 3 and say
     why, the old checkpoint must be what it was, no temporary file may be left, and with room again
     the run goes on. Seen to fail when save left its temporary file, and when it passed on torch's
     own error."""
     import resource
+    shares, stages = ((0.1, 0.5, 0.99), STAGES) if full else ((0.5,), ("pt", "rl"))
 
     def fill(stage: str) -> list[int]:
         """Cases, and those that went wrong."""
@@ -210,18 +275,16 @@ def disk_full(lab: Lab, shares: tuple[float, ...] = (0.1, 0.5, 0.99),
         return [len(shares), bad]
 
     cases, bad = map(sum, zip(*side_by_side([partial(fill, stage) for stage in stages])))
-    return (f"{cases - bad} of {cases} full disks: old checkpoint intact, exit code 3, reason "
-            "said, no temporary file", not bad)
+    measured(f"{cases - bad} of {cases} full disks: old checkpoint intact, exit code 3, reason "
+             "said, no temporary file", not bad)
 
 
-def hostile_files(lab: Lab) -> Result:
+def test_hostile_files(lab, measured):
     """generate.py --checkpoint=FILE with each file of tests/hostile_files.py: one line and exit
     code 2, no file made by code in it, less than 200 MB and 1 s of computing each. Seen to fail
     when checkpoint.load did not look at the archive first (bytearray of 2 GB, storages that claim
     more than they hold, a pipe that is waited for), and with weights_only=False (code ran)."""
     import resource
-    sys.path.append(str(ROOT / "tests"))
-    from hostile_files import write_all
     folder, marker = lab.new("hostile"), lab.folder / "marker"
     folder.mkdir()
 
@@ -246,9 +309,9 @@ def hostile_files(lab: Lab) -> Result:
         marker.unlink(missing_ok=True)
         most, slowest = max(most, grown), max(slowest, run.seconds)
     ran += (folder.parent / "escaped").exists()
-    return (f"{refused} of {len(files)} refused, {ran} ran, at most {most:.0f} MB and "
-            f"{slowest:.2f} s each",
-            fine and refused == len(files) == 30 and not ran and most < 200 and slowest < 1)
+    measured(f"{refused} of {len(files)} refused, {ran} ran, at most {most:.0f} MB and "
+             f"{slowest:.2f} s each",
+             fine and refused == len(files) == 30 and not ran and most < 200 and slowest < 1)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
