@@ -52,11 +52,14 @@ class Config:
     workers: Natural = 0  # processes; 0: one per core
 
 
+# ---------------------------------------------------------------------------- pre-training
+
 class Windows:
     """Windows of `length` tokens, and the token after each, over all training files.
 
-    Within an epoch every window comes once, in an order that is new each epoch; so is the offset
-    at which the windows start, so that no token is always first in its window.
+    Of a file 7 8 9 1 2 3 4, windows of 3 tokens are 7 8 9 with the targets 8 9 1, and 1 2 3 with
+    the targets 2 3 4. Within an epoch every window comes once, in an order that is new each epoch;
+    so is the offset at which the windows start, so that no token is always first in its window.
     """
 
     def __init__(self, files: list[TokenFile], length: int, seed: int):
@@ -128,6 +131,8 @@ def passages(file: TokenFile, length: int, batch_size: int, max_tokens: int | No
         yield both[:, :-1].clamp(min=0), both[:, 1:]
 
 
+# ---------------------------------------------------------------------------- fine-tuning
+
 def pack(lengths: list[int], size: int) -> list[list[int]]:
     """Put rows into windows of `size` tokens with little waste: take the longest first and place it
     in the fullest window that still has room (best fit decreasing). The numbers of the rows in each
@@ -168,6 +173,8 @@ class Packed:
     def make(self, bins: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         return window_batch([[self.rows.example(i)[0] for i in one] for one in bins], self.length)
 
+
+# ---------------------------------------------------------------------------- writing the files
 
 def encode(documents: list[Document], tokenizer: str, val_fraction: float) -> Made:
     """The token ids for each file, and how many documents and bytes of text they stand for."""
@@ -227,8 +234,6 @@ def main() -> None:
         fail(f"--val_fraction={cfg.val_fraction} must lie between 0 and 1")
     try:
         prepare(cfg, Progress())
-    except ValueError as error:
-        fail(str(error))
     except KeyboardInterrupt:
         fail("stopped; the same command starts again")
     except OSError as error:

@@ -31,9 +31,9 @@ import tiktoken
 from configurator import Count, FilePath, Natural, configure
 from plumbing.bpe import QWEN2, train_bpe
 from plumbing.chats import ROLES, said_in
-from plumbing.corpus import BadLine, BadLines, Batch, find_files, parse, read_batches, sampled
+from plumbing.corpus import Document, find_files, made_by_workers, parse, read_batches, sampled
 from plumbing.files import check_place, write_text
-from plumbing.jobs import Progress, parallel
+from plumbing.jobs import Progress
 from plumbing.templates import read_rules
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
@@ -246,41 +246,31 @@ class StreamDecoder:
 
 # ---------------------------------------------------------------------------- command line
 
-def count_batch(batch: Batch, pattern: str) -> tuple[dict[str, Counter], list[BadLine], int]:
-    """A worker's share: pieces by language, bad lines, documents."""
+def count_by_language(documents: list[Document], pattern: str) -> dict[str, Counter[bytes]]:
+    """A worker's share: the pieces of some documents."""
     texts: dict[str, list[str]] = {}
-    bad = []
-    for item in parse(batch, said_in):
-        if isinstance(item, BadLine):
-            bad.append(item)
-        else:
-            texts.setdefault(item.lang, []).append(item.text)
-    return ({lang: count_pieces(some, pattern) for lang, some in texts.items()}, bad,
-            sum(map(len, texts.values())))
+    for document in documents:
+        texts.setdefault(document.lang, []).append(document.text)
+    return {lang: count_pieces(some, pattern) for lang, some in texts.items()}
 
 
 def count_files(cfg: Config, pattern: str, progress: Progress) -> dict[str, Counter[bytes]]:
     """The pieces of the input by language. Raises ValueError without usable text."""
-    files, start, n_texts, n_bytes = find_files(cfg.input), time.time(), 0, 0
+    files, start = find_files(cfg.input), time.time()
     size = sum(os.path.getsize(f) * (3 if f.endswith((".gz", ".parquet")) else 1) for f in files)
     every = -(-size // (cfg.max_mb << 20)) or 1
-    bad_lines = BadLines(cfg.on_bad_line, progress)
     counts: dict[str, Counter[bytes]] = {}
-    batches = sampled(read_batches(files), every)
-    for found, bad, n in parallel(partial(count_batch, pattern=pattern), batches, cfg.workers):
+    for _, found in made_by_workers(
+            sampled(read_batches(files), every), partial(parse, said_in=said_in),
+            partial(count_by_language, pattern=pattern), cfg.workers,
+            cfg.on_bad_line, progress):
         for lang, pieces in found.items():
             counts.setdefault(lang, Counter()).update(pieces)
-            n_bytes += bytes_in(pieces)
-        bad_lines.add(bad)
-        n_texts += n
-        progress.show(f"read {n_bytes / 1e6:,.0f} MB")
-    progress.end()
-    bad_lines.finish(n_texts)
     if not counts:
         raise ValueError(f"{cfg.input}: no text in it")
     some = f" (one line in {every:,}, drawn at random: --max_mb)" if every > 1 else ""
-    print(f"read {n_bytes / 1e6:,.1f} MB{some}, {sum(map(len, counts.values())):,} different "
-          f"pieces, {time.time() - start:.1f} s")
+    print(f"read {sum(map(bytes_in, counts.values())) / 1e6:,.1f} MB{some}, "
+          f"{sum(map(len, counts.values())):,} different pieces, {time.time() - start:.1f} s")
     return counts
 
 

@@ -29,35 +29,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configurator import FilePath, Natural, configure, fail
+from configurator import FilePath, configure
 from data import TokenFile, open_data
 from plumbing import terminal
 from tokenizer import Tokenizer
 
 END = 256  # the symbol after the last byte of a document
 BASE = 257  # a context and the symbol after it are one number, its digits to this base
+ORDER = 5  # bytes the n-gram looks back; with 7, a gram would not fit in 64 bits
 CHUNK = 1 << 22  # symbols scored at once: bounds memory
 
 
 @dataclass(frozen=True)
 class Config:
     data_dir: FilePath = "out/toyworld/data"  # folder written by data.py
-    order: Natural = 5  # bytes the n-gram looks back, at most 6
-    xz: bool = True  # also run the compressor, by far the slower of the two
 
 
 def symbols(tok: Tokenizer, file: TokenFile) -> np.ndarray:
     """The text of a token file, (n,) uint16: its bytes, and END where a document ends.
     Raises ValueError if these are not the bytes that the header of the file counts."""
     names = [tok.decode_single_token_bytes(i) for i in range(tok.n_vocab)]
-    spelled = [[END] if i == tok.endoftext else list(name) for i, name in enumerate(names)]
-    spelled += [[]]  # so that a file without a single token concatenates too
-    letters = np.concatenate([np.array(s, np.uint16) for s in spelled])
-    size = np.array([len(s) for s in spelled])
-    first = np.cumsum(size) - size  # of each token's letters
-    ids = np.asarray(file.ids)
-    ends = np.cumsum(size[ids])  # of each token in the text
-    text = letters[np.repeat(first[ids] - ends + size[ids], size[ids]) + np.arange(size[ids].sum())]
+    letters = [np.frombuffer(name, np.uint8).astype(np.uint16) for name in names]
+    letters[tok.endoftext] = np.array([END], np.uint16)
+    text = np.concatenate([letters[i] for i in file.ids.tolist()] or [np.zeros(0, np.uint16)])
     if (n := np.count_nonzero(text < END)) != file.n_bytes:
         raise ValueError(f"{file.path}: its tokens spell {n:,} bytes, its header says "
                          f"{file.n_bytes:,}")
@@ -142,10 +136,9 @@ def xz_bits(train: np.ndarray, val: np.ndarray) -> float:
     return 8.0 * (len(large) - len(small))
 
 
-def run(cfg: Config) -> None:
+def main() -> None:
     """One line per language, then all of it as JSON. Raises ValueError for unusable data."""
-    if cfg.order > 6:  # 257^8 does not fit in 64 bits
-        raise ValueError(f"--order={cfg.order} must be at most 6")
+    cfg = configure(Config)
     tok, splits = open_data(cfg.data_dir)
     train_files = {f.lang: f for f in splits["train"]}
     results = {}
@@ -153,23 +146,14 @@ def run(cfg: Config) -> None:
         if file.lang not in train_files:
             raise ValueError(f"{cfg.data_dir}: no training text in the language {file.lang}")
         train, val = symbols(tok, train_files[file.lang]), symbols(tok, file)
-        row = {"ngram": ngram_bits(train, val, cfg.order) / file.n_bytes}
-        if cfg.xz:
-            row["xz"] = xz_bits(train, val) / file.n_bytes
+        row = {"ngram": ngram_bits(train, val, ORDER) / file.n_bytes,
+               "xz": xz_bits(train, val) / file.n_bytes}
         results[file.lang] = row
         scores = ", ".join(f"{name} {bpb:.4f}" for name, bpb in row.items())
-        print(f"{file.lang} | bits/byte: {scores} | order {cfg.order} | trained on "
+        print(f"{file.lang} | bits/byte: {scores} | order {ORDER} | trained on "
               f"{train_files[file.lang].n_bytes:,} bytes, scored on {file.n_bytes:,} in "
               f"{file.n_docs:,} documents", flush=True)
-    print(json.dumps({"bits_per_byte": results, "order": cfg.order, "data_dir": cfg.data_dir}))
-
-
-def main() -> None:
-    cfg = configure(Config)
-    try:
-        run(cfg)
-    except ValueError as error:
-        fail(f"{error}")
+    print(json.dumps({"bits_per_byte": results, "order": ORDER, "data_dir": cfg.data_dir}))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, fields
 
 import train_pt
-from configurator import Count, Positive, configure, fail
+from configurator import Count, Positive, configure
 from model import ModelConfig
 from plumbing import terminal
 from plumbing.costs import (count_parameters, flops_per_token, judging_memory, training_memory,
@@ -88,10 +88,7 @@ def main() -> None:
     own = [arg for arg in sys.argv[1:] if arg.partition("=")[0] in names]
     cfg = configure(Config, own, show=False)
     trained = configure(train_pt.Config, [a for a in sys.argv[1:] if a not in own], show=False)
-    try:
-        print(report(train_pt.shape(trained, cfg.vocab_size), trained.batch_size, cfg))
-    except ValueError as error:
-        fail(f"{error}")
+    print(report(train_pt.shape(trained, cfg.vocab_size), trained.batch_size, cfg))
 
 
 if __name__ == "__main__":

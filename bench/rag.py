@@ -33,10 +33,10 @@ import numpy as np
 import rag
 from configurator import FilePath, Natural, configure
 from plumbing.answers import score_answer
-from plumbing.corpus import LineError, find_files, parse_records, read_batches
+from plumbing.corpus import LineError, find_files, good_records
 from plumbing.examples import evenly_spaced
 from plumbing.jobs import Progress
-from plumbing.terminal import fail, run
+from plumbing.terminal import run
 from search import embed
 from search.documents import PIECE, Cut
 from search.index import Index
@@ -66,13 +66,7 @@ def read_records(paths: str, what: str) -> list[dict]:
                                  f"'{field}' must be a {kind.__name__}")
         return row
 
-    found = []
-    for batch in read_batches(find_files(paths)):
-        for item in parse_records(batch, check):
-            if not isinstance(item, dict):
-                raise ValueError(f"{item.where}: {item.what}: {item.detail}")
-            found.append(item)
-    return found
+    return list(good_records(find_files(paths), check))
 
 
 def passages(row: dict, cfg: Config, cut: Cut) -> list[Chunk]:
@@ -179,8 +173,9 @@ def measure_answers(index: Index, queries: list[dict], cfg: Config, progress: Pr
                                          for k, v in found.items()}
 
 
-def evaluate(cfg: Config) -> None:
+def main() -> None:
     """Print one JSON line per language and source. Raises ValueError for files that do not fit."""
+    cfg = configure(Config, show=False)
     if not cfg.corpus or not cfg.queries:
         raise ValueError("eval needs --corpus=FILE and --queries=FILE")
     embedder = embed.load(cfg.embed, cfg.device)
@@ -210,14 +205,6 @@ def evaluate(cfg: Config) -> None:
                 line |= measure_answers(index, queries, cfg, progress)
         progress.end()
         print(json.dumps(line, ensure_ascii=False), flush=True)
-
-
-def main() -> None:
-    cfg = configure(Config, show=False)
-    try:
-        evaluate(cfg)
-    except (ValueError, KeyboardInterrupt) as error:
-        fail(str(error) or "stopped", 2 if str(error) else 130)
 
 
 if __name__ == "__main__":

@@ -36,17 +36,12 @@ def contents(model: nn.Module, tensors: dict[str, Tensor], out_dir: str) -> dict
 
 def check_same(cfg: Settings, model: nn.Module, state: dict) -> None:
     """Raises ValueError unless a run with or without LoRA goes on as it began."""
-    was, now = (c.get("lora_rank", 0) for c in (state["config"], vars(cfg)))
-    extra_was, extra = (c.get("lora_extra", False) for c in (state["config"], vars(cfg)))
-    if was != now:
-        raise ValueError(f"{cfg.out_dir}: was trained with --lora_rank={was}, asked for {now}")
-    if not now:
-        return
-    if extra_was != extra:
-        raise ValueError(f"{cfg.out_dir}: was trained with --lora_extra={extra_was}, asked for "
-                         f"{extra}")
+    for key in ("lora_rank", "lora_extra"):
+        was, now = state["config"].get(key, 0), getattr(cfg, key, 0)
+        if was != now:
+            raise ValueError(f"{cfg.out_dir}: was trained with --{key}={was}, asked for {now}")
     base = Path(getattr(model, "backbone", model).path)
-    if state.get("base", {}).get("sha256") != checkpoint.hash_of(base):
+    if "adapter" in state and state.get("base", {}).get("sha256") != checkpoint.hash_of(base):
         raise ValueError(f"{cfg.out_dir}: was adapted from another model than {base}")
 
 

@@ -8,7 +8,7 @@ from os.path import commonprefix
 from pathlib import Path
 
 from plumbing.chats import read_prompt
-from plumbing.corpus import BadLine, LineError, language, parse_records, read_batches
+from plumbing.corpus import LineError, good_records, language
 from tokenizer import Tokenizer
 
 Request = tuple[list[int], list[list[int]]]  # ids of a context, and of what may follow it
@@ -26,14 +26,8 @@ def names_of(files: list[str]) -> list[str]:
 
 def read_task(path: str) -> tuple[list[dict], str]:
     """The rows of a file, each with its "lang", and their kind. Raises ValueError."""
-    rows, kinds = [], {}
-    for batch in read_batches([path]):
-        for item in parse_records(batch, read_row):
-            if isinstance(item, BadLine):
-                raise ValueError(str(item))
-            rows.append(item)
-            kinds[item["kind"]] = None
-    if len(kinds) != 1:
+    rows = list(good_records([path], read_row))
+    if len(kinds := dict.fromkeys(row["kind"] for row in rows)) != 1:
         raise ValueError(f"{path}: rows of {' and '.join(kinds)}: a task has one kind" if rows else
                          f"{path}: no rows")
     return rows, rows[0]["kind"]

@@ -133,9 +133,8 @@ def damage(path: Path) -> str | None:
         if _is_known(path):
             return None
         if match := NAME.fullmatch(path.name):
-            with open(path, "rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest()[:16] != match[2]:
-                    return "its contents do not match the hash in its name"
+            if digest(path) != match[2]:
+                return "its contents do not match the hash in its name"
         else:
             if wrong := foreign(path):
                 return wrong
@@ -173,9 +172,13 @@ def load(where: str) -> tuple[dict, Path]:
 
 
 def hash_of(path: Path) -> str:
-    """The first 16 digits of the sha256 of a file's contents, for which its name may stand."""
-    if match := NAME.fullmatch(path.name):
-        return match[2]
+    """`digest`, for which the name of a file may stand."""
+    match = NAME.fullmatch(path.name)
+    return match[2] if match else digest(path)
+
+
+def digest(path: Path) -> str:
+    """The first 16 digits of the sha256 of a file's contents."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import sys
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from random import Random
 from typing import Any, NoReturn
 
 from plumbing.files import find, split_paths
-from plumbing.jobs import Progress
+from plumbing.jobs import Progress, parallel
 from plumbing.terminal import printable
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
@@ -70,32 +71,7 @@ class LineError(Exception):
     stands (or the object, if it has no such field), or at a column."""
 
 
-class BadLines:
-    """Counts what is wrong with the input: stops at the first bad line, or skips and reports."""
-
-    def __init__(self, policy: str, progress: Progress):
-        self.policy, self.progress = policy, progress
-        self.kinds: Counter[str] = Counter()
-
-    def add(self, bad: list[BadLine]) -> None:
-        """Raises ValueError at the first bad line unless they are to be skipped."""
-        for one in bad:
-            if self.policy == "stop":
-                raise ValueError(f"{one} (--on_bad_line=skip passes over such lines)")
-            if self.kinds.total() < 5:
-                self.progress.end()
-                print(f"skipped {one}")
-            self.kinds[one.what] += 1
-
-    def finish(self, n_good: int) -> None:
-        """Print the totals. Raises ValueError if too many were bad to be chance."""
-        if n := self.kinds.total():
-            kinds = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.most_common())
-            print(f"bad lines skipped: {n:,} ({kinds})")
-        if n > MAX_BAD * (n + n_good):
-            raise ValueError(f"{n:,} of {n + n_good:,} lines are bad, more than {MAX_BAD:.0%}: "
-                             "mend them, or take them out of the file")
-
+# ---------------------------------------------------------------------------- files in batches
 
 def kind_of(path: str) -> str:
     """Of the SUFFIXES, without .gz, the one that a file has; "" for another file."""
@@ -216,6 +192,8 @@ def _read_parquet(path: str) -> Iterator[tuple[list, int]]:
         raise ValueError(f"{path}: not a readable parquet file: {error}") from None
 
 
+# ---------------------------------------------------------------------------- records
+
 def parse(batch: Batch, said_in: Callable[[dict], str | None] | None = None,
           ) -> Iterator[Document | BadLine]:
     """The documents of a batch, and a BadLine for everything that is none. Empty lines are no
@@ -243,6 +221,15 @@ def language(text: str) -> str:
     head = text[:4000]
     letters = sum(map(str.isalpha, head))
     return "zh" if len(HAN.findall(head)) >= 0.3 * max(letters, 1) else "en"
+
+
+def good_records(files: list[str], read: Callable[[dict], Any]) -> Iterator[Any]:
+    """What `read` makes of the records of .jsonl files. Raises ValueError at the first bad one."""
+    for batch in read_batches(files):
+        for item in parse_records(batch, read):
+            if isinstance(item, BadLine):
+                raise ValueError(f"{item}")
+            yield item
 
 
 def parse_records(batch: Batch, read: Callable[[dict], Any], kinds: tuple[str, ...] = (".jsonl",),
@@ -336,3 +323,43 @@ def _object(pairs: list) -> dict:
 
 
 _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+
+
+# ---------------------------------------------------------------------------- by several processes
+
+def made_by_workers(batches: Iterator[Batch], read: Callable[[Batch], Iterator],
+                    make: Callable[[list], Any], workers: int, on_bad_line: str,
+                    progress: Progress) -> Iterator[tuple[int, Any]]:
+    """How many good items `read` finds in each batch, and what `make` makes of them. Raises
+    ValueError at the first bad line, or with "skip" if too many were bad to be chance."""
+    n, kinds, begun = 0, Counter(), time.time()
+    try:
+        for good, bad, made, share in parallel(partial(work, read=read, make=make), batches,
+                                               workers):
+            for one in bad:
+                if on_bad_line == "stop":
+                    raise ValueError(f"{one} (--on_bad_line=skip passes over such lines)")
+                if kinds.total() < 5:
+                    progress.end()
+                    print(f"skipped {one}")
+                kinds[one.what] += 1
+            n += good
+            yield good, made
+            left = (1 - share) / max(share, 1e-9) * (time.time() - begun)
+            progress.show(f"{share:6.1%} | {n:,} read | eta {left:,.0f} s")
+    finally:
+        progress.end()
+    if n_bad := kinds.total():
+        found = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common())
+        print(f"bad lines skipped: {n_bad:,} ({found})")
+    if n_bad > MAX_BAD * (n_bad + n):
+        raise ValueError(f"{n_bad:,} of {n_bad + n:,} lines are bad, more than {MAX_BAD:.0%}: "
+                         "mend them, or take them out of the file")
+
+
+def work(batch: Batch, read: Callable[[Batch], Iterator], make: Callable[[list], Any],
+         ) -> tuple[int, list[BadLine], Any, float]:
+    """A worker's share of `made_by_workers`."""
+    items = list(read(batch))
+    good = [item for item in items if not isinstance(item, BadLine)]
+    return len(good), [one for one in items if isinstance(one, BadLine)], make(good), batch.share

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from model import RewardModel, Transformer, token_logps
 from plumbing.chats import read_chat, read_comparison
-from plumbing.corpus import BadLine, find_files, parse_records, read_batches
+from plumbing.corpus import find_files, good_records
 from plumbing.examples import Row, Rows, evenly_spaced, in_batches, pad_right, reply_row
 from plumbing.loading import load_reward_model
 from plumbing.runtime import Dist, all_sum, print0
@@ -139,12 +139,9 @@ def print_scores(files: str, init_from: str, dist: Dist) -> None:
         model, tok = load_reward_model(init_from, dist)
         read = partial(scores_of, model=model, tok=tok, dist=dist)
         n = without = 0
-        for batch in read_batches(find_files(files)):
-            for line in parse_records(batch, read):
-                if isinstance(line, BadLine):
-                    raise ValueError(f"{line}")
-                print(json.dumps(line), file=out)
-                n, without = n + 1, without + ("why" in line)
+        for line in good_records(find_files(files), read):
+            print(json.dumps(line), file=out)
+            n, without = n + 1, without + ("why" in line)
         print(f"{n:,} lines, {without:,} of them without a score")
 
 

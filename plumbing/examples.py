@@ -44,100 +44,6 @@ class Row(NamedTuple):
     mask: list[int]  # 1: to be learnt
 
 
-def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int
-            ) -> tuple[str, list, Counter, str]:
-    """What one record gives: the text that decides its split, [(lang, margin, rows)] with one row
-    for a chat or prompt, two for a pair, as many as replies for a ranking, how often something was
-    dropped or shortened, and what is kept of a prompt for a reward file: all. Raises LineError."""
-    counts: Counter = Counter()
-    groups, margin = [], 0.0
-    if kind == "chat":
-        messages = read_chat(record)
-        groups = [[row] for row in [fit_chat(tok, messages, max_len, counts)] if row]
-    elif kind == "prompt":
-        messages = read_prompt(record)
-        row = Row(*render(tok, messages, add_generation_prompt=True))
-        groups = [[row]] if len(row.ids) <= max_len else []
-        counts["prompts dropped: too long"] += not groups
-    else:
-        messages, replies, margin = read_comparison(record)
-        ranked = [reply_row(tok, messages, reply) for reply in replies]
-        for rows in [ranked] if kind == "ranking" else combinations(ranked, 2):
-            different = [row for i, row in enumerate(rows) if row not in rows[:i]]
-            fitting = [row for row in different if len(row.ids) <= max_len]
-            counts[f"{kind}s dropped: both replies are the same"] += len(different) < 2
-            counts[f"{kind}s dropped: too long"] += len(fitting) < 2 <= len(different)
-            if len(rows) > 2:
-                counts["replies dropped from rankings"] += len(rows) - len(fitting)
-            if len(fitting) > 1:
-                groups.append(fitting)
-    lang = record.get("lang") or language(" ".join(m["content"] for m in messages))
-    if not isinstance(lang, str) or len(check_text(lang, "lang").encode()) > 8:  # see ROW
-        raise LineError("lang", "unknown language", "'lang' must be a string of at most 8 bytes "
-                        "like 'zh'")
-    return (json.dumps(messages), [(lang, float(margin), rows) for rows in groups], counts,
-            json.dumps(record) if kind == "prompt" and groups else "")
-
-
-def read_rows(batch: Batch, kind: Kind, tokenizer: str, max_len: int) -> Iterator:
-    return parse_records(batch, partial(rows_of, kind=kind, tok=cached_tokenizer(tokenizer),
-                                        max_len=max_len))
-
-
-def reply_end(mask: list[int]) -> int:
-    """Where the last reply of a row ends, its <|im_end|> included."""
-    return len(mask) - mask[::-1].index(1)
-
-
-def reply_row(tok: Tokenizer, prompt: list[dict], reply: str) -> Row:
-    """A prompt and one reply to it; it ends at the reply's <|im_end|>, where a score is read."""
-    ids, mask = render(tok, [*prompt, {"role": "assistant", "content": reply}])
-    start = len(render(tok, prompt)[0])  # earlier turns of the assistant are no part of the reply
-    last = reply_end(mask)
-    return Row(ids[:last], [0] * start + mask[start:last])
-
-
-def fit_chat(tok: Tokenizer, messages: list[dict], max_len: int, counts: Counter) -> Row | None:
-    """A chat in at most `max_len` tokens: trailing exchanges are dropped whole; the reply of a
-    single one is cut, without a false <|im_end|>. None if nothing is left to learn."""
-    ends = [i for i, m in enumerate(messages, 1) if m["role"] == "assistant"]  # of each exchange
-    ids, mask = render(tok, messages)
-    while len(ids) > max_len and len(ends) > 1:
-        ends.pop()
-        ids, mask = render(tok, messages[:ends[-1]])
-    counts["chats shortened: last turns dropped"] += ends[-1] < len(messages)
-    counts["chats shortened: reply cut"] += len(ids) > max_len
-    ids, mask = ids[:max_len], mask[:max_len]
-    if not any(mask):
-        counts["chats dropped: nothing to learn"] += 1
-        return None
-    return Row(ids, mask)
-
-
-def encode(found: list[tuple[str, list, Counter, str]], val_fraction: float) -> Made:
-    """Words, rows and records for the files of each split, of what `rows_of` has found in some
-    lines; how many examples that are, and how often something was dropped or shortened."""
-    words: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    rows: dict[str, list[tuple]] = {split: [] for split in SPLITS}
-    records: dict[str, list[str]] = {split: [] for split in SPLITS}
-    counts = Counter()
-    for key, groups, met, record in found:
-        split = draw_split(key.encode(), val_fraction)
-        counts.update({**met, split: len(groups)})
-        records[split] += [record] if record else []
-        for lang, margin, group in groups:
-            for i, (ids, mask) in enumerate(group):
-                learn = np.where(np.array(mask, bool), LEARN, np.uint32(0))
-                words[split].append(np.array(ids, np.uint32) | learn)
-                rows[split].append((len(ids), lang.encode(), margin, i == 0))
-    parts = {f"{split}.words": b"".join(w.tobytes() for w in words[split]) for split in SPLITS}
-    parts |= {f"{split}.rows": np.array(rows[split], ROW).tobytes() for split in SPLITS}
-    if any(records.values()):
-        parts |= {f"{split}.records": "".join(f"{line}\n" for line in lines).encode()
-                  for split, lines in records.items()}
-    return parts, counts
-
-
 class Rows:
     """Examples of a folder: a row each, two for a pair, one for each reply of a ranking. Nothing is
     in memory until used."""
@@ -204,40 +110,42 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
     out = Folder(folder, find_files(paths), tok, kind, max_len, val_fraction, on_bad_line, VERSION)
     if not out.finished:
         prepare(out, kind, max_len, val_fraction, on_bad_line)
-    found = {}
+    hashes, found = out.meta["files"], {}
+    for name, sha in hashes.items():
+        with open(os.path.join(folder, name), "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != sha:
+                raise ValueError(f"{f.name}: damaged: its contents do not match their sha256; "
+                                 f"delete {folder}")
     for split in SPLITS:
-        hashes, arrays = [], {"records": np.zeros(0, np.uint8)}
-        for part, dtype in [("words", np.dtype("<u4")), ("rows", ROW)] + [
-                ("records", np.dtype("u1"))] * (kind == "prompt"):
-            name = f"{split}.{part}"
-            path = os.path.join(folder, name)
-            with open(path, "rb") as f:
-                hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
-            if hashes[-1] != out.meta["files"][name]:
-                raise ValueError(f"{path}: damaged: its contents do not match their sha256; delete "
-                                 f"{folder}")
-            arrays[part] = mapped(path, dtype)
-        found[split] = Rows(arrays["words"], arrays["rows"], arrays["records"],
-                            f"{paths} ({split})", hash64(*hashes))
+        files = {f"{split}.words": np.dtype("<u4"), f"{split}.rows": ROW,
+                 f"{split}.records": np.dtype("u1")}  # records: of prompts only
+        arrays = [mapped(os.path.join(folder, name), dtype) if name in hashes else
+                  np.zeros(0, dtype) for name, dtype in files.items()]
+        found[split] = Rows(*arrays, f"{paths} ({split})",
+                            hash64(*(hashes[name] for name in files if name in hashes)))
     return found
 
 
-def prepare(out: Folder, kind: Kind, max_len: int, val_fraction: float, on_bad_line: str) -> None:
-    """Write the rows of a folder, and say how many there are."""
-    workers = 1 if sum(map(os.path.getsize, out.inputs)) < 16 << 20 else 0
-    n, counts = out.fill(
-        partial(read_rows, kind=kind, tokenizer=os.path.join(out.path, "tokenizer.txt"),
-                max_len=max_len),
-        partial(encode, val_fraction=val_fraction), workers, on_bad_line, Progress())
-    train, val = (counts.pop(split, 0) for split in SPLITS)
-    notes = "".join(f"; {what}: {often:,}" for what, often in sorted(counts.items()))
-    if not train + val:
-        raise ValueError(f"{', '.join(out.inputs)}: no usable example in it{notes}")
-    key = "whole chat" if kind == "chat" else "prompt"
-    by = f" ({val_fraction:.1%} by a hash of the {key})" if val_fraction else ""
-    print(f"{n:,} records -> {train:,} {kind}s to train on, {val:,} held out{by}{notes}")
-    out.finish()
+def evenly_spaced(examples: Sequence[int], most: int | None) -> list[int]:
+    """At most `most` examples, evenly spaced; None: all."""
+    most = len(examples) if most is None else most
+    return list(examples[::max(1, -(-len(examples) // most))]) if most else []
 
+
+def in_batches(examples: Sequence, size: int) -> Iterator[Sequence]:
+    for at in range(0, len(examples), size):
+        yield examples[at:at + size]
+
+
+def micro_batches(rows: Rows, chosen: list[int], size: int, rank: int, world: int
+                  ) -> list[list[int]]:
+    """The examples of an optimizer step for one process, `size` at a time and of like length, so
+    that little is padding."""
+    ordered = sorted(chosen, key=lambda i: (rows.longest(i), i))
+    return [list(some) for some in in_batches(ordered, size)][rank::world]
+
+
+# ---------------------------------------------------------------------------- rows as tensors
 
 def window_batch(bins: list[list[Row]], length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids (int64), which of them are to be learnt (bool), and the number of the row that each
@@ -265,39 +173,6 @@ def pad_right(rows: list[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     return idx, targets, lengths
 
 
-def prompt_of(row: Row) -> list[int]:
-    """The token ids before the last reply."""
-    end = reply_end(row.mask)
-    while end and row.mask[end - 1]:
-        end -= 1
-    return row.ids[:end]
-
-
-def evenly_spaced(examples: Sequence[int], most: int | None) -> list[int]:
-    """At most `most` examples, evenly spaced; None: all."""
-    most = len(examples) if most is None else most
-    return list(examples[::max(1, -(-len(examples) // most))]) if most else []
-
-
-def prompts_with_room(rows: Rows, chosen: Sequence[int], model_reads: int,
-                      answer_tokens: int) -> dict[int, list[int]]:
-    """The prompts of the chosen examples, by example. Those that leave no room for an answer are
-    left out, and counted in a line."""
-    prompts = {i: prompt_of(rows.example(i)[0]) for i in chosen}
-    room = {i: model_reads - len(prompt) for i, prompt in prompts.items()}
-    found = {i: prompt for i, prompt in prompts.items() if room[i] >= answer_tokens}
-    if len(found) < len(prompts):
-        print0(f"{len(prompts) - len(found)} of {len(prompts)} held-out prompts are not answered: "
-               f"they leave fewer than {answer_tokens} of the model's {model_reads} tokens for the "
-               f"answer; --answer_tokens={min(room.values())} would do for all")
-    return found
-
-
-def in_batches(examples: Sequence, size: int) -> Iterator[Sequence]:
-    for at in range(0, len(examples), size):
-        yield examples[at:at + size]
-
-
 def pair_batch(rows: Rows, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """`pad_right` of the chosen replies of some pairs, then of the rejected: 2 B rows."""
     pairs = [rows.example(i) for i in chosen]
@@ -321,9 +196,138 @@ def ranking_batch(rows: Rows, chosen: Sequence[int]
     return idx, lengths, torch.tensor(pairs).t(), torch.tensor(margins), torch.tensor(shares)
 
 
-def micro_batches(rows: Rows, chosen: list[int], size: int, rank: int, world: int
-                  ) -> list[list[int]]:
-    """The examples of an optimizer step for one process, `size` at a time and of like length, so
-    that little is padding."""
-    ordered = sorted(chosen, key=lambda i: (rows.longest(i), i))
-    return [list(some) for some in in_batches(ordered, size)][rank::world]
+# ---------------------------------------------------------------------------- prompts to answer
+
+def reply_end(mask: list[int]) -> int:
+    """Where the last reply of a row ends, its <|im_end|> included."""
+    return len(mask) - mask[::-1].index(1)
+
+
+def prompt_of(row: Row) -> list[int]:
+    """The token ids before the last reply."""
+    end = reply_end(row.mask)
+    while end and row.mask[end - 1]:
+        end -= 1
+    return row.ids[:end]
+
+
+def prompts_with_room(rows: Rows, chosen: Sequence[int], model_reads: int,
+                      answer_tokens: int) -> dict[int, list[int]]:
+    """The prompts of the chosen examples, by example. Those that leave no room for an answer are
+    left out, and counted in a line."""
+    prompts = {i: prompt_of(rows.example(i)[0]) for i in chosen}
+    room = {i: model_reads - len(prompt) for i, prompt in prompts.items()}
+    found = {i: prompt for i, prompt in prompts.items() if room[i] >= answer_tokens}
+    if len(found) < len(prompts):
+        print0(f"{len(prompts) - len(found)} of {len(prompts)} held-out prompts are not answered: "
+               f"they leave fewer than {answer_tokens} of the model's {model_reads} tokens for the "
+               f"answer; --answer_tokens={min(room.values())} would do for all")
+    return found
+
+
+# ---------------------------------------------------------------------------- JSON lines as rows
+
+def prepare(out: Folder, kind: Kind, max_len: int, val_fraction: float, on_bad_line: str) -> None:
+    """Write the rows of a folder, and say how many there are."""
+    workers = 1 if sum(map(os.path.getsize, out.inputs)) < 16 << 20 else 0
+    n, counts = out.fill(
+        partial(read_rows, kind=kind, tokenizer=os.path.join(out.path, "tokenizer.txt"),
+                max_len=max_len),
+        partial(encode, val_fraction=val_fraction), workers, on_bad_line, Progress())
+    train, val = (counts.pop(split, 0) for split in SPLITS)
+    notes = "".join(f"; {what}: {often:,}" for what, often in sorted(counts.items()))
+    if not train + val:
+        raise ValueError(f"{', '.join(out.inputs)}: no usable example in it{notes}")
+    key = "whole chat" if kind == "chat" else "prompt"
+    by = f" ({val_fraction:.1%} by a hash of the {key})" if val_fraction else ""
+    print(f"{n:,} records -> {train:,} {kind}s to train on, {val:,} held out{by}{notes}")
+    out.finish()
+
+
+def read_rows(batch: Batch, kind: Kind, tokenizer: str, max_len: int) -> Iterator:
+    return parse_records(batch, partial(rows_of, kind=kind, tok=cached_tokenizer(tokenizer),
+                                        max_len=max_len))
+
+
+def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int
+            ) -> tuple[str, list, Counter, str]:
+    """What one record gives: the text that decides its split, [(lang, margin, rows)] with one row
+    for a chat or prompt, two for a pair, as many as replies for a ranking, how often something was
+    dropped or shortened, and what is kept of a prompt for a reward file: all. Raises LineError."""
+    counts: Counter = Counter()
+    groups, margin = [], 0.0
+    if kind == "chat":
+        messages = read_chat(record)
+        groups = [[row] for row in [fit_chat(tok, messages, max_len, counts)] if row]
+    elif kind == "prompt":
+        messages = read_prompt(record)
+        row = Row(*render(tok, messages, add_generation_prompt=True))
+        groups = [[row]] if len(row.ids) <= max_len else []
+        counts["prompts dropped: too long"] += not groups
+    else:
+        messages, replies, margin = read_comparison(record)
+        ranked = [reply_row(tok, messages, reply) for reply in replies]
+        for rows in [ranked] if kind == "ranking" else combinations(ranked, 2):
+            different = [row for i, row in enumerate(rows) if row not in rows[:i]]
+            fitting = [row for row in different if len(row.ids) <= max_len]
+            counts[f"{kind}s dropped: both replies are the same"] += len(different) < 2
+            counts[f"{kind}s dropped: too long"] += len(fitting) < 2 <= len(different)
+            if len(rows) > 2:
+                counts["replies dropped from rankings"] += len(rows) - len(fitting)
+            if len(fitting) > 1:
+                groups.append(fitting)
+    lang = record.get("lang") or language(" ".join(m["content"] for m in messages))
+    if not isinstance(lang, str) or len(check_text(lang, "lang").encode()) > 8:  # see ROW
+        raise LineError("lang", "unknown language", "'lang' must be a string of at most 8 bytes "
+                        "like 'zh'")
+    return (json.dumps(messages), [(lang, float(margin), rows) for rows in groups], counts,
+            json.dumps(record) if kind == "prompt" and groups else "")
+
+
+def fit_chat(tok: Tokenizer, messages: list[dict], max_len: int, counts: Counter) -> Row | None:
+    """A chat in at most `max_len` tokens: trailing exchanges are dropped whole; the reply of a
+    single one is cut, without a false <|im_end|>. None if nothing is left to learn."""
+    ends = [i for i, m in enumerate(messages, 1) if m["role"] == "assistant"]  # of each exchange
+    ids, mask = render(tok, messages)
+    while len(ids) > max_len and len(ends) > 1:
+        ends.pop()
+        ids, mask = render(tok, messages[:ends[-1]])
+    counts["chats shortened: last turns dropped"] += ends[-1] < len(messages)
+    counts["chats shortened: reply cut"] += len(ids) > max_len
+    ids, mask = ids[:max_len], mask[:max_len]
+    if not any(mask):
+        counts["chats dropped: nothing to learn"] += 1
+        return None
+    return Row(ids, mask)
+
+
+def reply_row(tok: Tokenizer, prompt: list[dict], reply: str) -> Row:
+    """A prompt and one reply to it; it ends at the reply's <|im_end|>, where a score is read."""
+    ids, mask = render(tok, [*prompt, {"role": "assistant", "content": reply}])
+    start = len(render(tok, prompt)[0])  # earlier turns of the assistant are no part of the reply
+    last = reply_end(mask)
+    return Row(ids[:last], [0] * start + mask[start:last])
+
+
+def encode(found: list[tuple[str, list, Counter, str]], val_fraction: float) -> Made:
+    """Words, rows and records for the files of each split, of what `rows_of` has found in some
+    lines; how many examples that are, and how often something was dropped or shortened."""
+    words: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    rows: dict[str, list[tuple]] = {split: [] for split in SPLITS}
+    records: dict[str, list[str]] = {split: [] for split in SPLITS}
+    counts = Counter()
+    for key, groups, met, record in found:
+        split = draw_split(key.encode(), val_fraction)
+        counts.update({**met, split: len(groups)})
+        records[split] += [record] if record else []
+        for lang, margin, group in groups:
+            for i, (ids, mask) in enumerate(group):
+                learn = np.where(np.array(mask, bool), LEARN, np.uint32(0))
+                words[split].append(np.array(ids, np.uint32) | learn)
+                rows[split].append((len(ids), lang.encode(), margin, i == 0))
+    parts = {f"{split}.words": b"".join(w.tobytes() for w in words[split]) for split in SPLITS}
+    parts |= {f"{split}.rows": np.array(rows[split], ROW).tobytes() for split in SPLITS}
+    if any(records.values()):
+        parts |= {f"{split}.records": "".join(f"{line}\n" for line in lines).encode()
+                  for split, lines in records.items()}
+    return parts, counts

@@ -13,9 +13,9 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from plumbing.terminal import printable
 
@@ -122,14 +122,11 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a small file whole or not at all: after a crash it is the old one or the new one.
     Raises OSError with path and reason."""
     try:
-        with open(f"{path}.tmp", "w", encoding="utf-8", newline="\n") as f:
+        with whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
-        put_in_place(f"{path}.tmp", path)
     except OSError as error:
-        if os.path.exists(f"{path}.tmp"):
-            os.unlink(f"{path}.tmp")
         raise OSError(f"{path} was not written: {error.strerror}") from None
 
 
@@ -144,6 +141,21 @@ def whole(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def locked(folder: str | Path, who: str) -> IO:
+    """Make a folder, and lock it until the file that is returned is closed or this process ends.
+    Raises ValueError if another `who` holds it: both would write there. (Not on Windows.)"""
+    os.makedirs(folder, exist_ok=True)
+    held = open(Path(folder, ".lock"), "w")
+    with suppress(ImportError):
+        import fcntl
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            held.close()
+            raise ValueError(f"{folder}: another {who} is writing to it") from None
+    return held
 
 
 def check_place(path: str) -> None:

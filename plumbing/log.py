@@ -9,13 +9,11 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 import torch
 
-from plumbing.files import write_text
+from plumbing.files import locked, write_text
 from plumbing.runtime import Dist, RankState, Settings, print0
 
 # dense bf16 FLOP/s from the makers' data sheets
@@ -43,7 +41,7 @@ class Log:
         self.mfu = flops / peak / dist.world if peak else None  # per token/s
         self.start_clock()
         if dist.rank == 0:
-            self.lock = only_run(cfg.out_dir)
+            self.lock = locked(cfg.out_dir, "run")
             self.file = open(drop_later_records(Path(cfg.out_dir, "log.jsonl"), step), "a",
                              buffering=1, encoding="utf-8")
 
@@ -74,20 +72,6 @@ class Log:
                f"norm {norm:.2f} | {1000 * seconds:,.0f} ms | {speed:,.0f} tok/s | mfu {mfu} | "
                f"eta {eta(seconds * (self.max_steps - done))}")
         self.start_clock()
-
-
-def only_run(out_dir: str) -> IO:
-    """A file that is locked until this process ends. Raises ValueError if another run writes to
-    the folder: both would save there, and the log of one would be lost. (Not on Windows.)"""
-    os.makedirs(out_dir, exist_ok=True)
-    held = open(Path(out_dir, ".lock"), "w")
-    with suppress(ImportError):
-        import fcntl
-        try:
-            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"{out_dir}: another run is writing to it") from None
-    return held
 
 
 def drop_later_records(path: Path, step: int) -> Path:

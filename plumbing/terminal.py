@@ -53,9 +53,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Start a script. A character that the terminal cannot show becomes "?"; a stream that was
-    closed swallows what is printed; when whoever reads the output has had enough (`… | head`),
-    the script ends quietly."""
+    """Start a script. A ValueError, a user's mistake, ends it in one line. A character that the
+    terminal cannot show becomes "?"; a stream that was closed swallows what is printed; when
+    whoever reads the output has had enough (`… | head`), the script ends quietly."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:  # closed before we started
@@ -71,6 +71,8 @@ def run(main: Callable[[], None]) -> None:
             sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except ValueError as error:
+        fail(f"{error}")
     except OSError as error:
         if error.filename or error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise  # not of what is printed

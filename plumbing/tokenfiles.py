@@ -11,20 +11,18 @@ import hashlib
 import json
 import os
 import struct
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from plumbing.corpus import BadLine, BadLines, Batch, read_batches
+from plumbing.corpus import Batch, made_by_workers, read_batches
 from plumbing.files import write_text
-from plumbing.jobs import Progress, parallel
+from plumbing.jobs import Progress
 from tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # target of a position that is not scored
@@ -137,14 +135,6 @@ def describe(files: list[str]) -> str:
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
-def work(batch: Batch, read: Callable[[Batch], Iterator], make: Callable[[list], Made],
-         ) -> tuple[Made, int, list[BadLine], float]:
-    """A worker's share: what it makes, of how many good items, the bad lines, and how far it is."""
-    items = list(read(batch))
-    good = [item for item in items if not isinstance(item, BadLine)]
-    return make(good), len(good), [item for item in items if isinstance(item, BadLine)], batch.share
-
-
 class Folder:
     """A folder of files to be made of `inputs`, or made of just these already (`finished`)."""
 
@@ -163,25 +153,17 @@ class Folder:
         os.makedirs(self.path, exist_ok=True)
         Path(self.path, "meta.json").unlink(missing_ok=True)
         write_text(os.path.join(self.path, "tokenizer.txt"), self.tok.text)
-        n, counts, begun = 0, Counter(), time.time()
-        bad_lines, share_of = BadLines(on_bad_line, progress), partial(work, read=read, make=make)
-        try:
-            for (parts, met), n_good, bad, share in parallel(share_of, read_batches(self.inputs),
-                                                             workers):
-                bad_lines.add(bad)
-                n, counts = n + n_good, counts + met
-                for name, raw in parts.items():
-                    if name not in self.files:
-                        path = Path(self.path, name)
-                        path.unlink(missing_ok=True)  # another run may have the old file mapped
-                        self.files[name] = open(path, "w+b")
-                        self.files[name].seek(start)
-                    self.files[name].write(raw)
-                left = (1 - share) / max(share, 1e-9) * (time.time() - begun)
-                progress.show(f"{share:6.1%} | {n:,} read | eta {left:,.0f} s")
-        finally:
-            progress.end()
-        bad_lines.finish(n)
+        n, counts = 0, Counter()
+        for n_good, (parts, met) in made_by_workers(read_batches(self.inputs), read, make, workers,
+                                                    on_bad_line, progress):
+            n, counts = n + n_good, counts + met
+            for name, raw in parts.items():
+                if name not in self.files:
+                    path = Path(self.path, name)
+                    path.unlink(missing_ok=True)  # another run may have the old file mapped
+                    self.files[name] = open(path, "w+b")
+                    self.files[name].seek(start)
+                self.files[name].write(raw)
         if describe(self.inputs) != self.job["inputs"]:
             raise ValueError(f"{', '.join(self.inputs)}: changed while it was read; give the "
                              "command again")

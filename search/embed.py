@@ -15,16 +15,13 @@ nothing. So before an index is filled, it must find the answers to the questions
 """
 import json
 import os
-import urllib.request
 from collections.abc import Callable
-from http.client import HTTPException
 from importlib.util import find_spec
 from typing import Any, Literal
-from urllib.error import HTTPError
 
 import numpy as np
 
-from search.writer import request
+from search.writer import post
 
 Kind = Literal["query", "passage"]
 Embed = Callable[[list[str], Kind], np.ndarray]
@@ -102,18 +99,10 @@ def sentence_transformer(name: str, device: str = "auto") -> Embed:
 
 def openai_style(url: str) -> Embed:
     """A server with OpenAI's POST /embeddings, for instance llama.cpp's or vLLM's."""
-    base, _, model = url.partition("#")
-
     def ask(texts: list[str]) -> np.ndarray:
-        body = {"input": texts, "model": model}
-        try:
-            with urllib.request.urlopen(request(url, "/embeddings", body), timeout=60) as reply:
-                return vectors_in(json.load(reply), len(texts))
-        except HTTPError as error:
-            why = error.read(200).decode(errors="replace")
-            raise ValueError(f"{base}: {error}: {why}") from None
-        except (OSError, HTTPException, ValueError, RecursionError) as error:
-            raise ValueError(f"{base}: {error}") from None
+        body = {"input": texts, "model": url.partition("#")[2]}
+        with post(url, "/embeddings", body, 60) as reply:
+            return vectors_in(json.load(reply), len(texts))
 
     return lambda texts, kind: np.concatenate(
         [ask(texts[at:at + BATCH]) for at in range(0, len(texts), BATCH)])

@@ -30,7 +30,7 @@ from plumbing.corpus import language
 from search.embed import Embed, Kind, check_language
 from search.manifest import Files, make_segment
 from search.segment import Chunk
-from search.topics import asks, terms
+from search.topics import ASKING, ASKING_HAN, terms
 
 K1, B = 1.2, 0.75
 FEW = 100  # chunks: coverage is judged as if there were at least so many, or one note knows nothing
@@ -190,7 +190,8 @@ class Index(Files):
         except OSError as error:
             with suppress(OSError):
                 self._roll_back()
-            raise OSError(error.errno, error.strerror, error.filename or str(self.folder)) from None
+            raise OSError(error.errno, error.strerror or str(error),
+                          error.filename or str(self.folder)) from None
 
     def _write(self) -> int:
         n, chunks = self.manifest["chunks"], self.new
@@ -285,8 +286,8 @@ class Index(Files):
         asked = self.postings(question)
         scores = self.rank(asked, question)
         chunks = {i: self.chunk(i) for i in top(scores, max(4 * k, 20))}
-        matter = [p for p in asked if not asks(p.term)] or asked
-        weights = {p.term: idf(max(len(self), FEW), len(p.chunks)) for p in matter}
+        matter = [p for p in asked if p.term not in ASKING and ASKING_HAN.isdisjoint(p.term)]
+        weights = {p.term: idf(max(len(self), FEW), len(p.chunks)) for p in matter or asked}
         hits: list[Hit] = []
         bags: list[set[str]] = []  # the terms of each hit
         for i in sorted(chunks, key=lambda i: (-scores[i], chunks[i].doc, chunks[i].start)):

@@ -31,7 +31,8 @@ from typing import IO
 
 import numpy as np
 
-from plumbing.files import put_in_place
+from plumbing.files import locked, write_text
+from plumbing.tokenfiles import mapped
 
 FORMAT = 3
 AGAIN = "remove the folder and index the documents again"
@@ -117,15 +118,6 @@ def sha256_of(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, ensure_ascii=False).encode()).hexdigest()
 
 
-def crc32_of(path: Path, size: int) -> int:
-    """Of the first `size` bytes. Unlike a sha256 it can be continued when bytes are added."""
-    crc = 0
-    with open(path, "rb") as f:
-        for at in range(0, size, 1 << 20):
-            crc = zlib.crc32(f.read(min(1 << 20, size - at)), crc)
-    return crc
-
-
 class Files(AbstractContextManager):
     """A folder, its manifest and its segments. One process writes at a time, any number read, each
     what was valid when it opened. Raises ValueError for damage, by the name of the file."""
@@ -137,10 +129,9 @@ class Files(AbstractContextManager):
         self.segments: list[Segment] = []
         if writable:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock = locked(self.folder, "process")
             except FileExistsError:
                 raise ValueError(f"{self.folder} is a file, and must be a folder") from None
-            self._lock()
         try:
             self._open(writable)
         except BaseException:
@@ -154,16 +145,6 @@ class Files(AbstractContextManager):
         if self.lock:
             self.lock.close()
         self.lock = None
-
-    def _lock(self) -> None:
-        self.lock = open(self.folder / ".lock", "w")
-        with suppress(ImportError):  # not on Windows: there, do not write from two processes
-            import fcntl
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self.close()
-                raise ValueError(f"{self.folder}: another process is writing to it") from None
 
     def _path(self, name: str, suffix: str) -> Path:
         return self.folder / f"{name}-{self.manifest['generation']}{suffix}"
@@ -193,7 +174,7 @@ class Files(AbstractContextManager):
             if there < size:
                 raise ValueError(f"{path}: {there:,} bytes where the manifest says {size:,}; "
                                  f"{AGAIN}")
-            if crc32_of(path, size) != crc:
+            if zlib.crc32(mapped(str(path), np.dtype("u1"))[:size].data) != crc:
                 raise ValueError(f"{path}: damaged: does not match its checksum; {AGAIN}")
 
     def _sweep(self, manifest: dict) -> None:
@@ -241,11 +222,6 @@ class Files(AbstractContextManager):
         names.append(path.name)
 
     def _replace_manifest(self) -> None:
-        temporary = self.folder / "manifest.json.tmp"
-        with open(temporary, "wb") as f:
-            f.write(json.dumps([sha256_of(self.manifest), self.manifest],
-                               ensure_ascii=False).encode())
-            f.flush()
-            os.fsync(f.fileno())
-        put_in_place(temporary, self.folder / "manifest.json")
+        write_text(self.folder / "manifest.json", json.dumps(
+            [sha256_of(self.manifest), self.manifest], ensure_ascii=False))
         self._sweep(self.manifest)

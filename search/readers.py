@@ -1,11 +1,15 @@
 """
-PDF, Word, HTML and EPUB files as Markdown, so that they are cut at their structure like any other
-text. The parsers are the extra `documents`: pip install pypdf mammoth markdownify
+The bytes of a file as text. PDF, Word, HTML and EPUB become Markdown, so that they are cut at their
+structure like any other text. The parsers are the extra `documents`: pip install pypdf mammoth
+markdownify. Text may be UTF-8, UTF-16 and UTF-32 with their mark, and GB18030 that can only be
+Chinese.
 
     parts("paper.pdf", raw)      [(1, "text of the first page"), (2, "…")]
     parts("book.epub", raw)      [(1, "# The first chapter …"), …]
     parts("page.html", raw)      [(1, "# A heading …")]
+    decode(raw)                  ("text", "utf-8")
 """
+import codecs
 import io
 import logging
 import posixpath
@@ -102,3 +106,54 @@ def parts(name: str, raw: bytes) -> Parts:
         raise ValueError("nested too deeply") from None
     except Exception as error:  # whatever a damaged file makes a parser say
         raise ValueError(f"damaged, or not what its name says: {error!r:.80}") from None
+
+
+# ---------------------------------------------------------------------------- plain text
+
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8",
+         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # 32 LE begins as 16 LE does
+FREQUENT = frozenset(  # the 200 characters that make up half of any Chinese text
+    "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行"
+    "所然家种事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实日军者意无力"
+    "它与长把机十民第公此已工使情明性知全三又关点正业外将两高间由问很最重并物手应战向头文体政美相见被利什二等产"
+    "或新己制身果加西斯月话合回特代内信表化老给世位次度门任常先海通教儿原东声提立及比员")
+OTHER = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\u3040-\u30ff\ue000-\uf8ff]")  # not in Chinese text
+
+
+def decode(raw: bytes) -> tuple[str, str]:
+    """The text of a file, and the codec that reads it. Raises ValueError, with the place of the
+    first byte that does not fit, for what is no text or in an encoding that cannot be told."""
+    for mark, name in MARKS.items():
+        if raw.startswith(mark):
+            try:
+                return raw.decode(name), name
+            except UnicodeDecodeError as error:
+                raise ValueError(f"not {name.upper()} at byte {error.start}, as its first bytes "
+                                 "say") from None
+    if b"\0" in raw[:8192]:
+        raise ValueError("binary, or UTF-16 or UTF-32 without the mark that says so")
+    try:
+        if b"\x1b$" in raw:
+            raise ValueError("ISO-2022, it seems: convert it to UTF-8 first")
+        return raw.decode(), "utf-8"
+    except UnicodeDecodeError as error:
+        if sum(byte >= 0xc0 for byte in raw[max(0, error.start - 10_000):error.start]) >= 10:
+            raise ValueError(f"damaged UTF-8 at byte {error.start}") from None
+        if is_chinese(raw):
+            return raw.decode("gb18030"), "gb18030"
+        raise ValueError(f"not UTF-8 at byte {error.start}, nor plainly GB18030: convert it first, "
+                         "with iconv -f ENCODING -t UTF-8") from None
+
+
+def is_chinese(raw: bytes) -> bool:
+    """Is this GB18030? Nearly any bytes are valid GB18030. But in Big5 or in French that is misread
+    so, the most frequent characters of Chinese are rare. Korean looks like it and has a test."""
+    try:
+        text = raw.decode("gb18030")
+    except UnicodeDecodeError:
+        return False
+    letters = re.sub("[\0-\x7f、。《》（），！？：；“”‘’]+", "", text)
+    korean = re.findall("[\uac00-\ud7a3]", raw.decode("euc_kr", "replace"))
+    frequent = sum(letter in FREQUENT for letter in letters)
+    plain = frequent >= 1 + 0.15 * len(letters) and len(korean) < 0.9 * len(letters)
+    return plain and not OTHER.search(text)

@@ -89,6 +89,7 @@ def _is_abbreviation(text: str, start: int, dot: int) -> bool:
 
 TERM = re.compile(rf"[{HAN}]+|v?\d+(?:\.\d+){{1,3}}|[a-z]{{1,2}}(?:\+\+|#)(?![a-z])"
                   rf"|(?<![a-z\d_.])\.[a-z]+|[^\W_{HAN}]+")
+# terms of a question that ask, and say nothing of what is asked for; so does one with such a Han
 ASKING = frozenset("what which who whom whose when where why how is are was were do doe did the a "
                    "an of in tell me please to can could you i my 多少 多 少 何 如何 问 問".split())
 ASKING_HAN = frozenset("什么麼怎谁誰哪吗嗎呢几幾请請告诉訴是的了我有在")
@@ -113,11 +114,6 @@ def terms(text: str) -> list[str]:
             plural = len(run) > 3 and run[-1] == "s" and run[-2] != "s"
             found.append(run[:-1] if plural else run)
     return found
-
-
-def asks(term: str) -> bool:
-    """Does this term of a question ask, and say nothing of what is asked for?"""
-    return term in ASKING or not ASKING_HAN.isdisjoint(term)
 
 
 def tfidf(sentences: list[str], dim: int = 2048) -> np.ndarray:

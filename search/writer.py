@@ -9,39 +9,43 @@ import json
 import os
 import urllib.request
 from collections.abc import Iterator
-from http.client import HTTPException
+from contextlib import contextmanager
+from http.client import HTTPException, HTTPResponse
 from urllib.error import HTTPError
 
 SILENCE = 300  # seconds without a word that end the wait
 
 
-def request(url: str, path: str, body: dict) -> urllib.request.Request:
-    """A POST to the server of a URL; what stands after its # is not sent."""
-    headers = {"Content-Type": "application/json"}
+@contextmanager
+def post(url: str, path: str, body: dict, silence: float) -> Iterator[HTTPResponse]:
+    """The reply of the server of a URL; what stands after its # is not sent. Whatever fails, also
+    while the reply is read, is a ValueError in one line."""
+    base, headers = url.partition("#")[0], {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    base = url.partition("#")[0].rstrip("/")
-    return urllib.request.Request(base + path, json.dumps(body).encode(), headers)
+    try:
+        asked = urllib.request.Request(base.rstrip("/") + path, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(asked, timeout=silence) as reply:
+            yield reply
+    except HTTPError as error:
+        why = " ".join(error.read(300).decode(errors="replace").split())
+        raise ValueError(f"{base}: {error}: {why}") from None
+    except (OSError, HTTPException, ValueError, RecursionError) as error:
+        raise ValueError(f"{base}: {error}") from None
 
 
 def written(url: str, messages: list[dict], max_tokens: int) -> Iterator[str]:
     """The pieces of a reply, greedily written. Raises ValueError in one line."""
-    base, _, model = url.partition("#")
-    body = {"model": model or "default", "messages": messages, "max_tokens": max_tokens,
-            "temperature": 0, "stream": True}
-    try:
-        with urllib.request.urlopen(request(url, "/chat/completions", body),
-                                    timeout=SILENCE) as reply:
-            for line in reply:
-                data = line.removeprefix(b"data:").strip()
-                if line.startswith(b"data:") and data != b"[DONE]":
-                    for choice in json.loads(data)["choices"]:
-                        yield choice["delta"].get("content") or ""
-    except HTTPError as error:
-        why = " ".join(error.read(300).decode(errors="replace").split())
-        raise ValueError(f"{base}: {error}: {why}") from None
-    except (OSError, HTTPException, ValueError) as error:
-        raise ValueError(f"{base}: {error}") from None
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{base}: not a stream of OpenAI's chat completions: "
-                         f"{data.decode(errors='replace')[:200]}") from None
+    body = {"model": url.partition("#")[2] or "default", "messages": messages,
+            "max_tokens": max_tokens, "temperature": 0, "stream": True}
+    with post(url, "/chat/completions", body, SILENCE) as reply:
+        for line in reply:
+            data = line.removeprefix(b"data:").strip()
+            if not line.startswith(b"data:") or data == b"[DONE]":
+                continue
+            try:
+                said = [choice["delta"].get("content") for choice in json.loads(data)["choices"]]
+            except (KeyError, TypeError, AttributeError):
+                raise ValueError("not a stream of OpenAI's chat completions: "
+                                 f"{data.decode(errors='replace')[:200]}") from None
+            yield "".join(filter(None, said))

@@ -76,7 +76,7 @@ def rag_py(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
     """Toy data, and runs of the five stages in forked children; on Linux."""
-    from faults.lab import Lab
+    from lab import Lab
     return Lab(tmp_path_factory.mktemp("lab"))
 
 

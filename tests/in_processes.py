@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # noqa: F401, once instead of in every child
+from lab import Run, places
 
 import train_pt
-from faults.lab import Run, places
 from generate import replies
 from model import ModelConfig, Transformer
 from plumbing import checkpoint, runtime, sharding

@@ -13,6 +13,7 @@ import pytest
 import data
 from bench import baselines
 from bench.baselines import BASE, END, fit, ngram_bits, pack, probability, symbols, xz_bits
+from plumbing import terminal
 
 HERE = Path(__file__).parent.parent
 
@@ -161,26 +162,22 @@ def test_command_line_scores_both_languages(prepared):
         assert row["xz"] == pytest.approx(xz_bits(train, val) / n_bytes, rel=1e-12)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--data_dir=/no/such/folder"], "no prepared data here"),
-    (["--data_dir={folder}", "--order=7"], "--order=7 must be at most 6"),
-])
-def test_mistakes_are_one_line_and_exit_code_2(prepared, arguments, message, monkeypatch, capsys):
-    arguments = [a.format(folder=prepared[0]) for a in arguments]
-    monkeypatch.setattr(sys, "argv", ["baselines.py", *arguments])
+def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["baselines.py", "--data_dir=/no/such/folder"])
     with pytest.raises(SystemExit) as end:
-        baselines.main()
+        terminal.run(baselines.main)
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert "no prepared data here" in error and error.count("\n") == 1
 
 
 def test_a_language_without_training_text_is_an_error(prepared, monkeypatch):
     tok, splits = data.open_data(prepared[0])
     only_en = {"train": splits["train"][:1], "val": splits["val"]}
     monkeypatch.setattr(baselines, "open_data", lambda folder: (tok, only_en))
+    monkeypatch.setattr(sys, "argv", ["baselines.py"])
     with pytest.raises(ValueError, match="no training text in the language zh"):
-        baselines.run(baselines.Config(xz=False))
+        baselines.main()
 
 
 def test_a_header_that_counts_other_bytes_is_an_error(prepared):

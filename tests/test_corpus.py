@@ -11,7 +11,7 @@ import pytest
 
 from plumbing import corpus
 from plumbing.chats import said_in
-from plumbing.corpus import (BadLine, BadLines, Document, find_files, language, parse,
+from plumbing.corpus import (BadLine, Batch, Document, find_files, language, made_by_workers, parse,
                              parse_records, read_batches, sampled)
 from plumbing.jobs import Progress
 
@@ -151,15 +151,17 @@ def test_a_sample_has_its_share_of_every_file_and_language(tmp_path, monkeypatch
 def test_bad_lines_stop_or_are_counted(capsys):
     bad = [BadLine(f"f:{i}:1", "not JSON", "why") for i in range(7)]
     bad += [BadLine("f:9:1", "empty text")]
+
+    def made(n_good: int, on_bad_line: str) -> list:
+        return list(made_by_workers(iter([Batch("f", [], 1.0)]), lambda batch: [
+            *bad, *range(n_good)], len, 1, on_bad_line, Progress()))
     with pytest.raises(ValueError, match="^f:0:1: not JSON: why .--on_bad_line=skip"):
-        BadLines("stop", Progress()).add(bad)
-    counted = BadLines("skip", Progress())
-    counted.add(bad)
-    counted.finish(n_good=792)  # 8 of 800 is not more than 1 %
+        made(792, "stop")
+    assert made(792, "skip") == [(792, 792)]  # 8 of 800 is not more than 1 %
     out = capsys.readouterr().out
     assert out.count("skipped f:") == 5 and "bad lines skipped: 8 (not JSON 7, empty text 1)" in out
     with pytest.raises(ValueError, match="8 of 799 lines are bad, more than 1%: mend"):
-        counted.finish(n_good=791)
+        made(791, "skip")
 
 
 @pytest.mark.parametrize("text", [

@@ -16,12 +16,12 @@ from random import Random
 
 import numpy as np
 import pytest
+from hostile_files import write_all
+from lab import (STAGES, Child, Lab, Run, bits, damaged, die_after_save, newest, same_bits,
+                        same_run, side_by_side)
 
 import data
 from demo import world
-from faults.lab import (STAGES, Child, Lab, Run, bits, damaged, die_after_save, newest, same_bits,
-                        same_run, side_by_side)
-from hostile_files import write_all
 from plumbing import checkpoint, corpus, examples, runtime
 from plumbing.jobs import Progress
 from search.documents import count_pieces, update

@@ -17,7 +17,7 @@ import pytest
 
 import data
 from data import encode, open_data
-from plumbing import corpus, tokenfiles
+from plumbing import corpus, terminal, tokenfiles
 from plumbing.tokenfiles import Folder, open_token_file
 from tokenizer import CHAR_PATTERN, PATTERN, count_pieces, dump, train_bpe
 
@@ -59,7 +59,7 @@ def run(base, *args, workers=2, during=lambda pid: None, **patch):
             setattr(data if hasattr(data, name) else tokenfiles, name, value)
         sys.argv = ["data.py", f"--input={base}/in", f"--tokenizer={base}/tok.txt",
                     f"--out_dir={base}/out", "--val_fraction=0.1", f"--workers={workers}", *args]
-        data.main()
+        terminal.run(data.main)
     process = multiprocessing.get_context("fork").Process(target=child)
     (base / "stderr").write_text("")
     process.start()

@@ -6,8 +6,9 @@ import time
 import pytest
 from notes import NOTES
 
-from search.documents import count_pieces, decode, find_documents, read_document, update
+from search.documents import count_pieces, find_documents, read_document, update
 from search.index import Index
+from search.readers import decode
 from search.segment import split
 
 cut = lambda text, name: split(text, name, 64, count=count_pieces)
@@ -90,7 +91,7 @@ def test_what_is_passed_over_is_said_in_a_line_each(folder, tmp_path, capsys):
 def test_encodings():
     text = "中文 and text\n"
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "gb18030"):
-        assert decode(text.encode(encoding)).removeprefix("\ufeff") == text
+        assert decode(text.encode(encoding))[0].removeprefix("\ufeff") == text
     with pytest.raises(ValueError, match="binary"):
         decode(b"\x7fELF\0\0")
     with pytest.raises(ValueError, match="byte 3"):
@@ -108,9 +109,10 @@ def test_a_line_of_jsonl_is_a_document_of_its_own(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"title": "One", "text": "The first one.\0"}, {"text": "第二个。"}]
     raw = "\n".join(json.dumps(row) for row in rows).encode()
-    chunks, replaced = read_document(path, raw, cut)
+    chunks, met = read_document(path, raw, cut)
     assert [(c.line, c.crumb, c.text) for c in chunks] == [
-        (1, "One", "The first one.\ufffd"), (2, "rows", "第二个。")] and replaced == 1
+        (1, "One", "The first one.\ufffd"), (2, "rows", "第二个。")]
+    assert met == {"characters replaced": 1, "read as GB18030": 0}
     for bad in (b'{"text": 3}', b"[1]", b"{", b"[" * 100_000):
         with pytest.raises(ValueError, match="line 2"):
             read_document(path, b'{"text": "x"}\n' + bad, cut)

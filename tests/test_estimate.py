@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab import Run, side_by_side
 
 import configurator
 import train_pt
 from bench import estimate
-from faults.lab import Run, side_by_side
 from model import ModelConfig
 from plumbing import costs
 

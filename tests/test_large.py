@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab import Run, places
 
-from faults.lab import Run, places
 from plumbing import checkpoint
 
 ROOT = Path(checkpoint.__file__).parent.parent

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from lab import places
 
 import data
 import train_pt
 from demo.world import pt_document
-from faults.lab import places
 from plumbing import checkpoint
 from plumbing.jobs import Progress
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import rag
-from search.documents import chunks_of, count_pieces, decode, find_documents, update
+from search.documents import chunks_of, count_pieces, find_documents, update
 from search.index import Index
+from search.readers import decode
 from search.segment import split
 from search.topics import terms
 
@@ -51,10 +52,10 @@ def test_an_encoding_that_cannot_be_told_is_refused_by_the_name_of_the_file(tmp_
 def test_gb18030_that_is_plainly_chinese_is_read_and_so_is_what_bears_its_mark(tmp_path, capsys):
     traditional = "他說這個問題我們不能在這裡說，因為大家都要上學，他的書在家裡。"
     for text in (CHINESE, CHINESE[:14], "第三章 " + CHINESE + " see page 12", traditional):
-        assert decode(text.encode("gb18030")) == text
+        assert decode(text.encode("gb18030"))[0] == text
     for encoding in ("utf-32", "utf-16", "utf-8-sig"):
         for text in (CHINESE, "Only English.", "混合 mixed"):
-            assert decode(text.encode(encoding)).removeprefix("\ufeff") == text
+            assert decode(text.encode(encoding))[0].removeprefix("\ufeff") == text
     (tmp_path / "old.txt").write_bytes(CHINESE.encode("gb18030"))
     with Index(str(tmp_path / "ix"), True) as index:  # and that it was is said
         counts = update(index, [str(tmp_path)], lambda text, name: split(text, name, count=len))

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch._dynamo  # noqa: F401, here and not in every child that makes an optimizer
+from lab import Run
 from notes import NOTES
 
 from configurator import configure
 from demo.world import show
-from faults.lab import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]

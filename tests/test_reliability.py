@@ -14,10 +14,10 @@ from random import Random
 
 import pytest
 import torch
+from lab import (ROOT, STAGES, Child, break_rank, damaged, die_after_save, instead, newest,
+                        places, same_bits, same_run, side_by_side)
 
 from faults import __main__ as board
-from faults.lab import (ROOT, STAGES, Child, break_rank, damaged, die_after_save, instead, newest,
-                        places, same_bits, same_run, side_by_side)
 from plumbing import checkpoint, runtime, terminal
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -127,9 +127,9 @@ def test_signals(lab, full, measured):
 
 FAULTY = """import sys
 from pathlib import Path
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import train_pt
-from faults.lab import break_rank
+from lab import break_rank
 break_rank({how!r}, 5, Path({note!r}))()
 train_pt.main()
 """

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lab import STAGES, Lab, newest, same_run
 
-from faults.lab import STAGES, Lab, newest, same_run
 from plumbing import checkpoint, terminal
 from tokenizer import PATTERN, dump
 

@@ -51,6 +51,7 @@ def test_log_drops_what_a_resumed_run_does_again(tmp_path):
         log.write(step=step, loss=0.1 * step)
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 4, "lo')  # killed while writing
+    del log  # else it would still hold the folder
     Log(cfg, ALONE, 2, 9, 64, 10).write(step=2, loss=9.0)
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert rows == [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.1},
@@ -61,7 +62,7 @@ def test_log_drops_what_a_resumed_run_does_again(tmp_path):
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
     """The same command typed in two windows: neither found a checkpoint, both trained, the log of
     the first was lost and the folder held two runs."""
-    code = f"from plumbing.log import only_run; f = only_run({str(tmp_path)!r}); print(1, flush=1)"
+    code = f"import plumbing.files as f; x = f.locked({str(tmp_path)!r}, ''); print(1, flush=1)"
     with subprocess.Popen([sys.executable, "-c", f"{code}; input()"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, cwd=ROOT) as other:
         assert other.stdout.readline() == b"1\n"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # noqa: F401, once instead of in every child
+from lab import Run, places
 
 import configurator
 import train_dpo
@@ -18,7 +19,6 @@ import train_pt
 import train_rl
 import train_rm
 import train_sft
-from faults.lab import Run, places
 from plumbing import checkpoint, runtime, terminal
 from plumbing.loading import load_model
 

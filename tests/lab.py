@@ -1,5 +1,5 @@
 """
-Tools to break a training run with, for `python -m faults` and the tests.
+Tools to break a training run with.
 
     lab = Lab(folder)                                  # toy data, a model and a reward model
     run = lab.start("sft", out_dir, max_steps=6)       # main() of train_sft.py, in a child
