@@ -4,7 +4,6 @@ import builtins
 import contextlib
 import io
 import os
-import random
 import shutil
 import sys
 import zlib
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 from hostile_files import write_all
 from lab import (STAGES, Child, Lab, Run, bits, damaged, die_after_save, newest, same_bits,
-                        same_run, side_by_side)
+                 same_run, side_by_side)
 
 import data
 from demo import world
@@ -188,7 +187,7 @@ def test_crash_at_every_call(lab, full, measured):
     measured(f"crashes: {text}; {sum(bad)} bad states", not sum(bad))
 
 
-def spoil(raw: bytes, r: random.Random) -> tuple[str, bytes]:
+def spoil(raw: bytes, r: Random) -> tuple[str, bytes]:
     """One bit flipped, or the end cut off, or a page of zeros as after a loss of power."""
     kind = r.choice(["bit flipped", "bit flipped", "cut off", "page zeroed"])
     at = r.randrange(len(raw))

@@ -14,8 +14,8 @@ from random import Random
 
 import pytest
 import torch
-from lab import (ROOT, STAGES, Child, break_rank, damaged, die_after_save, instead, newest,
-                        places, same_bits, same_run, side_by_side)
+from lab import (ROOT, STAGES, Child, break_rank, damaged, die_after_save, instead, newest, places,
+                 same_bits, same_run, side_by_side)
 
 from faults import __main__ as board
 from plumbing import checkpoint, runtime, terminal
