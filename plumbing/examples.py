@@ -119,9 +119,10 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
     for split in SPLITS:
         files = {f"{split}.words": np.dtype("<u4"), f"{split}.rows": ROW,
                  f"{split}.records": np.dtype("u1")}  # records: of prompts only
-        arrays = [mapped(os.path.join(folder, name), dtype) if name in hashes else
-                  np.zeros(0, dtype) for name, dtype in files.items()]
-        found[split] = Rows(*arrays, f"{paths} ({split})",
+        words, table, records = (
+            mapped(os.path.join(folder, name), dtype) if name in hashes else np.zeros(0, dtype)
+            for name, dtype in files.items())
+        found[split] = Rows(words, table, records, f"{paths} ({split})",
                             hash64(*(hashes[name] for name in files if name in hashes)))
     return found
 

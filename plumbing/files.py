@@ -153,7 +153,6 @@ def locked(folder: str | Path, who: str) -> IO:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            held.close()
             raise ValueError(f"{folder}: another {who} is writing to it") from None
     return held
 
