@@ -5,7 +5,7 @@ Tools to break a training run with.
     run = lab.start("sft", out_dir, max_steps=6)       # main() of train_sft.py, in a child
     run.ends(0.1);  run.send(signal.SIGKILL);  run.wait();  run.text
 
-A run is a fork that sets sys.argv and calls main(): torch is imported once, so a kill costs a
+A run is a fork that sets sys.argv and runs main(): torch is imported once, so a kill costs a
 fraction of a second. The child does not measure the peak speed of the CPU. Linux only.
 """
 import ctypes
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from demo import world
-from plumbing import checkpoint, log, runtime
+from plumbing import checkpoint, log, runtime, terminal
 from tokenizer import PATTERN, dump
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +121,7 @@ class Run(Child):
             log.peak_flops = lambda dist: None
             for change in before:
                 change()
-            importlib.import_module(script).main()
+            terminal.run(importlib.import_module(script).main)
         super().__init__(main, said)
 
 
