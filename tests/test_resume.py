@@ -101,7 +101,7 @@ def test_changed_settings_and_data_are_said_and_gone_on_with(lab, done, tmp_path
         changes["data"].write_text("".join(file.read_text().splitlines(True)[:30]))
     code, said = resume(lab, stage, out, **changes)
     assert code == 0 and "\n  learning_rate was 0.001, now 0.002\n" in said
-    assert "\nWARNING: the training data is not what this run began with" in said
+    assert "\nWARNING: the training data, or the file of the reward, is not what this run" in said
     code, said = resume(lab, stage, out, max_steps=5, **changes)
     assert code == 0 and "learning_rate was" not in said and "WARNING: the training" not in said
 
