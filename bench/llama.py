@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import convert
 from bench.race import Race
 from configurator import fail
 from generate import generate
-from kernels.quantised import Quantised, pack
+from kernels.quantised import GROUP, PANEL, Quantised, pack, shapes
 from model import ModelConfig
 from plumbing import checkpoint, loading
 from tokenizer import Tokenizer
@@ -35,6 +35,7 @@ from tokenizer import Tokenizer
 ROWS, PROMPT, WRITTEN, READ = 8, 512, 32, 256 << 20
 BILLION = dict(n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, head_dim=64, n_hidden=5632,
                tied=True, qk_norm=False, qkv_bias=False)  # 1.1 billion weights, drawn at random
+SMOL_1_7B = BILLION | dict(n_layer=24, n_kv_head=32, n_hidden=8192)  # SmolLM2-1.7B
 
 
 class Llama:
@@ -129,7 +130,7 @@ def contenders(state: dict, folder: str) -> tuple[dict[str, Quantised], dict[str
 def speed(cfg, folder: str) -> Iterator[Race]:
     """Tokens/s of one text and of 8, written after prompts of 16 tokens, and of a prompt of 512.
     `of_read` is the share of the memory's speed, for one text: bytes of the weights times tokens/s
-    over those of a sum of 256 MB that took turns."""
+    over those of a sum of 256 MB that took turns. With decode_1b also how fast 1.7B are loaded."""
     state = opened(cfg, folder)
     if cfg.decode_1b:
         sizes = state["model_config"] | BILLION
@@ -151,6 +152,30 @@ def speed(cfg, folder: str) -> Iterator[Race]:
             race.speed(name, rows * (read if written == 1 else written), "tok/s",
                        mb=model.bytes / 1e6, **share)
         race.speed("limit", READ / 1e9, "GB/s")
+        yield race
+    if cfg.decode_1b:
+        yield from loading_time(cfg, state, folder)
+
+
+def loading_time(cfg, state: dict, folder: str) -> Iterator[Race]:
+    """How large 1.7B weights are in 8 and 4 bits, and how long they take to load from files that
+    were read just before. They are all 0, and at 4 bits have minima, which is the larger way."""
+    sizes = ModelConfig(**state["model_config"] | SMOL_1_7B)
+    for bits in (8, 4):
+        tensors, name = {}, f"1.7B, int{bits}, loading"
+        for of, shape in shapes(sizes).items():
+            if len(shape) == 1:
+                tensors[of] = torch.zeros(shape)
+                continue
+            few = 4 if bits == 4 and "." in of else 8
+            panels, groups = shape[0] // PANEL, shape[1] // GROUP
+            tensors[f"{of}.q"] = torch.zeros(panels, groups, few, PANEL, 4, dtype=torch.uint8)
+            for part in ("scale", "min")[:1 + (few == 4)]:
+                tensors[f"{of}.{part}"] = torch.zeros(panels, groups, PANEL, dtype=torch.float16)
+        path = checkpoint.save(f"{folder}/{bits}", 0, {
+            **state, "model": tensors, "model_config": asdict(sizes), "optimizer": []})
+        race = Race("decode", {name: partial(loading.load_writer, str(path), "cpu", "auto")}, cfg)
+        race.row(name, race.seconds[name], "s", gb=sum(t.nbytes for t in tensors.values()) / 1e9)
         yield race
 
 
