@@ -14,7 +14,9 @@ All products take their inputs as int8 too, and what stands between them is fp32
 text are worked on in the same order however many come at once, so its logits are the same to the
 last bit with or without a cache, alone or in a batch.
 """
+import mmap
 import sys
+from contextlib import suppress
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 
 import torch
@@ -223,13 +225,14 @@ class Quantised(Transformer):
     def __init__(self, config: ModelConfig, tensors: dict[str, Tensor]):
         nn.Module.__init__(self)
         self.config = c = config
-        matrices: dict[str, Matrix] = {}
+        found: dict[str, Tensor] = {}
         for name, shape in shapes(c).items():
-            if len(shape) == 2:
-                matrices[name] = Matrix(parts_of(tensors, name, *shape), shape[0])
-            else:
-                require(tensors, name, shape, torch.float32)
-        self.tensors, self.bytes = tensors, sum(t.nbytes for t in tensors.values())
+            found |= ({f"{name}.{part}": t for part, t in parts_of(tensors, name, *shape).items()}
+                      if len(shape) == 2 else {name: require(tensors, name, shape, torch.float32)})
+        self.tensors = tensors = in_large_pages(found)
+        self.bytes = sum(t.nbytes for t in tensors.values())
+        matrices = {name: Matrix(parts_of(tensors, name, *shape), shape[0])
+                    for name, shape in shapes(c).items() if len(shape) == 2}
         self.lm_head = matrices["lm_head"]
         self.embed_tokens = matrices.get("embed_tokens", self.lm_head)
         self.lm_head.n_out = self.embed_tokens.n_out = c.vocab_size  # the rest is padding
@@ -271,6 +274,24 @@ class Quantised(Transformer):
             states.append(x)
         x = torch.cat(states, dim=1)
         return x if hidden else self.lm_head(x)
+
+
+def in_large_pages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same in pages of 2 MB, where Linux has them. A processor stops reading ahead at the end
+    of a page: from those of 4 kB it takes a row's products nearly twice as long."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return tensors
+    line, page, made = 64, 2 << 20, {}
+    memory = mmap.mmap(-1, page + sum(t.nbytes + line for t in tensors.values()),
+                       flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    at = -whole.data_ptr() % page
+    for name, t in tensors.items():
+        made[name] = whole[at:at + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
+        at += -(-t.nbytes // line) * line
+    return made
 
 
 def parts_of(tensors: dict[str, Tensor], name: str, n_out: int, n_in: int) -> dict[str, Tensor]:
