@@ -204,6 +204,16 @@ def test_generate_writes_the_same_alone_and_in_a_batch(model):
     assert replies(f, prompts, 30, temperature=0.0, cache=False) == want
 
 
+def test_weights_are_copied_to_large_pages_one_after_the_other(model):
+    """Each begins where a line of the cache does, so that no product reads one more."""
+    once = pack(model.config, model.state_dict(), 4)
+    held = Quantised(model.config, once).tensors
+    assert held.keys() == once.keys() and all(torch.equal(held[k], once[k]) for k in once)
+    places = [(t.data_ptr(), t.nbytes) for t in held.values()]
+    assert all(at % 64 == 0 for at, _ in places)
+    assert all(a + n <= b for (a, n), (b, _) in zip(places, places[1:]))
+
+
 def test_what_is_packed_can_be_unpacked(model):
     """To the weights that the products use: packing them again changes nothing."""
     once = pack(model.config, model.state_dict(), 8)
