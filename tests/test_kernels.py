@@ -1,6 +1,7 @@
 """8 and 4 bits: the C against plain loops, the model against model.py, and what it refuses."""
 import os
 import shutil
+import sys
 import threading
 from dataclasses import asdict, replace
 
@@ -204,6 +205,7 @@ def test_generate_writes_the_same_alone_and_in_a_batch(model):
     assert replies(f, prompts, 30, temperature=0.0, cache=False) == want
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="pages of 2 MB are asked of Linux only")
 def test_weights_are_copied_to_large_pages_one_after_the_other(model):
     """Each begins where a line of the cache does, so that no product reads one more."""
     once = pack(model.config, model.state_dict(), 4)
