@@ -2,7 +2,7 @@
 RL with a reward that can be checked. People who mostly forget the carry teach a small model to add;
 then RL tells it whether the last number of a reply is right, and nothing else.
 
-    python -m demo.sums [--out_dir=out/sums] [--seed=0]
+    python -m demo.sums [--out_dir=out/sums] [--seed=0]          3 minutes of one core
 
 Every question has a carry: 27+48=? In six chats of ten the answer is 65, in the others 75, and SFT
 learns just that. Two numbers that are asked about in a validation are together in no other file, in
