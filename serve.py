@@ -14,7 +14,7 @@ when it ends, or when its client hangs up. Only this computer can connect, unles
 """
 from plumbing.terminal import end_quietly
 
-end_quietly(__name__)  # before `import torch`, which takes seconds
+end_quietly(__name__, trains=False)  # before `import torch`, which takes seconds
 
 import asyncio
 import os

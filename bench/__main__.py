@@ -186,11 +186,18 @@ def train(cfg: Config, folder: str) -> Iterator[Race]:
                                          torch.optim.AdamW(hf.parameters(), LR))
     if cfg.compile and not (cxx := shutil.which(os.environ.get("CXX", "g++"))):
         print("train   compiled models skipped: no C++ compiler; install g++ or set CXX")
+
+    def in_bf16(net: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return entries["ours"][1](net)
+
     contenders = {}
     for name, (model, *rest) in entries.items():
         contenders[f"{name}, eager"] = learner(model, *rest)
         if cfg.compile and cxx and name in ("ours", "nanoGPT"):
             contenders[f"{name}, compiled"] = learner(torch.compile(model), *rest)
+    if runtime.multiplies_bf16() > 1:
+        contenders["ours, bf16"] = learner(ours, in_bf16)
     limit = partial(torch.mm, *torch.randn(2, MATMUL, MATMUL))
     race = Race("train", contenders | {"limit": limit}, cfg)
     for name in contenders:

@@ -21,3 +21,4 @@ eval_every = 200
 answer_tokens = 48
 save_every = 200
 log_every = 25
+dtype = "float32"  # a model 64 wide does not gain by bfloat16

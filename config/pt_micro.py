@@ -31,3 +31,4 @@ eval_every = 400
 save_every = 400
 sample_every = 800
 log_every = 50
+dtype = "float32"  # a model 64 wide does not gain by bfloat16

@@ -20,3 +20,4 @@ max_steps = 100
 learning_rate = 3e-4
 warmup_steps = 5
 eval_prompts = 400
+dtype = "float32"  # a model 64 wide does not gain by bfloat16

@@ -24,3 +24,4 @@ eval_answers = 100
 answer_tokens = 48
 save_every = 500
 log_every = 50
+dtype = "float32"  # a model 64 wide does not gain by bfloat16

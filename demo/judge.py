@@ -189,6 +189,7 @@ def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
     rows = read_rows(world / "pairs_heldout.jsonl")
     bayes = read_rows(world / "floor.json")[0]["pairs_heldout_bayes"]
     done = subprocess.run([sys.executable, "train_rm.py", f"--init_from={out}/rm",
+                           "--dtype=float32",
                            f"--score={world}/pairs_heldout.jsonl"], capture_output=True, text=True)
     if done.returncode:
         fail(done.stderr)

@@ -86,18 +86,21 @@ def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumula
     # A frozen one has none, but is made wide.
     at_head = 4 * table * head * (not rank or extra)
     widened = 4 * table * head * (held < width and not at_head)
-    logits = 4 * (1 << 23) * (head and c.vocab_size > 1 << 15)  # model.logits_at_once, on a CPU
+    # loss.py holds a portion of the logits, in bf16 also in fp32, and the head and its gradient
+    logits = head * (4 * min(1 << 23, tokens * c.vocab_size) if width == 4 else
+                     8 * min(1 << 22, tokens * c.vocab_size) + 4 * table)
     if shards > 1:
         # Embedding and head are gathered in fp32 while they are needed. Of the blocks one is in use
         # and the next on its way. A block's gradient is whole while it is summed.
         summed = block * (width + 4) * (not rank)
         return {"parameters": weights // shards, "optimizer": moments // shards,
                 "gradients": gradients // shards, "gathered": 4 * root + 2 * width * block,
-                "activations": kept + at_head + max(at_head, rerun + summed)}
+                "activations": kept + at_head
+                + max(at_head + logits - 2 * width * block, rerun + summed)}  # no block at the head
     # Activations are freed while gradients are made, so the fullest moment is either the start of
     # the backward pass (earlier micro-steps have left gradients) or its end, where the two
     # gradients of a tied matrix meet.
-    start = kept + at_head + max(at_head, widened + logits, rerun)
+    start = kept + at_head + max(max(at_head, widened) + logits, rerun)
     start += gradients if accumulate > 1 else 0
     end = gradients + (at_head if c.tied else 0)
     return {"parameters": weights, "optimizer": moments, "gradients": gradients,

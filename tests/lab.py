@@ -6,7 +6,7 @@ Tools to break a training run with.
     run.ends(0.1);  run.send(signal.SIGKILL);  run.wait();  run.text
 
 A run is a fork that sets sys.argv and runs main(): torch is imported once, so a kill costs a
-fraction of a second. The child does not measure the peak speed of the CPU. Linux only.
+fraction of a second. The child does not measure how fast the CPU is. Linux only.
 """
 import ctypes
 import importlib
@@ -118,7 +118,7 @@ class Run(Child):
         def main() -> None:
             os.environ.update(environ)
             sys.argv = [f"{script}.py", *arguments]
-            log.peak_flops = lambda dist: None
+            log.peak_flops, runtime.multiplies_bf16 = lambda dist: None, lambda: 0.0
             for change in before:
                 change()
             terminal.run(importlib.import_module(script).main)

@@ -40,10 +40,14 @@ KINDS = {
     "rm lora": ("rm", dict(lora_rank=4)),
     "sft muon": ("sft", dict(optimizer="muon")),
     "rm": ("rm", {}), "dpo": ("dpo", {}), "dpo unsampled": ("dpo", dict(eval_samples=0)),
-    "rl": ("rl", {})}
+    "rl": ("rl", {}),
+    "sft bf16": ("sft", dict(dtype="bfloat16")), "dpo bf16": ("dpo", dict(dtype="bfloat16"))}
+if runtime.multiplies_bf16() < 1:  # it would take minutes
+    KINDS = {kind: how for kind, how in KINDS.items() if "bf16" not in kind}
 CASES = [(kind, size) for kind in KINDS for size in ("state", "rows")]
 CASES += [("sft", "judged"), ("rl", "judged")]
-CASES += [(kind, size) for kind in ("sft", "sft lora") for size in ("49k", "152k")]
+CASES += [(kind, size) for kind in KINDS if kind in ("sft", "sft lora", "sft bf16")
+          for size in ("49k", "152k")]
 
 
 def make(folder: Path, shape: tuple, prompt: int, reply: int) -> None:
@@ -81,7 +85,7 @@ def settings(kind: str, folder: Path, shape: tuple, B: int, reply: int):
         init_from=str(folder / "sft"), data=str(folder / f"{data}.jsonl"),
         val_data=str(folder / f"{data}.jsonl"), out_dir=str(folder / f"{kind} run"),
         answer_tokens=reply, max_steps=2, warmup_steps=0, learning_rate=1e-4, save_every=9,
-        device="cpu")
+        device="cpu", dtype="float32")
     return replace(cfg, **{
         "sft": dict(batch_size=B, batch_tokens=2 * B * shape[-1], eval_answers=4),
         "rm": dict(batch_size=B // 2, batch_pairs=B, norm_samples=4),
@@ -111,7 +115,7 @@ def measure(folder: Path, cases: list[tuple[str, str]]) -> dict | str:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError as error:
             return f"{error}"
-        dist = runtime.setup("cpu", "float32")
+        dist = runtime.setup("cpu", cfg.dtype)
         try:
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 SCRIPTS[KINDS[kind][0]].train(cfg, dist)

@@ -1,4 +1,6 @@
 """runtime.py: schedule, guard, log and the numbers in the log line."""
+import ast
+import copy
 import json
 import math
 import os
@@ -9,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 import train_pt
-from plumbing import costs, optim, runtime
+from generate import generate
+from plumbing import costs, loss, optim, runtime, terminal
 from plumbing.log import Log, eta, peak_flops
 
 ROOT = Path(runtime.__file__).resolve().parent.parent
@@ -93,6 +97,88 @@ def test_device_and_precision_are_chosen_or_refused():
             runtime.setup("cuda")
 
 
+@pytest.mark.parametrize("times, given, chosen", [
+    (2.1, "auto", "bfloat16"), (0.01, "auto", "float32"), (2.1, "float32", "float32"),
+    (0.01, "bfloat16", "bfloat16")])
+def test_a_cpu_that_multiplies_bf16_fast_trains_in_it(times, given, chosen, monkeypatch, capsys,
+                                                      tmp_path):
+    """The type is measured, not looked up by a processor's name. The settings that a checkpoint
+    remembers hold what was chosen: --resume on another machine says that it changed."""
+    monkeypatch.setattr(runtime, "multiplies_bf16", lambda: times)
+    found = []
+    runtime.launch(lambda cfg, dist: found.extend((cfg.dtype, dist.dtype)), runtime.Settings(
+        device="cpu", dtype=given, out_dir=str(tmp_path)))
+    assert found == [chosen, getattr(torch, chosen)]
+    said = f"--dtype=auto: {chosen}, because this CPU multiplies bfloat16 {times} times as fast"
+    assert (said in capsys.readouterr().out) == (given == "auto")
+
+
+def test_how_fast_a_cpu_multiplies_is_measured():
+    """conftest.py answers for it in the other tests."""
+    code = "from plumbing import runtime; print(runtime.multiplies_bf16())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert 1e-4 < float(done.stdout) < 100
+
+
+@pytest.mark.parametrize("given, found", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
+                                          ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_waiting_threads_give_way_unless_the_user_said_how(monkeypatch, given, found):
+    """Beside a busy neighbour two threads that spin took 2 to 4 times as long for a step."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", {**os.environ, **given})
+    terminal.end_quietly("__main__", trains=False)
+    assert os.environ.get("GOMP_SPINCOUNT") == given.get("GOMP_SPINCOUNT")
+    terminal.end_quietly("__main__")
+    assert os.environ.get("GOMP_SPINCOUNT") == found
+
+
+class NoFloat64(TorchDispatchMode):
+    """Apple's MPS has no float64: whatever is computed where the model is must not be of it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert not (isinstance(out, torch.Tensor) and out.dtype == torch.float64), func
+        return out
+
+
+def test_nothing_of_float64_is_computed_where_the_model_is(tiny):
+    """A forward and a backward pass, the loss, clipping, both optimizers, writing and sampling."""
+    net, idx = copy.deepcopy(tiny.model), torch.randint(250, (2, 12))
+    cfg = runtime.Settings(optimizer="muon")
+    with NoFloat64():
+        list(generate(net, idx.tolist(), 3, top_k=9, top_p=0.9, min_p=0.01, logps=[],
+                      repetition_penalty=1.1))
+        optimizers = optim.make_optimizers(net, cfg)
+        for reduction in ("sum", "none"):
+            hidden = net(idx, hidden=True, segments=torch.ones_like(idx))
+            model.token_logps(hidden, net.lm_head.weight, idx, reduction).sum().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.RewardModel(net)(idx, torch.tensor([3, 12])).sum().backward()
+    with pytest.raises(AssertionError), NoFloat64():
+        idx.double()
+
+
+def test_no_float64_is_made_on_a_device():
+    """In no call stand float64 and a device, and .double() is only asked of what is on the CPU or
+    (train_dpo.py's accuracy) made of it. Seen to fail for `all_max` and evaluate.py."""
+    bad = []
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("serving/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                whole = ast.unparse(node)
+                named = [ast.unparse(a) for a in (*node.args, *(k.value for k in node.keywords))]
+                device = any(k.arg == "device" for k in node.keywords) or any(
+                    a.endswith("device") for a in named)
+                if "torch.float64" in named and device or (
+                        ast.unparse(node.func).endswith(".double") and ".cpu()" not in whole
+                        and path.name != "train_dpo.py"):
+                    bad.append(f"{path.name}:{node.lineno}: {whole}")
+    assert bad == []
+
+
 def test_restarts_that_could_not_work_are_refused_at_once(monkeypatch):
     """Else the second start waits for the dead processes of the first."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
@@ -114,17 +200,18 @@ def test_bfloat16_computes_products_in_bfloat16():
 
 
 @pytest.mark.parametrize("device, vocabulary, rows", [
-    ("cuda", 65_536, 2048), ("cuda", 1 << 21, 128), ("cpu", 65_536, 128), ("cpu", 8_192, None)])
+    ("cuda", 65_536, 2048), ("cuda", 1 << 21, 128), ("cpu", 65_536, 128), ("cpu", 8_192, 1024),
+    ("cpu", 1 << 24, 1)])
 def test_a_gpu_holds_half_a_gigabyte_of_logits_at_once(device, vocabulary, rows):
-    """2,048 x 65,536 logits of 4 bytes are 0.54 GB, 128 of them 34 MB, which a CPU holds; a short
-    vocabulary is left to torch. A stand-in for a head."""
+    """2,048 x 65,536 logits of 4 bytes are 0.54 GB, 128 of them 34 MB, which a CPU holds.
+    A stand-in for a head."""
     class Head:
         def __init__(self):
             self.device = torch.device(device)
 
         def __len__(self):
             return vocabulary
-    assert model.logits_at_once(Head()).batch_chunk_size == rows
+    assert loss.rows_at_once(Head()).batch_chunk_size == rows
 
 
 def test_the_loss_is_the_same_however_many_rows_exist_at_once(monkeypatch):
@@ -136,11 +223,36 @@ def test_the_loss_is_the_same_however_many_rows_exist_at_once(monkeypatch):
     gradients = torch.autograd.grad(want, (hidden, head))
     for rows in (1, 4, 100):
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
-        monkeypatch.setattr(model, "logits_at_once", lambda head: options)
-        loss = train_pt.pt_loss(hidden, head, targets)
-        assert torch.allclose(loss, want, rtol=1e-5)
-        for got, expected in zip(torch.autograd.grad(loss, (hidden, head)), gradients):
+        monkeypatch.setattr(loss, "rows_at_once", lambda head: options)
+        total = train_pt.pt_loss(hidden, head, targets)
+        assert torch.allclose(total, want, rtol=1e-5)
+        for got, expected in zip(torch.autograd.grad(total, (hidden, head)), gradients):
             assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("summed", [True, False])
+def test_the_loss_in_bf16_is_that_in_fp32_to_its_rounding(monkeypatch, summed, learns):
+    """torch's own multiplies in fp32 on a CPU, so bf16 was no faster where the vocabulary is large.
+    Its -log P and gradients, in portions of four rows, to 8 bits of mantissa; one is not scored."""
+    monkeypatch.setattr(loss, "LOGITS", 1)
+    monkeypatch.setattr(loss, "LEAST", 4)
+    hidden, head = torch.randn(2, 9, 32, requires_grad=True), torch.randn(50, 32)
+    head.requires_grad_(learns)
+    targets, g = torch.randint(50, (2, 9)), torch.rand(2, 9)
+    targets[0, 3] = -100
+
+    def learn(low: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, low):
+            logps = model.token_logps(hidden, head, targets, "sum" if summed else "none")
+        assert logps.dtype == torch.float32
+        return [logps.detach(), *torch.autograd.grad((logps * (1 if summed else g)).sum(),
+                                                     (hidden, head)[:1 + learns])]
+
+    for low, exact in zip(learn(True), learn(False)):
+        assert (low - exact).norm() < 0.02 * exact.norm()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model.token_logps(hidden, head, targets)[0, 3] == 0
 
 
 def test_measured_peak_and_memory_are_plausible():
