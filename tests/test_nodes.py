@@ -25,7 +25,8 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"
 STEPS = 16
 SIZES = ("--n_layer=2 --n_embd=32 --n_head=2 --n_kv_head=1 --max_seq_len=32 --batch_tokens=512 "
          f"--batch_size=4 --max_steps={STEPS} --warmup_steps=2 --eval_every=16 --eval_tokens=500 "
-         "--save_every=4 --sample_every=0 --log_every=1 --dist_timeout=30 --shard --resume").split()
+         "--save_every=4 --sample_every=0 --log_every=1 --dist_timeout=30 --shard --resume "
+         "--dtype=float32").split()
 
 
 @pytest.fixture(scope="module")

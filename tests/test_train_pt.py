@@ -54,7 +54,8 @@ def cfg(data_dir, tmp_path) -> train_pt.Config:
     return train_pt.Config(
         data_dir=data_dir, out_dir=str(tmp_path / "run"), n_layer=2, n_embd=32, n_head=2,
         n_kv_head=1, max_seq_len=32, batch_tokens=256, batch_size=8, max_steps=30, warmup_steps=5,
-        eval_every=10, eval_tokens=500, save_every=10, sample_every=0, log_every=10)
+        eval_every=10, eval_tokens=500, save_every=10, sample_every=0, log_every=10,
+        dtype="float32")
 
 
 def losses(cfg: train_pt.Config) -> list[str]:
