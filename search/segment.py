@@ -25,7 +25,8 @@ from search.blocks import ITEM, Part, sections
 from search.topics import semantic_cuts, sentences
 
 CRUMB_TOKENS = 48  # of a breadcrumb, or a quarter of max_tokens if that is less
-FILE = re.compile(r"(?s)(?:.*[/\\])?(.*)\.(?:md|markdown|txt|rst|py|jsonl?)", re.I)
+FILE = re.compile(
+    r"(?s)(?:.*[/\\])?(.*)\.(?:md|markdown|txt|rst|py|jsonl?|pdf|docx|html?|epub)", re.I)
 MIN_TOKENS = 16  # below it a breadcrumb, a table's header and one character may not fit together
 Budget = Annotated[int, f"at least {MIN_TOKENS}", lambda n: n >= MIN_TOKENS]
 

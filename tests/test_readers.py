@@ -7,6 +7,7 @@ import zipfile
 import pytest
 
 import rag
+from bench import documents
 from search import readers
 from search.documents import READERS, chunks_of, find_documents
 
@@ -45,6 +46,26 @@ def archive(files: dict[str, str | bytes]) -> bytes:
         for name, text in files.items():
             z.writestr(name, text)
     return made.getvalue()
+
+
+def test_a_page_without_a_heading_is_called_after_its_file(tmp_path):
+    """It was called after its whole path, whose words every question found in every chunk."""
+    (tmp_path / "paper.pdf").write_bytes(pdf("The pump is blue."))
+    cut = rag.cutter(rag.Config(), None)
+    assert [chunk.crumb for chunk in chunks_of([str(tmp_path / "paper.pdf")], cut)] == ["paper"]
+
+
+def test_questions_are_counted_by_the_page_that_answers(tmp_path, rag_py, monkeypatch, capsys):
+    (tmp_path / "paper.pdf").write_bytes(pdf("The pump is blue.", "The lamp is red."))
+    (tmp_path / "page.html").write_text("<h1>Bins</h1><p>The bins are emptied on Friday.</p>")
+    (tmp_path / "q.tsv").write_text("paper.pdf:p2\tWhat is red?\npaper.pdf:p1\tThe lamp?\n"
+                                    "page.html\tWhen are the bins emptied?\n")
+    rag_py("add", tmp_path, f"--index={tmp_path}/ix")
+    monkeypatch.setattr(sys, "argv", ["x", f"--index={tmp_path}/ix",
+                                      f"--questions={tmp_path}/q.tsv"])
+    documents.main()
+    assert capsys.readouterr().out.splitlines()[-2:] == ["| .pdf | 2 | 1 | 2 |",
+                                                         "| .html | 1 | 1 | 1 |"]
 
 
 W = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'

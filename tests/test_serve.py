@@ -112,6 +112,22 @@ def test_the_official_client(server, tiny):
         client.completions.create(model="any", prompt="x" * 1000)
 
 
+def test_langchain_works_unchanged(server, tiny):
+    """ChatOpenAI, which says max_completion_tokens: whole, streamed, several at once."""
+    langchain = pytest.importorskip("langchain_openai", reason="pip install langchain-openai")
+    chat = langchain.ChatOpenAI(base_url=server.url + "/v1", api_key="none", model="any",
+                                temperature=0, max_tokens=20, max_retries=0)
+    expected = alone(tiny, HI, 20)
+    said = chat.invoke(HI)
+    assert said.content == expected
+    assert said.usage_metadata["input_tokens"] == len(
+        render(tiny.tok, HI, add_generation_prompt=True)[0])
+    assert "".join(part.content for part in chat.stream(HI)) == expected
+    assert [one.content for one in chat.batch([HI, HI])] == [expected] * 2
+    with pytest.raises(Exception, match="a prompt has 1 to 255 tokens, not 1,0"):
+        chat.invoke("x" * 1000)
+
+
 def test_eight_clients_get_what_each_gets_alone(server, tiny):
     questions = [[{"role": "user", "content": "Who is " + "ABCDEFGH"[i] * (3 * i + 1)}]
                  for i in range(8)]
