@@ -24,3 +24,4 @@ warmup_steps = 5
 eval_every = 40
 eval_prompts = 200
 save_every = 40
+dtype = "float32"  # a model 64 wide does not gain by bfloat16

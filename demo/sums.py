@@ -62,8 +62,7 @@ def chat(pair: Pair, r: Random) -> dict:
 def make(folder: Path, seed: int) -> None:
     """Write the files to train on and to judge by."""
     r = Random(seed)
-    known: list[Pair] = []
-    held_out: list[Pair] = []
+    known, held_out = [], []
     for a, b in ((a, b) for a in range(100) for b in range(100)):
         (known if hash64("sum", min(a, b), max(a, b)) % 5 else held_out).append((a, b))
     train, val = ([pair for pair in pairs if forgotten(pair) < sum(pair)]
@@ -118,10 +117,10 @@ def main() -> None:
         run(script, *more, f"--out_dir={out}/{name}", f"--max_steps={steps}", "--log_every=20",
             f"--warmup_steps={min(warmup, steps - 1)}", f"--seed={cfg.seed}")
     stage("train_pt.py", "pt", cfg.pt_steps, 50, f"--data_dir={out}/tokens", "--optimizer=muon",
-          "--eval_tokens=20000")
+          "--eval_tokens=20000", "--dtype=float32")
     stage("train_sft.py", "sft", cfg.sft_steps, 20, f"--init_from={out}/pt", "--optimizer=muon",
           "--learning_rate=6e-3", "--batch_tokens=4096", "--batch_size=16", "--answer_tokens=6",
-          f"--data={data}/chat.jsonl", f"--val_data={data}/chat_heldout.jsonl")
+          "--dtype=float32", f"--data={data}/chat.jsonl", f"--val_data={data}/chat_heldout.jsonl")
     for name, prompts in (("rl", "prompts"), ("control", "shuffled")):
         stage("train_rl.py", name, cfg.rl_steps, 5, "config/rl_sums.py", f"--init_from={out}/sft",
               f"--data={data}/{prompts}.jsonl", f"--val_data={data}/prompts_heldout.jsonl")

@@ -14,6 +14,7 @@ from random import Random
 
 import pytest
 import torch
+from conftest import multiplies_bf16
 
 import train_dpo
 import train_rl
@@ -42,7 +43,7 @@ KINDS = {
     "rm": ("rm", {}), "dpo": ("dpo", {}), "dpo unsampled": ("dpo", dict(eval_samples=0)),
     "rl": ("rl", {}),
     "sft bf16": ("sft", dict(dtype="bfloat16")), "dpo bf16": ("dpo", dict(dtype="bfloat16"))}
-if runtime.multiplies_bf16() < 1:  # it would take minutes
+if multiplies_bf16() < 1:  # it would take minutes
     KINDS = {kind: how for kind, how in KINDS.items() if "bf16" not in kind}
 CASES = [(kind, size) for kind in KINDS for size in ("state", "rows")]
 CASES += [("sft", "judged"), ("rl", "judged")]
