@@ -260,7 +260,7 @@ def train(cfg: Config, dist: Dist) -> None:
 
 def main() -> None:
     cfg = configure(Config, show=not any(word.startswith("--score") for word in sys.argv))
-    runtime.launch(score if cfg.score else train, cfg)
+    runtime.launch(score if cfg.score else train, cfg, trains=not cfg.score)
 
 
 if __name__ == "__main__":

@@ -77,11 +77,11 @@ class Dist:
 
 
 @record  # lets torchrun name the process that failed first
-def launch(job: Callable[[Any, Dist], None], cfg: Settings) -> None:
+def launch(job: Callable[[Any, Dist], None], cfg: Settings, trains: bool = True) -> None:
     """Run a stage, `job(cfg, dist)`, in this process and those that torchrun started with it."""
     with errors_in_one_line(cfg.out_dir):
         dist = setup(cfg.device, cfg.dtype, cfg.dist_timeout)
-        if cfg.dtype == "auto" and dist.device.type == "cpu":
+        if trains and cfg.dtype == "auto" and dist.device.type == "cpu":  # scores stay in fp32
             dist = fast_dtype(dist)
         chosen: Any = str(dist.dtype).removeprefix("torch.")
         job(replace(cfg, dtype=chosen), dist)  # a checkpoint remembers it: --resume says a change

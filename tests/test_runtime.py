@@ -113,6 +113,16 @@ def test_a_cpu_that_multiplies_bf16_fast_trains_in_it(times, given, chosen, monk
     assert (said in capsys.readouterr().out) == (given == "auto")
 
 
+def test_scores_are_the_same_on_every_cpu(monkeypatch, capsys):
+    """train_rm.py --score asked the CPU, too: a busy one gave other scores than an idle one, and
+    the answer stood among the lines of JSON."""
+    monkeypatch.setattr(runtime, "multiplies_bf16", lambda: 2.1)
+    found = []
+    runtime.launch(lambda cfg, dist: found.append(dist.dtype), runtime.Settings(device="cpu"),
+                   trains=False)
+    assert found == [torch.float32] and capsys.readouterr().out == ""
+
+
 def test_how_fast_a_cpu_multiplies_is_measured():
     """conftest.py answers for it in the other tests."""
     code = "from plumbing import runtime; print(runtime.multiplies_bf16())"
