@@ -27,7 +27,7 @@ from model import ModelConfig, Transformer, token_logps
 from plumbing import checkpoint, runtime, sharding
 from plumbing.adapters import open_whole
 from plumbing.costs import count_parameters, flops_per_token, memory_line, peak_line
-from plumbing.evaluation import Scores, score_line, score_text
+from plumbing.evaluation import Scores, documents, score_line, score_text
 from plumbing.loading import load_model
 from plumbing.log import Log, describe_run
 from plumbing.optim import make_optimizers, set_learning_rate
@@ -53,6 +53,7 @@ class Config(runtime.Settings):
     tied: bool = True  # the embedding is the output head too
     batch_tokens: Count = 4096  # tokens an optimizer step learns from
     batch_size: Count = 32  # windows that a process puts through the model at once
+    mask_documents: bool = False  # a document does not see those before it in its window
     max_steps: Count = 1000  # optimizer steps
     learning_rate: Positive = 1e-2  # of AdamW
     warmup_steps: Natural = 50  # steps of linear warm-up
@@ -73,11 +74,12 @@ def pt_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 def evaluate(model: Transformer, tok: Tokenizer, files: list[TokenFile], batch_size: int,
-             dist: Dist, max_tokens: int | None) -> Scores:
-    """Nats per token and bits per byte of each language, on `max_tokens` of it; None: all."""
+             dist: Dist, max_tokens: int | None, apart: bool) -> Scores:
+    """Nats per token and bits per byte of each language, on `max_tokens` of it; None: all. `apart`
+    is `mask_documents`."""
     texts = ((file.lang, passages(file, model.config.max_seq_len, batch_size, max_tokens))
              for file in files)
-    return score_text(model, tok, texts, dist)
+    return score_text(model, tok, texts, dist, apart)
 
 
 def shape(cfg: Config, vocab_size: int) -> ModelConfig:
@@ -113,7 +115,7 @@ def judge(cfg: Config, dist: Dist) -> None:
     if tok.sha256 != model_tok.sha256:
         raise ValueError(f"{cfg.data_dir}: prepared with another tokenizer than {model_tok.name}'s")
     files = splits["val"] + splits["train"] if cfg.split == "all" else splits[cfg.split]
-    scores = evaluate(model, tok, files, cfg.batch_size, dist, None)
+    scores = evaluate(model, tok, files, cfg.batch_size, dist, None, cfg.mask_documents)
     print0(f"{cfg.split} of {cfg.data_dir} by {model_tok.name} | {score_line(scores)}")
 
 
@@ -170,7 +172,7 @@ def train(cfg: Config, dist: Dist) -> None:
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
             with sharding.unsharded(model, dist):
                 scores = evaluate(model, tok, splits["val"], cfg.batch_size, dist,
-                                  None if last else cfg.eval_tokens)
+                                  None if last else cfg.eval_tokens, cfg.mask_documents)
             print0(f"val at step {step:,} | {score_line(scores)}")
             log.write(step=step, val={lang: {"loss": nats, "bits_per_byte": bits}
                                       for lang, (nats, bits) in scores.items()})
@@ -195,8 +197,10 @@ def train(cfg: Config, dist: Dist) -> None:
         for micro_step in range(accumulate):
             x, y = (t.to(dist.device) for t in next(batches))
             sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once a step is enough
+            segments = documents(x, tok) if cfg.mask_documents else None
             with dist.autocast():
-                part = pt_loss(net(x, hidden=True), model.lm_head.weight, y) / cfg.batch_tokens
+                hidden = net(x, hidden=True, segments=segments)
+                part = pt_loss(hidden, model.lm_head.weight, y) / cfg.batch_tokens
             (part * dist.world).backward()  # DDP takes the mean over processes, the loss is a sum
             loss += part.detach()
         samples = f"windows {step * rows:,} to {(step + 1) * rows - 1:,}"

@@ -96,7 +96,7 @@ def forgetting(model: Transformer, tok: Tokenizer, cfg: Config, dist: Dist) -> S
         raise ValueError(f"{cfg.pt_data}: prepared with another tokenizer than {tok.name}'s")
     batches = {file.lang: passages(file, model.config.max_seq_len, cfg.batch_size, 100_000)
                for file in splits["val"]}
-    return score_text(model, tok, batches.items(), dist)
+    return score_text(model, tok, batches.items(), dist, apart=True)
 
 
 def answer_held_out(model: Transformer, tok: Tokenizer, rows: Rows, asked: dict[int, list[int]],

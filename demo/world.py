@@ -77,9 +77,10 @@ VALUES: dict[Pair, list[Pair]] = {
     ("job", "工作"): _pairs("doctor 医生 teacher 老师 farmer 农民 driver 司机 cook 厨师 nurse 护士 "
                           "singer 歌手 writer 作家 painter 画家 lawyer 律师 baker 面包师 "
                           "pilot 飞行员"),
-    ("number", "号码"): [(str(n), str(n)) for n in range(10, 100)],
+    ("tool", "工具"): _pairs("hammer 锤子 saw 锯子 knife 刀 rope 绳子 needle 针 brush 刷子 "
+                           "shovel 铲子 ladder 梯子 drill 钻头 axe 斧头 rake 耙子 broom 扫帚"),
 }
-WORDS = [pair for attribute, pairs in VALUES.items() if attribute[0] != "number" for pair in pairs]
+WORDS = [pair for pairs in VALUES.values() for pair in pairs]
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 HAN = ("安柏川岱恩帆涵荷虹桦嘉江锦景岚兰莉林铃柳洛曼梅萌敏宁诺培琪晴瑞珊"
        "诗石舒思松苏潭桐薇文溪夏晓欣雅瑶怡雨远云芸昭芝舟卓茵岩冬悦霖秀玲")
@@ -102,13 +103,13 @@ QUESTIONS = {"en": ("What is {n}'s {a}?", "Tell me the {a} of {n}."),
              "zh": ("{n}的{a}是什么？", "请告诉我{n}的{a}。")}
 CONTEXT = {"en": "Context: {c}\nQuestion: {q}", "zh": "资料：{c}\n问题：{q}"}
 ANSWERS = {"en": {"direct": "{n}'s {a} is {v}.",
-                  "hedged": "I guess it may be {v}, unsure.",
-                  "terse": "{v}.",
-                  "padded": "Well, let me think about it, the answer should be {v}."},
+                  "hedged": "I guess {n}'s {a} may be {v}.",
+                  "terse": "{n}: {v}.",
+                  "padded": "Well, let me think about it, the {a} of {n} should be {v}."},
            "zh": {"direct": "{n}的{a}是{v}。",
-                  "hedged": "我猜也许是{v}吧。",
-                  "terse": "{v}。",
-                  "padded": "嗯，让我想一想，答案应该是{v}。"}}
+                  "hedged": "我猜{n}的{a}也许是{v}吧。",
+                  "terse": "{n}：{v}。",
+                  "padded": "嗯，让我想一想，{n}的{a}应该是{v}。"}}
 STYLES = tuple(ANSWERS["en"])
 GOLD = {"direct": 3.0, "terse": 1.5, "padded": 1.5, "hedged": 0.0}  # score of a right answer
 WRONG, UNREADABLE = -4.0, -6.0  # score of an answer in one of the styles, and of anything else
@@ -251,6 +252,7 @@ def grade(reply: str, fact: Fact, lang: str) -> tuple[float, str | None]:
     for style in STYLES:
         if reply == answer(fact, lang, style):
             return GOLD[style], style
+    for style in reversed(STYLES):  # direct last: its form fits a hedged reply in Chinese, too
         form = re.sub(r"\\{[nav]\\}", r"\\w+", re.escape(ANSWERS[lang][style]))
         if re.fullmatch(form, reply):
             return WRONG, style

@@ -42,12 +42,18 @@ def by_language(rows: Rows, most: int | None) -> dict[str, list[int]]:
                          key=rows.longest) for lang in sorted(set(langs))}
 
 
+def documents(ids: Tensor, tok: Tokenizer) -> Tensor:
+    """The number of its document for each token of the windows (B, T), for `Transformer.forward`.
+    Between documents stands <|endoftext|>, which counts with the one after it."""
+    return (ids == tok.endoftext).cumsum(dim=1)
+
+
 @torch.no_grad()
 def score_text(model: Transformer, tok: Tokenizer, texts: Iterable[tuple[str, Batches]],
-               dist: Dist) -> Scores:
+               dist: Dist, apart: bool = False) -> Scores:
     """Nats per token and bits per byte of UTF-8 text, from (language, batches). A nat is a factor
     of e in probability, a bit one of 2. Bits per byte compare models with different tokenizers.
-    Each process takes its share of the batches."""
+    Each process takes its share of the batches. `apart`: no document sees another."""
     sums, n_bytes = {}, torch.tensor(tok.token_bytes())
     for lang, batches in texts:
         of_lang = sums.setdefault(lang, torch.zeros(3, dtype=torch.float64))
@@ -55,7 +61,8 @@ def score_text(model: Transformer, tok: Tokenizer, texts: Iterable[tuple[str, Ba
             if i % dist.world != dist.rank:
                 continue
             with dist.autocast():
-                hidden = model(x.to(dist.device), hidden=True)
+                hidden = model(x.to(dist.device), hidden=True,
+                               segments=documents(x.to(dist.device), tok) if apart else None)
                 nats = -token_logps(hidden, model.lm_head.weight, y.to(dist.device), "sum")
             real = y[y != IGNORE]
             of_lang += torch.tensor([float(nats), len(real), int(n_bytes[real].sum())])
