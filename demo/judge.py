@@ -7,6 +7,7 @@ lines of the report, as Markdown, and gates: figures with bounds that were set b
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,8 @@ import torch.nn.functional as F
 
 import rag
 from configurator import fail
-from demo.world import (ABSTAIN, LANGS, SPACE, STYLES, Fact, asked, fact_text, facts, grade,
-                        read_fact, restated_values, wrong)
+from demo.world import (ANSWERS, LANGS, SHY, SPACE, STYLES, UNKNOWN, VALUES, WRONG, Fact, answer,
+                        asked, fact_text, facts, restated_values, score, wrong)
 from generate import replies
 from model import Transformer
 from plumbing.files import write_text
@@ -33,6 +34,7 @@ from tokenizer import Tokenizer, render
 
 Models = dict[str, tuple[Transformer, Tokenizer]]  # by stage
 CHUNK_TOKENS = 64  # of the notes: a paragraph of three facts, seldom two
+UNREADABLE = -6.0  # score of a reply in none of the styles
 MIN_COVERAGE = 0.5  # of a question's idf in its note, below which nothing is answered
 
 
@@ -96,6 +98,26 @@ def answers(model: Transformer, tok: Tokenizer, prompts: list[list[dict]],
     return found
 
 
+def read_fact(row: dict) -> Fact:
+    """The Fact of a row of `rl_prompt`."""
+    name, attribute, value = row["fact"]
+    key = next(a for a in VALUES if a[0] == attribute)
+    return Fact(name, key, next(v for v in (*VALUES[key], UNKNOWN) if v[0] == value))
+
+
+def grade(reply: str, fact: Fact, lang: str) -> tuple[float, str | None]:
+    """(score, style) of a reply to a question about a fact; style None if it is in none."""
+    for style in STYLES:
+        for said in (fact, fact._replace(value=UNKNOWN)):
+            if reply == answer(said, lang, style):
+                return score(said, fact, style), style
+    for style in reversed(STYLES):  # direct last: its form fits a hedged reply in Chinese, too
+        form = re.sub(r"\\{[nav]\\}", r"\\w+", re.escape(ANSWERS[lang][style]))
+        if re.fullmatch(form, reply):
+            return WRONG, style
+    return UNREADABLE, None
+
+
 def plus_minus(values: list) -> str:
     """The share of what is true (or half true), with its 95 % interval."""
     share, n = mean(values), len(values)
@@ -157,25 +179,39 @@ def judge_answers(world: Path, models: Models, n: int,
             for temperature in (0.0, 1.0))
         figures[stage] = {"gold": [g for g, _ in sampled], "styles": [s for _, s in sampled],
                           "right": [g >= 0 for g, _ in greedy],
-                          "right sampled": [g >= 0 for g, _ in sampled]} | {
-            f"right {lang}": [g >= 0 for (g, _), row in zip(greedy, rows) if row["lang"] == lang]
-            for lang in LANGS}
+                          "right sampled": [g >= 0 for g, _ in sampled]}
+        for lang in LANGS:
+            known, absent = ([g for (g, _), row in zip(greedy, rows) if row["lang"] == lang
+                              and (row["fact"][2] == UNKNOWN[0]) == unknown]
+                             for unknown in (False, True))
+            figures[stage] |= {f"right {lang}": [g >= 0 for g in known],
+                               f"unknown, rightly {lang}": [g >= 0 for g in absent],
+                               f"unknown, wrongly {lang}": [g == SHY for g in known]}
     sft, dpo, rl = (figures[stage] for stage in ("sft", "dpo", "rl"))
     for f in figures.values():
         f["win"] = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(f["gold"], sft["gold"])]
+    columns = [f"{what} {lang}" for what in ("right", "unknown, rightly", "unknown, wrongly")
+               for lang in LANGS]
     lines = table(
         "Questions about facts in the context",
-        "Right: the value that the context gives, in any of the four styles, ended. Styles and "
-        "score are those of sampled replies; the score is the program's, which was not asked in "
-        "training: 3 direct, 1.5 terse or padded, 0 hedged, -4 a wrong value, -6 neither. A win is "
-        "a higher score than the SFT model's reply to the same question, a tie half of one.",
-        ["stage", "right en", "right zh", "right sampled", *STYLES, "score", "wins"],
-        [[stage, *(plus_minus(f[key]) for key in ("right en", "right zh", "right sampled")),
+        "Right: the value that the context gives, in any of the four styles, ended. Unknown: the "
+        "reply says so, in any style, where the context does not give the value (rightly) and "
+        "where it does (wrongly). Styles and score are those of sampled replies; the score is the "
+        "program's, which was not asked in training: 3 direct, 1.5 terse or padded, 0 hedged, -2 "
+        "unknown wrongly, -4 a wrong value, -6 neither. A win is a higher score than the SFT "
+        "model's reply to the same question, a tie half of one.",
+        ["stage", *columns, "right sampled", *STYLES, "score", "wins"],
+        [[stage, *(plus_minus(f[key]) for key in (*columns, "right sampled")),
           *(f"{mean([s == style for s in f['styles']]):.0%}" for style in STYLES),
           f"{mean(f['gold']):.2f}", plus_minus(f["win"])] for stage, f in figures.items()])
     ceiling = mean([0.5 * (g == 3.0) + (g < 3.0) for g in sft["gold"]])
     gates = [Gate("SFT", f"answers right, {lang}", mean(sft[f"right {lang}"]), 0.9, 1.0,
                   f"before: {mean(figures['pt'][f'right {lang}']):.1%}") for lang in LANGS]
+    gates += [gate for stage, f in (("SFT", sft), ("DPO", dpo), ("RL", rl)) for gate in (
+        Gate(stage, "unknown, rightly", min(mean(f[f"unknown, rightly {lang}"]) for lang in LANGS),
+             0.95, 1.0, "the language that does worse"),
+        Gate(stage, "unknown, wrongly", max(mean(f[f"unknown, wrongly {lang}"]) for lang in LANGS),
+             0.0, 0.02, "the same"))]
     gates += [Gate("DPO", "wins against SFT", mean(dpo["win"]), 0.78, ceiling + 0.03,
                    f"50 % before, {ceiling:.1%} if always direct and right")]
     gates += [Gate(stage, "right answers lost", mean(sft["right"]) - mean(f["right"]), -1.0, 0.02,
@@ -198,8 +234,8 @@ def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
 
     strict: dict[str, list[float]] = {}
     gaps: dict[float, list[float]] = {}
-    for row, score in zip(rows, scores):
-        d, gap = row["gold"][0] - row["gold"][1], score["chosen"] - score["rejected"]
+    for row, scored in zip(rows, scores):
+        d, gap = row["gold"][0] - row["gold"][1], scored["chosen"] - scored["rejected"]
         gap *= -1 if d < 0 else 1
         for key in ("all", row["kind"], row["lang"]) if d else ():
             strict.setdefault(key, []).append(0.5 + 0.5 * ((gap > 0) - (gap < 0)))
@@ -284,6 +320,9 @@ def judge_rag(out: Path, n: int, model: tuple[Transformer, Tokenizer],
         def right(said: list[str], about: list[Fact]) -> list[bool]:
             return [grade(text, fact, lang)[0] >= 0 for text, fact in zip(said, about)]
 
+        def abstain(said: list[str], about: list[Fact]) -> list[bool]:
+            return right(said, [fact._replace(value=UNKNOWN) for fact in about])
+
         closed = read(asking, [[]] * n)
         with Index(str(out / "index"), writable=True) as index:
             def ask(texts: list[str], **settings) -> list[rag.Answer]:
@@ -302,17 +341,17 @@ def judge_rag(out: Path, n: int, model: tuple[Transformer, Tokenizer],
             followed = ask(asking)
         for what, hits in {
                 "closed book: right": right(closed, known),
-                "closed book: abstains": [text == ABSTAIN[lang] for text in closed],
+                "closed book: says unknown": abstain(closed, known),
                 "open book: right": right([a.text for a in opened], known),
                 "its note found first": [hit[:1] == [True] for hit in holds],
                 "its note among the first five": [any(hit) for hit in holds],
                 "the note given, not searched: right": right(read(asking, [
                     [SPACE[lang].join(texts)] for texts in gold]), known),
                 "in no note: refused": [not a.grounded for a in refused],
-                "in no note, never refusing: the model abstains": [
-                    a.text == ABSTAIN[lang] for a in loose],
-                "control, in a note: the model abstains": [
-                    a.text == ABSTAIN[lang] for a in opened],
+                "in no note, never refusing: the model says unknown": abstain(
+                    [a.text for a in loose], absent),
+                "control, in a note: the model says unknown": abstain(
+                    [a.text for a in opened], known),
                 "value changed in the note: followed": right([a.text for a in followed], changed),
                 }.items():
             shares.setdefault(what, []).append(hits)

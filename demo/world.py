@@ -22,9 +22,12 @@ undercuts the sum by b bits with probability at most 2^-b (Markov's inequality);
 language alone by a bit more a document, if it always expects that language. A model cannot tell the
 test names from the others and pays log2 of all names for each: `pt_heldout_all_names`.
 
-Preferences are drawn, too. A reply has a known score (GOLD), and of two replies the one that scores
-d more is chosen with probability sigmoid(d). So the Bradley-Terry model is right, and we know which
-differences of scores a reward model should find, and the best it can do.
+A reply names what it is about before it gives the value, as a restated fact does. Where the context
+does not say, the value is "unknown", in any style.
+
+Preferences are drawn, too. A reply has a known score (`score`), and of two replies the one that
+scores d more is chosen with probability sigmoid(d). So the Bradley-Terry model is right, and we
+know which differences of scores a reward model should find, and the best it can do.
 """
 import json
 import os
@@ -111,13 +114,15 @@ ANSWERS = {"en": {"direct": "{n}'s {a} is {v}.",
                   "terse": "{n}：{v}。",
                   "padded": "嗯，让我想一想，{n}的{a}应该是{v}。"}}
 STYLES = tuple(ANSWERS["en"])
+UNKNOWN = ("unknown", "未知")  # the value, where the context does not say
+ABSENT = 0.2  # share of the questions for which it does not
+N_SHY = 4  # how often UNKNOWN stands among the twelve values that a wrong reply is drawn from
 GOLD = {"direct": 3.0, "terse": 1.5, "padded": 1.5, "hedged": 0.0}  # score of a right answer
-WRONG, UNREADABLE = -4.0, -6.0  # score of an answer in one of the styles, and of anything else
+SHY, WRONG = -2.0, -4.0  # of a needless "unknown", and of a wrong value
 PAIRS = {"style": 50, "tie": 10, "value": 40}  # per cent: what the two replies of a pair differ in
 SPACE = {"en": " ", "zh": ""}  # between sentences
 COMMA = {"en": ", ", "zh": "、"}
 STOP = {"en": ".", "zh": "。"}
-ABSTAIN = {"en": "I don't know.", "zh": "我不知道。"}
 ECHO = {"en": ("Repeat after me: {x}", "Please repeat: {x}"),
         "zh": ("请跟我说：{x}", "请重复：{x}")}
 ITEM = {"en": ("What is the {w} item? {x}", "Tell me the {w} item: {x}"),
@@ -125,7 +130,7 @@ ITEM = {"en": ("What is the {w} item? {x}", "Tell me the {w} item: {x}"),
 WHICH = (("first", "第一项"), ("last", "最后一项"))
 TRANSLATE = {"en": ("Translate into Chinese: {x}", "Say in Chinese: {x}"),
              "zh": ("请译成英语：{x}", "用英语怎么说：{x}")}
-TASKS = {"qa": 60, "abstain": 15, "echo": 9, "item": 8, "translate": 8}  # per cent of the chats
+TASKS = {"qa": 75, "echo": 9, "item": 8, "translate": 8}  # per cent of the chats
 
 
 class Fact(NamedTuple):
@@ -185,9 +190,16 @@ def asked(r: Random, lang: str, about: Fact) -> str:
     return _fill(r.choice(QUESTIONS[lang]), lang, about)
 
 
-def wrong(r: Random, fact: Fact) -> Fact:
-    """The fact with another value of its attribute."""
-    return fact._replace(value=r.choice([v for v in VALUES[fact.attribute] if v != fact.value]))
+def wrong(r: Random, fact: Fact, n_shy: int = 0) -> Fact:
+    """The fact with another value of its attribute, or UNKNOWN, which stands for `n_shy` values."""
+    values = (*VALUES[fact.attribute], *[UNKNOWN] * n_shy)
+    return fact._replace(value=r.choice([v for v in values if v != fact.value]))
+
+
+def one_of(r: Random, known: list[Fact], absent: Fact) -> Fact:
+    """What a question is about: a fact of the context, or what it does not say."""
+    ask_absent = not known or r.random() < ABSENT
+    return absent._replace(value=UNKNOWN) if ask_absent else r.choice(known)
 
 
 def prompt(r: Random, lang: str, context: list[Fact], about: Fact) -> str:
@@ -198,21 +210,14 @@ def prompt(r: Random, lang: str, context: list[Fact], about: Fact) -> str:
 
 
 def _qa(r: Random, split: str, lang: str, max_facts: int) -> list[str]:
-    """Up to six questions about the same context, which stands before the first, and their answers.
-    Some of the later ones ask for what the context does not say."""
-    *fs, absent = facts(r, split, 1 + r.randint(1, max_facts))
-    about = r.choice(fs)
-    said = [prompt(r, lang, fs, about), answer(about, lang, r.choice(STYLES))]
-    for _ in range(r.randint(0, 5)):
-        about = absent if r.random() < 0.2 else r.choice(fs)
-        said += [prompt(r, lang, [], about),
-                 ABSTAIN[lang] if about is absent else answer(about, lang, r.choice(STYLES))]
+    """One to six questions about the same context, which stands before the first, and their
+    answers. Without a context nothing is known."""
+    *fs, absent = facts(r, split, 1 + r.randint(0, max_facts))
+    said: list[str] = []
+    for i in range(r.randint(1, 6)):
+        about = one_of(r, fs, absent)
+        said += [prompt(r, lang, [] if i else fs, about), answer(about, lang, r.choice(STYLES))]
     return said
-
-
-def _abstain(r: Random, split: str, lang: str, max_facts: int) -> list[str]:
-    about, *context = facts(r, split, 1 + r.choice((0, r.randint(1, max_facts))))
-    return [prompt(r, lang, context, about), ABSTAIN[lang]]
 
 
 def _copy(r: Random, split: str, lang: str, task: str) -> list[str]:
@@ -239,24 +244,18 @@ def _translate(r: Random, split: str, lang: str) -> list[str]:
 def chat(r: Random, split: str, max_facts: int) -> dict:
     """{"messages": one question and its reply, or several, "lang" of the questions, "task"}."""
     lang, task = r.choice(LANGS), r.choices(list(TASKS), list(TASKS.values()))[0]
-    if task in ("qa", "abstain"):
-        said = (_qa if task == "qa" else _abstain)(r, split, lang, max_facts)
+    if task == "qa":
+        said = _qa(r, split, lang, max_facts)
     else:
         said = _translate(r, split, lang) if task == "translate" else _copy(r, split, lang, task)
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text}
                          for i, text in enumerate(said)], "lang": lang, "task": task}
 
 
-def grade(reply: str, fact: Fact, lang: str) -> tuple[float, str | None]:
-    """(score, style) of a reply to a question about a fact; style None if it is in none."""
-    for style in STYLES:
-        if reply == answer(fact, lang, style):
-            return GOLD[style], style
-    for style in reversed(STYLES):  # direct last: its form fits a hedged reply in Chinese, too
-        form = re.sub(r"\\{[nav]\\}", r"\\w+", re.escape(ANSWERS[lang][style]))
-        if re.fullmatch(form, reply):
-            return WRONG, style
-    return UNREADABLE, None
+def score(fact: Fact, about: Fact, style: str) -> float:
+    """Of a reply that gives the value of `fact`, where `about` has the right one."""
+    right = GOLD[style] if fact.value == about.value else WRONG
+    return SHY if fact.value == UNKNOWN != about.value else right
 
 
 def bayes(pairs: list[dict]) -> dict[str, float]:
@@ -268,8 +267,8 @@ def bayes(pairs: list[dict]) -> dict[str, float]:
 
 def _asked(r: Random, split: str, max_facts: int) -> tuple[str, Fact, list[dict]]:
     """Language, the fact that is asked for, and the prompt with its context."""
-    lang, fs = r.choice(LANGS), facts(r, split, r.randint(1, max_facts))
-    about = r.choice(fs)
+    lang, (*fs, absent) = r.choice(LANGS), facts(r, split, 1 + r.randint(1, max_facts))
+    about = one_of(r, fs, absent)
     return lang, about, [{"role": "user", "content": prompt(r, lang, fs, about)}]
 
 
@@ -278,13 +277,6 @@ def rl_prompt(r: Random, split: str, max_facts: int) -> dict:
     lang, about, messages = _asked(r, split, max_facts)
     return {"prompt": messages, "lang": lang,
             "fact": [about.name, about.attribute[0], about.value[0]]}
-
-
-def read_fact(row: dict) -> Fact:
-    """The Fact of a row of `rl_prompt`."""
-    name, attribute, value = row["fact"]
-    key = next(a for a in VALUES if a[0] == attribute)
-    return Fact(name, key, next(v for v in VALUES[key] if v[0] == value))
 
 
 def pair(r: Random, split: str, max_facts: int) -> dict:
@@ -300,8 +292,8 @@ def pair(r: Random, split: str, max_facts: int) -> dict:
             styles = r.sample(STYLES, 2)
     else:
         styles = [r.choice(STYLES), r.choice(STYLES)]
-        other = wrong(r, about)
-    both = [(answer(fact, lang, style), GOLD[style] if fact is about else WRONG)
+        other = wrong(r, about, N_SHY)
+    both = [(answer(fact, lang, style), score(fact, about, style))
             for fact, style in zip((one, other), styles)]
     r.shuffle(both)
     if r.random() > 1 / (1 + exp(both[1][1] - both[0][1])):
@@ -315,9 +307,9 @@ def ranking(r: Random, split: str, max_facts: int) -> dict:
     "gold"}. Scores plus Gumbel noise decide the order, so that of each two the one that scores d
     more stands first with probability sigmoid(d), as in `pair` (Luce 1959)."""
     lang, about, messages = _asked(r, split, max_facts)
-    styles = r.sample(STYLES, 3)
-    scored = [(GOLD[style], answer(about, lang, style)) for style in styles]
-    scored.append((WRONG, answer(wrong(r, about), lang, r.choice(STYLES))))
+    drawn = [(about, style) for style in r.sample(STYLES, 3)]
+    drawn.append((wrong(r, about, N_SHY), r.choice(STYLES)))
+    scored = [(score(fact, about, style), answer(fact, lang, style)) for fact, style in drawn]
     scored.sort(key=lambda s: log(-log(r.random() or 1e-300)) - s[0])
     return {"prompt": messages, "ranking": [text for _, text in scored], "lang": lang,
             "gold": [gold for gold, _ in scored]}

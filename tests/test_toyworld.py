@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from demo import world as toyworld
+from demo.judge import grade, read_fact
 from demo.world import ANSWERS, COMMA, LANGS, NAMES, STYLES, VALUES, WORDS, Config
 
 ROOT = Path(toyworld.__file__).parent.parent
 ENGLISH = {zh: en for en, zh in [*WORDS, *VALUES]}
+UNKNOWN = {"en": "unknown", "zh": "未知"}
 SAID = (("nav", r"(\w+)'s (\w+) is (\w+)\."), ("anv", r"The (\w+) of (\w+) is (\w+)\."),
         ("nav", r"(\w+)的(\w+)是(\w+)。"), ("anv", r"说到(\w+)，(\w+)是(\w+)。"))
 ASKED = (("na", r"What is (\w+)'s (\w+)\?"), ("an", r"Tell me the (\w+) of (\w+)\."),
@@ -46,9 +48,9 @@ def texts(rows):
             for r in rows]
 
 
-def shares_are(count, shares):
+def shares_are(count, shares, n=0):
     """Within 4 standard deviations of a count that was drawn with these probabilities."""
-    n = sum(count.values())
+    n = n or sum(count.values())
     return all(abs(count[k] - n * p) < 4 * sqrt(n * p * (1 - p)) for k, p in shares.items())
 
 
@@ -120,27 +122,27 @@ def test_test_names_are_in_no_training_file_and_alone_in_held_out_files(data):
 
 
 def test_chat_replies_are_what_a_reader_of_the_question_says(data):
+    """A question names a fact of the context, or in a fifth of the cases one that it does not
+    hold, whose value is unknown."""
     dictionary, styles, turns = dict(WORDS) | ENGLISH, Counter(), Counter()
+    absent = {True: Counter(), False: Counter()}
     for row in data["chat"] + data["chat_heldout"]:
         said, lang = [m["content"] for m in row["messages"]], row["lang"]
         user, reply = said[:2]
         listed = re.split("[：:?？] ?", user)[-1].split(COMMA[lang])
-        unknown = {"en": "I don't know.", "zh": "我不知道。"}[lang]
         assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * (len(said) // 2)
         assert row["task"] == "qa" or len(said) == 2
-        if row["task"] in ("qa", "abstain"):
+        if row["task"] == "qa":
             known = {f["n"]: f for f in find(SAID, user)}
-            turns[len(said) // 2] += row["task"] == "qa"
+            turns[len(said) // 2] += 1
             for i in range(0, len(said), 2):
                 [asked] = find(ASKED, said[i])
-                fact = known.get(asked["n"])
-                if fact is None:
-                    assert said[i + 1] == unknown and (row["task"] == "abstain" or i > 0)
-                    continue
+                fact = known.get(asked["n"], asked | {"v": UNKNOWN[lang]})
                 right = [s for s, form in ANSWERS[lang].items()
                          if said[i + 1] == form.format(**fact)]
-                assert len(right) == 1 and fact["a"] == asked["a"] and row["task"] == "qa"
+                assert len(right) == 1 and fact["a"] == asked["a"]
                 styles[right[0]] += 1
+                absent[bool(known)][asked["n"] not in known] += 1
         elif row["task"] == "echo":
             assert reply.split(COMMA[lang]) == listed
         elif row["task"] == "item":
@@ -149,55 +151,72 @@ def test_chat_replies_are_what_a_reader_of_the_question_says(data):
             assert re.split(", |、", reply) == [dictionary[word] for word in listed]
     assert shares_are(styles, dict.fromkeys(STYLES, .25))
     assert shares_are(turns, dict.fromkeys(range(1, 7), 1 / 6))
+    assert shares_are(absent[True], {True: .2, False: .8}) and set(absent[False]) == {True}
 
 
 def test_pairs_are_drawn_from_the_known_scores(data):
     """The programs' scores are those of `grade`, kinds and labels come with their probabilities,
     and what a perfect judge could reach follows from the scores alone."""
     rows = data["pairs"] + data["pairs_heldout"]
-    kinds, expected, right = Counter(), 0.0, 0
+    kinds, expected, right, unknown, shy = Counter(), 0.0, 0, 0, 0
     for row in rows:
         user = row["prompt"][0]["content"]
         [asked] = find(ASKED, user)
-        told = {f["n"]: f for f in find(SAID, user)}[asked["n"]]
+        told = {f["n"]: f for f in find(SAID, user)}.get(asked["n"], {"v": UNKNOWN[row["lang"]]})
         key = next(a for a in VALUES if asked["a"] in a)
-        fact = toyworld.Fact(asked["n"], key, next(v for v in VALUES[key] if told["v"] in v))
-        scores = [toyworld.grade(row[k], fact, row["lang"])[0] for k in ("chosen", "rejected")]
+        values = [*VALUES[key], toyworld.UNKNOWN]
+        fact = toyworld.Fact(asked["n"], key, next(v for v in values if told["v"] in v))
+        scores = [grade(row[k], fact, row["lang"])[0] for k in ("chosen", "rejected")]
         assert scores == row["gold"]
         kinds[row["kind"]] += 1
-        assert (min(scores) == -4) == (row["kind"] == "value")
+        unknown += fact.value == toyworld.UNKNOWN
+        shy += min(scores) == -2
+        assert (min(scores) in (-2, -4)) == (row["kind"] == "value")
         assert (scores[0] == scores[1]) == (row["kind"] == "tie")
         right += scores[0] > scores[1]
         gap = abs(scores[0] - scores[1])
         expected += 1 / (1 + exp(-gap)) if gap else 0.0
     assert shares_are(kinds, {"style": .5, "tie": .1, "value": .4})
     assert abs(right - expected) < 4 * sqrt(expected * (1 - expected / len(rows)))
+    assert shares_are({"unknown": unknown}, {"unknown": .2}, len(rows))
+    assert shares_are({"shy": shy}, {"shy": .4 * .8 * 4 / 15}, len(rows))
     best = toyworld.bayes(rows)
     assert best["accuracy"] == pytest.approx((right + kinds["tie"] / 2) / len(rows))
 
 
 def test_grades_by_hand():
     fact = toyworld.Fact("琪宁", ("pet", "宠物"), ("cat", "猫"))
-    for reply, lang, want in (
-            ("琪宁's pet is cat.", "en", (3.0, "direct")), ("cat.", "en", (1.5, "terse")),
-            ("dog.", "en", (-4.0, "terse")), ("琪宁的宠物是狗。", "zh", (-4.0, "direct")),
-            ("我猜也许是猫吧。", "zh", (0.0, "hedged")), ("猫。", "en", (-6.0, None)),
-            ("嗯，让我想一想，答案应该是猫。", "zh", (1.5, "padded")),
-            ("cat.…", "en", (-6.0, None)),
-            ("I don't know.", "en", (-6.0, None)), ("", "zh", (-6.0, None))):
-        assert toyworld.grade(reply, fact, lang) == want
+    unknown = fact._replace(value=toyworld.UNKNOWN)
+    for reply, lang, said, want in (
+            ("琪宁's pet is cat.", "en", fact, (3.0, "direct")),
+            ("琪宁: cat.", "en", fact, (1.5, "terse")),
+            ("琪宁: dog.", "en", fact, (-4.0, "terse")),
+            ("琪安: cat.", "en", fact, (-4.0, "terse")),
+            ("琪宁的宠物是狗。", "zh", fact, (-4.0, "direct")),
+            ("我猜琪宁的宠物也许是猫吧。", "zh", fact, (0.0, "hedged")),
+            ("我猜琪宁的宠物也许是狗吧。", "zh", fact, (-4.0, "hedged")),
+            ("琪宁：猫。", "en", fact, (-6.0, None)),
+            ("嗯，让我想一想，琪宁的宠物应该是猫。", "zh", fact, (1.5, "padded")),
+            ("琪宁: unknown.", "en", fact, (-2.0, "terse")),
+            ("琪宁: unknown.", "en", unknown, (1.5, "terse")),
+            ("琪宁的宠物是未知。", "zh", unknown, (3.0, "direct")),
+            ("琪宁的宠物是猫。", "zh", unknown, (-4.0, "direct")),
+            ("cat.…", "en", fact, (-6.0, None)), ("", "zh", fact, (-6.0, None))):
+        assert grade(reply, said, lang) == want
 
 
 def test_a_prompt_knows_the_fact_it_asks_for(data):
     for row in data["prompts"][:200] + data["prompts_heldout"][:200]:
-        fact, user = toyworld.read_fact(row), row["prompt"][0]["content"]
+        fact, user = read_fact(row), row["prompt"][0]["content"]
         i = LANGS.index(row["lang"])
-        assert {"n": fact.name, "a": fact.attribute[i], "v": fact.value[i]} in find(SAID, user)
+        told = {f["n"]: f for f in find(SAID, user)}
+        assert told.get(fact.name, {"v": UNKNOWN[row["lang"]]})["v"] == fact.value[i]
+        assert fact.name not in told or told[fact.name]["a"] == fact.attribute[i]
         assert find(ASKED, user) == [{"n": fact.name, "a": fact.attribute[i]}]
 
 
 def test_tasks_and_languages_come_in_the_stated_shares(data):
-    tasks = {"qa": .6, "abstain": .15, "echo": .09, "item": .08, "translate": .08}
+    tasks = {"qa": .75, "echo": .09, "item": .08, "translate": .08}
     assert shares_are(Counter(row["task"] for row in data["chat"]), tasks)
     for rows in data.values():
         assert shares_are(Counter(row["lang"] for row in rows), {"en": .5, "zh": .5})
@@ -238,7 +257,7 @@ def test_rankings_put_the_better_first_as_often_as_bradley_terry_says():
     r, first, n = random.Random(0), Counter(), Counter()
     for _ in range(4000):
         row = toyworld.ranking(r, "test", 2)
-        assert len(set(row["ranking"])) == 4 and sorted(row["gold"])[0] == toyworld.WRONG
+        assert len(set(row["ranking"])) == 4 and min(row["gold"]) in (toyworld.WRONG, toyworld.SHY)
         for i, a in enumerate(row["gold"]):
             for b in row["gold"][i + 1:]:
                 if a != b:
