@@ -323,7 +323,7 @@ def writer(c: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype | None
     if dtype is None and device.type == "cpu":
         if packed_already or WORTH <= size < QUICK and fits(c):
             dtype = torch.int8
-            tell(f"{size:,} weights: written with in 8 bits, as if --dtype=int8 (float32 is exact, "
+            tell(f"{size:,} weights, rounded to 8 bits as by --dtype=int8 (float32 is exact, "
                  "but slow; int4 costs so small a model quality)", not packed_already)
         else:
             tell(f"{size:,} weights, used as they are stored; --dtype=int8 writes several times as "
@@ -343,7 +343,7 @@ def fits(c: ModelConfig) -> bool:
     try:
         return bool(shapes(c))
     except ValueError as error:
-        tell(f"{error}; written with in float32", True)
+        tell(f"{error}; writes in float32", True)
         return False
 
 
