@@ -115,7 +115,7 @@ ANSWERS = {"en": {"direct": "{n}'s {a} is {v}.",
                   "padded": "嗯，让我想一想，{n}的{a}应该是{v}。"}}
 STYLES = tuple(ANSWERS["en"])
 UNKNOWN = ("unknown", "未知")  # the value, where the context does not say
-ABSENT = 0.2  # share of the questions for which it does not
+ABSENT = 0.3  # share of the questions for which it does not
 N_SHY = 4  # how often UNKNOWN stands among the twelve values that a wrong reply is drawn from
 GOLD = {"direct": 3.0, "terse": 1.5, "padded": 1.5, "hedged": 0.0}  # score of a right answer
 SHY, WRONG = -2.0, -4.0  # of a needless "unknown", and of a wrong value
