@@ -32,7 +32,8 @@ from tokenizer import PATTERN, dump
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("pt", "sft", "rm", "dpo", "rl")
-SHORT = dict(warmup_steps=1, eval_every=1000, save_every=1, log_every=1, learning_rate=1e-3)
+SHORT = dict(warmup_steps=1, eval_every=1000, save_every=1, log_every=1, learning_rate=1e-3,
+             dtype="float32")  # auto differs between a Python of its own and a Run, see below
 LATER = dict(answer_tokens=4, val_fraction=0.2, batch_size=2)
 SETTINGS: dict[str, dict] = {
     "pt": dict(n_layer=1, n_embd=16, n_head=2, n_kv_head=1, max_seq_len=32, batch_tokens=256,
