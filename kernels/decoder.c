@@ -14,16 +14,20 @@ typedef struct {
     const float *norm, *cos, *sin;  /* model.rope_table: (positions, head_dim) */
 } Model;
 
-static void rms_norm(float *y, const float *x, const float *weight, int n, float eps)
+/* Each row of x (rows, n) over the root of its mean square, times the weight */
+static void rms_norm(float *y, const float *x, const float *weight, int rows, int n, float eps)
 {
-    float sum = 0;
+#pragma omp parallel for if (rows * (int64_t)n > 1 << 14)
+    for (int64_t at = 0; at < (int64_t)rows * n; at += n) {
+        float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; i++)
-        sum += x[i] * x[i];
-    float by = 1 / sqrtf(sum / n + eps);
+        for (int i = 0; i < n; i++)
+            sum += x[at + i] * x[at + i];
+        float by = 1 / sqrtf(sum / n + eps);
 #pragma omp simd
-    for (int i = 0; i < n; i++)
-        y[i] = x[i] * by * weight[i];
+        for (int i = 0; i < n; i++)
+            y[at + i] = x[at + i] * by * weight[i];
+    }
 }
 
 /* e^x to 3e-7, written so that a compiler does many at once */
@@ -36,68 +40,51 @@ static inline float exponential(float x)
            1 / 120.f + r / 720))))));
 }
 
-static inline floats vector(const float *x)
-{
-    floats v;
-    memcpy(&v, x, sizeof v);
-    return v;
-}
-
-/* y (D,): the n values v (n, D), each in its share softmax(q . k / sqrt(D)). It takes 64 at a time,
- * and shrinks what it has when it meets a larger score (Milakov & Gimelshein 2018). D is a multiple
- * of LANES, and 256 at most. */
+/* q (D,) becomes the n values v (n, D), each in its share softmax(q . k / sqrt(D)). It takes 64 at
+ * a time, and shrinks what it has when it meets a larger score (Milakov & Gimelshein 2018). D is a
+ * multiple of LANES, and 256 at most. */
 static inline __attribute__((always_inline)) void
-attend(float *y, const float *q, const float *k, const float *v, int n, int D)
+attend(float *q, const float *k, const float *v, int64_t n, int D)
 {
     enum { AT_ONCE = 64 };
-    float share[AT_ONCE], top = -INFINITY, total = 0, scale = 1 / sqrtf(D);
-    floats out[256 / LANES];
-    for (int i = 0; i < D / LANES; i++)
-        out[i] = (floats){0};
+    float share[AT_ONCE], top = -INFINITY, total = 0;
+    floats out[256 / LANES] = {0};
     for (int m; n > 0; n -= m, k += m * D, v += m * D) {
         m = n < AT_ONCE ? n : AT_ONCE;
         float before = top, sum = 0;
         for (int t = 0; t < m; t++) {
-            floats score = {0};
+            floats sum = {0};
             for (int i = 0; i < D; i += LANES)
-                score += vector(q + i) * vector(k + t * D + i);
-            share[t] = sum_of(score) * scale;
-        }
-        for (int t = m; t < AT_ONCE; t++)
-            share[t] = -INFINITY;
-#pragma omp simd reduction(max : top)
-        for (int t = 0; t < AT_ONCE; t++)
+                sum += LANES_AT(q + i) * LANES_AT(k + t * D + i);
+            for (int half = LANES / 2; half > 0; half /= 2)
+#pragma omp simd
+                for (int i = 0; i < half; i++)
+                    sum[i] += sum[i + half];
+            share[t] = sum[0] / sqrtf(D);
             top = share[t] > top ? share[t] : top;
-#pragma omp simd reduction(+ : sum)
-        for (int t = 0; t < AT_ONCE; t++) {
-            share[t] = exponential(share[t] - top);
-            sum += share[t];
         }
+#pragma omp simd reduction(+ : sum)
+        for (int t = 0; t < m; t++)
+            sum += share[t] = exponential(share[t] - top);
         float shrink = exponential(before - top);  /* of -infinity next to nothing, as it should */
         total = total * shrink + sum;
         for (int i = 0; i < D / LANES; i++)
             out[i] *= shrink;
         for (int t = 0; t < m; t++)
             for (int i = 0; i < D / LANES; i++)
-                out[i] += share[t] * vector(v + t * D + i * LANES);
+                out[i] += share[t] * LANES_AT(v + t * D + i * LANES);
     }
-    for (int i = 0; i < D / LANES; i++) {
-        out[i] /= total;
-        memcpy(y + i * LANES, &out[i], sizeof out[i]);
-    }
+    for (int i = 0; i < D / LANES; i++)
+        LANES_AT(q + i * LANES) = out[i] / total;
 }
 
-/* One head of queries or keys of the token at `place`: from -> to */
-static void norm_and_rotate(float *to, float *from, const Model *m, const float *norm, int place)
+/* A head of D numbers, turned by the angles of its place */
+static void rotate(float *x, const float *cos, const float *sin, int D)
 {
-    int D = m->head_dim;
-    const float *cos = m->cos + (int64_t)place * D, *sin = m->sin + (int64_t)place * D;
-    if (norm)
-        rms_norm(from, from, norm, D, m->eps);
-    for (int i = 0; i < D / 2; i++) {
-        float a = from[i], b = from[i + D / 2];
-        to[i] = a * cos[i] + b * sin[i];
-        to[i + D / 2] = b * cos[i + D / 2] + a * sin[i + D / 2];
+    for (int i = 0, j = D / 2; j < D; i++, j++) {
+        float a = x[i], b = x[j];
+        x[i] = a * cos[i] + b * sin[i];
+        x[j] = b * cos[j] + a * sin[j];
     }
 }
 
@@ -108,66 +95,54 @@ static void norm_and_rotate(float *to, float *from, const Model *m, const float 
 int decode(const Model *m, float *x, int B, int T, float *kv, int64_t to_values, int max_len,
            int length, const int64_t *pad)
 {
-    int C = m->n_embd, D = m->head_dim, H = m->n_hidden, Q = m->n_head, K = m->n_kv_head;
-    int rows = B * T, wide = (Q + 2 * K) * D, most = C > H ? C : H;
-    int64_t head = (int64_t)max_len * D;  /* numbers of a head in the cache */
-    most = most > Q * D ? most : Q * D;
-    size_t numbers = (size_t)rows * (C + wide + Q * D + 3 * H);
-    float *h = scratch(numbers * sizeof(float) + room(rows, most));
-    if (!h)
-        return 0;
-    float *qkv = h + rows * C, *y = qkv + rows * wide, *gate_up = y + rows * Q * D;
-    float *act = gate_up + rows * 2 * H;
-    void *space = act + rows * H;
-    for (int l = 0; l < m->n_layer; l++) {
+    int64_t C = m->n_embd, D = m->head_dim, H = m->n_hidden, Q = m->n_head, K = m->n_kv_head;
+    int64_t rows = B * T, wide = (Q + 2 * K) * D, head = max_len * D;  /* in the cache */
+    float *h = malloc(rows * (C + wide + 2 * H) * sizeof(float));
+    float *qkv = h + rows * C, *gate_up = qkv + rows * wide;
+    int done = h != NULL;
+    for (int l = 0; l < m->n_layer && done; l++, kv += 2 * to_values) {
         const Block *w = m->block + l;
-        float *keys = kv + 2 * l * to_values, *values = keys + to_values;
-#pragma omp parallel for if (rows > 8)
-        for (int r = 0; r < rows; r++)
-            rms_norm(h + r * C, x + r * C, w->input_norm, C, m->eps);
-        multiply(qkv, h, &w->qkv, rows, 0, space);
+        rms_norm(h, x, w->input_norm, rows, C, m->eps);
+        done &= multiply(qkv, h, C, &w->qkv, rows, 0);
 #pragma omp parallel for if (rows > 8)
         for (int r = 0; r < rows; r++) {
-            int b = r / T, at = length + r % T, place = at < pad[b] ? 0 : at - pad[b];
-            float *from = qkv + r * wide;
+            int64_t b = r / T, at = length + r % T, place = at < pad[b] ? 0 : at - pad[b];
+            float *q = qkv + r * wide, *k = q + Q * D, *key = kv + b * K * head + at * D;
             for (int i = 0; w->bias && i < wide; i++)
-                from[i] += w->bias[i];
-            for (int i = 0; i < Q; i++, from += D)
-                norm_and_rotate(from, from, m, w->q_norm, place);
-            float *key = keys + b * K * head + (int64_t)at * D, *value = key + to_values;
-            for (int i = 0; i < K; i++, from += D)
-                norm_and_rotate(key + i * head, from, m, w->k_norm, place);
-            for (int i = 0; i < K; i++, from += D)
-                memcpy(value + i * head, from, D * sizeof(float));
+                q[i] += w->bias[i];
+            if (w->q_norm) {
+                rms_norm(q, q, w->q_norm, Q, D, m->eps);
+                rms_norm(k, k, w->k_norm, K, D, m->eps);
+            }
+            for (int i = 0; i < Q + K; i++)
+                rotate(q + i * D, m->cos + place * D, m->sin + place * D, D);
+            for (int i = 0; i < K; i++, k += D, key += head) {
+                memcpy(key, k, D * sizeof(float));
+                memcpy(key + to_values, k + K * D, D * sizeof(float));
+            }
         }
 #pragma omp parallel for schedule(static, 1)
         for (int i = 0; i < rows * Q; i++) {
-            int r = i / Q, b = r / T, at = length + r % T;
-            int first = at < pad[b] ? at : pad[b];  /* padding sees itself */
-            int64_t from = (b * K + i % Q / (Q / K)) * head + (int64_t)first * D;
-            const float *q = qkv + r * wide + i % Q * D;
-            if (D == 64)  /* known to the compiler, which keeps all in registers */
-                attend(y + i * D, q, keys + from, values + from, at + 1 - first, 64);
-            else if (D == 128)
-                attend(y + i * D, q, keys + from, values + from, at + 1 - first, 128);
-            else
-                attend(y + i * D, q, keys + from, values + from, at + 1 - first, D);
+            int64_t r = i / Q, b = r / T, at = length + r % T;
+            int64_t first = at < pad[b] ? at : pad[b], n = at + 1 - first;  /* padding sees itself */
+            float *q = qkv + r * wide + i % Q * D;
+            const float *k = kv + (b * K + i % Q / (Q / K)) * head + first * D, *v = k + to_values;
+            D == 64 ? attend(q, k, v, n, 64)  /* known to the compiler: all stays in registers */
+            : D == 128 ? attend(q, k, v, n, 128) : attend(q, k, v, n, D);
         }
-        multiply(x, y, &w->o, rows, 1, space);
-#pragma omp parallel for if (rows > 8)
-        for (int r = 0; r < rows; r++)
-            rms_norm(h + r * C, x + r * C, w->post_norm, C, m->eps);
-        multiply(gate_up, h, &w->gate_up, rows, 0, space);
+        done &= multiply(x, qkv, wide, &w->o, rows, 1);
+        rms_norm(h, x, w->post_norm, rows, C, m->eps);
+        done &= multiply(gate_up, h, C, &w->gate_up, rows, 0);
 #pragma omp parallel for if (rows > 1)
         for (int r = 0; r < rows; r++) {
-            float *gate = gate_up + r * 2 * H, *up = gate + H, *to = act + r * H;
+            float *gate = gate_up + 2 * H * r, *up = gate + H;
 #pragma omp simd
             for (int i = 0; i < H; i++)
-                to[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
+                gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
         }
-        multiply(x, act, &w->down, rows, 1, space);
+        done &= multiply(x, gate_up, 2 * H, &w->down, rows, 1);
     }
-    for (int r = 0; r < rows; r++)
-        rms_norm(x + r * C, x + r * C, m->norm, C, m->eps);
-    return 1;
+    rms_norm(x, x, m->norm, rows, C, m->eps);
+    free(h);
+    return done;
 }

@@ -30,29 +30,28 @@ enum { GROUP = 32, PANEL = 16 };
 enum { LANES = 16, ROWS = 8, FLIP = 0 };
 #elif defined(__AVX2__)
 enum { LANES = 8, ROWS = 4, FLIP = 128 };
-#elif defined(__ARM_FEATURE_DOTPROD)
-enum { LANES = 4, ROWS = 4, FLIP = 128 };
 #else
-enum { LANES = 4, ROWS = 4, FLIP = 0 };
+enum { LANES = 4, ROWS = 4, FLIP = 128 };
 #endif
 enum { PARTS = PANEL / LANES };
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint8_t bytes __attribute__((vector_size(4 * LANES), aligned(1)));
+#define LANES_AT(place) (*(floats *)(place))  /* LANES floats in memory */
 
 typedef struct {
     int32_t n_out, n_in, bits;  /* n_out is a multiple of PANEL, n_in of GROUP */
     const uint8_t *q;
-    const uint16_t *scale, *min;  /* fp16: panel, group, output; min may be NULL */
+    const int16_t *scale, *min;  /* fp16: panel, group, output; min may be NULL */
 } Matrix;
 
-typedef struct {  /* rows of x as integers */
-    int8_t *q;
-    float *scale;  /* row, group */
-    int32_t *sum;  /* row, group: of the 32 integers */
-} Rounded;
+typedef struct {  /* of a row of x: the integers, their scale and their sum */
+    int8_t q[GROUP];
+    float scale;
+    int32_t sum;
+} Group;
 
-/* sum[i] + q[4i .. 4i+3] . x[0 .. 3] for each lane i. This and the next two know the processor. */
+/* sum[i] + q[4i .. 4i+3] . x[0 .. 3] for each lane i. This and from_half know the processor. */
 static inline ints dot(ints sum, bytes q, const int8_t *x)
 {
     int32_t four;
@@ -64,17 +63,16 @@ static inline ints dot(ints sum, bytes q, const int8_t *x)
     __m256i twos = _mm256_maddubs_epi16(_mm256_abs_epi8(v), signed_x);
     return sum + (ints)_mm256_madd_epi16(twos, _mm256_set1_epi16(1));
 #elif defined(__ARM_FEATURE_DOTPROD)
-    int8x16_t all = vreinterpretq_s8_s32(vdupq_n_s32(four));
-    return (ints)vdotq_s32((int32x4_t)sum, (int8x16_t)q, all);
+    return (ints)vdotq_s32((int32x4_t)sum, (int8x16_t)q, (int8x16_t)vdupq_n_s32(four));
 #else
     for (int i = 0; i < 4 * LANES; i++)
-        sum[i / 4] += q[i] * x[i % 4];
+        sum[i / 4] += (int8_t)q[i] * x[i % 4];
     return sum;
 #endif
 }
 
 /* LANES numbers of 16 bits */
-static inline floats from_half(const uint16_t *h)
+static inline floats from_half(const int16_t *h)
 {
 #if defined(__AVX512VNNI__)
     return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)h));
@@ -83,163 +81,103 @@ static inline floats from_half(const uint16_t *h)
 #else  /* as bits of a float its exponent is 112 too small */
     ints bits;
     for (int i = 0; i < LANES; i++)
-        bits[i] = h[i];
-    floats size = (floats)((bits & 0x7fff) << 13) * 0x1p112f;
-    return (floats)((ints)size | (bits & 0x8000) << 16);
+        bits[i] = h[i] * 8192 & ~0x70000000;
+    return (floats)bits * 0x1p112f;
 #endif
 }
 
-static inline float sum_of(floats v)
+/* Some rows of y, at panel p; with `add`, added to what is there. The compiler knows `rows` and
+ * `bits`, and keeps all sums in registers. */
+static inline __attribute__((always_inline)) int
+tile(float *y, const Group *x, const Matrix *m, int64_t p, int add, int rows, int bits)
 {
-#if defined(__AVX512VNNI__)
-    return _mm512_reduce_add_ps((__m512)v);
-#elif defined(__AVX2__)
-    __m128 low = _mm256_castps256_ps128((__m256)v), high = _mm256_extractf128_ps((__m256)v, 1);
-    __m128 four = _mm_add_ps(low, high), two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-#elif defined(__ARM_FEATURE_DOTPROD)
-    return vaddvq_f32((float32x4_t)v);
-#else
-    float sum = 0;
-    for (int i = 0; i < LANES; i++)
-        sum += v[i];
-    return sum;
-#endif
-}
-
-/* y (rows, n_out), or added to y: the outputs of panel p. The compiler knows `rows` and `bits`, and
- * keeps all sums in registers. */
-static inline __attribute__((always_inline)) void
-tile(float *y, Rounded x, const Matrix *m, int64_t p, int add, int rows, int bits)
-{
-    int groups = m->n_in / GROUP, zero = bits == 8 ? 128 - FLIP : m->min ? 0 : 8;
+    int64_t groups = m->n_in / GROUP, zero = bits == 8 ? 128 - FLIP : m->min ? 0 : 8;
     const uint8_t *q = m->q + p * m->n_in * PANEL * bits / 8;
-    const uint16_t *scale = m->scale + p * groups * PANEL, *min = m->min + p * groups * PANEL;
-    floats out[ROWS][PARTS] = {0};
-    for (int g = 0; g < groups; g++, scale += PANEL, min += PANEL) {
-        ints sum[ROWS][PARTS];
-        for (int r = 0; r < rows; r++)
-            for (int part = 0; part < PARTS; part++)
-                sum[r][part] = (ints){0} - zero * x.sum[r * groups + g];
+    const int16_t *scale = m->scale + p * groups * PANEL, *min = m->min + p * groups * PANEL;
+    floats out[ROWS * PARTS] = {0};
+    for (int64_t g = 0; g < groups; g++, x++, scale += PANEL, min += PANEL) {
+        ints sum[ROWS * PARTS];
+        for (int i = 0; i < rows * PARTS; i++)
+            sum[i] = (ints){0} - (int)zero * x[i / PARTS * groups].sum;
+#pragma GCC unroll LANES == 16 ? 8 : 1  /* measured: AVX2 reads memory faster in a short loop */
         for (int k = 0; k < bits; k++)
             for (int part = 0; part < PARTS; part++, q += sizeof(bytes)) {
-                bytes v;
-                memcpy(&v, q, sizeof v);
+                bytes v = *(const bytes *)q;
                 if (rows > 1 || bits == 4)  /* measured: one row of 8 bits is faster without */
                     __builtin_prefetch(q + 4096);
                 for (int half = 0; half < 8 / bits; half++) {
                     bytes block = bits == 8 ? v ^ FLIP : half ? v >> 4 : v & 15;
-                    const int8_t *at = x.q + g * GROUP + 4 * k + 16 * half;
                     for (int r = 0; r < rows; r++)
-                        sum[r][part] = dot(sum[r][part], block, at + (int64_t)r * m->n_in);
+                        sum[r * PARTS + part] = dot(sum[r * PARTS + part], block,
+                                                    x[r * groups].q + 4 * k + 16 * half);
                 }
             }
-        for (int part = 0; part < PARTS; part++) {
-            floats s = from_half(scale + part * LANES);
-            for (int r = 0; r < rows; r++)
-                out[r][part] += __builtin_convertvector(sum[r][part], floats)
-                                * (s * x.scale[r * groups + g]);
-            if (bits == 4 && m->min) {
-                s = from_half(min + part * LANES);
-                for (int r = 0; r < rows; r++)
-                    out[r][part] += s * (x.scale[r * groups + g] * x.sum[r * groups + g]);
-            }
+        for (int i = 0; i < rows * PARTS; i++) {
+            const Group *of = x + i / PARTS * groups;
+            out[i] += __builtin_convertvector(sum[i], floats)
+                      * (from_half(scale + i % PARTS * LANES) * of->scale);
+            if (bits == 4 && m->min)
+                out[i] += from_half(min + i % PARTS * LANES) * (of->scale * of->sum);
         }
     }
-    for (int r = 0; r < rows; r++, y += m->n_out)
-        for (int part = 0; part < PARTS; part++) {
-            floats before = {0};
-            if (add)
-                memcpy(&before, y + part * LANES, sizeof before);
-            before += out[r][part];
-            memcpy(y + part * LANES, &before, sizeof before);
-        }
+    for (int i = 0; i < rows * PARTS; i++) {
+        float *to = y + (int64_t)m->n_out * (i / PARTS) + i % PARTS * LANES;
+        LANES_AT(to) = out[i] + (add ? LANES_AT(to) : (floats){0});
+    }
+    return rows;
 }
 
-/* Some rows of a panel, as many at once as the registers take. */
+/* All rows, as many at once as the registers take */
 static inline __attribute__((always_inline)) void
-panel(float *y, Rounded x, const Matrix *m, int64_t p, int add, int rows, int bits)
+panel(float *y, const Group *x, const Matrix *m, int64_t p, int add, int64_t rows, int bits)
 {
-    int groups = m->n_in / GROUP;
-    for (int r = 0, n; r < rows; r += n) {
-        Rounded at = {x.q + (int64_t)r * m->n_in, x.scale + r * groups, x.sum + r * groups};
-        float *to = y + (int64_t)r * m->n_out + p * PANEL;
-        n = rows - r;
-        if (n >= ROWS)
-            tile(to, at, m, p, add, n = ROWS, bits);
-        else if (n >= 4)
-            tile(to, at, m, p, add, n = ROWS < 4 ? ROWS : 4, bits);
-        else if (n >= 2)
-            tile(to, at, m, p, add, n = 2, bits);
-        else
-            tile(to, at, m, p, add, 1, bits);
-    }
+    for (int64_t n; rows > 0; rows -= n, x += n * (m->n_in / GROUP), y += n * m->n_out)
+        n = rows >= ROWS ? tile(y, x, m, p, add, ROWS, bits)
+            : rows >= 4 ? tile(y, x, m, p, add, 4, bits)
+            : rows >= 2 ? tile(y, x, m, p, add, 2, bits)
+            : tile(y, x, m, p, add, 1, bits);
 }
 
-/* A row of n numbers as int8, with a scale for each group: NaN if one of its numbers is no number
- * or infinite, so that nothing is hidden. */
-static void round_row(Rounded to, const float *x, int n)
+/* n numbers as groups of int8. The scale is NaN if one of its numbers is no number or infinite, so
+ * that nothing is hidden. */
+static void round_row(Group *to, const float *x, int n)
 {
-    for (int g = 0; g < n / GROUP; g++, x += GROUP, to.q += GROUP) {
+    for (const float *end = x + n; x < end; x += GROUP, to++) {
         float top = 0, nothing = 0;
-        int sum = 0;
 #pragma omp simd reduction(max : top) reduction(+ : nothing)
         for (int i = 0; i < GROUP; i++) {
             top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
             nothing += 0 * x[i];
         }
-        float per = top > 0 && nothing == 0 ? 127 / top : 0;
+        float per = 127 / top;
         per = per < 1e38f ? per : 0;  /* numbers so small are 0 */
+        int sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int i = 0; i < GROUP; i++) {
             float v = nothing == 0 ? x[i] * per : 0;
-            to.q[i] = (int)(v + (v < 0 ? -0.5f : 0.5f));
-            sum += to.q[i];
+            to->q[i] = (int)(v + (v < 0 ? -0.5f : 0.5f));
+            sum += to->q[i];
         }
-        to.scale[g] = top / 127 + nothing;
-        to.sum[g] = sum;
+        to->scale = top / 127 + nothing;
+        to->sum = sum;
     }
 }
 
-/* Bytes that `multiply` needs beside. */
-static size_t room(int64_t rows, int n_in) { return rows * (n_in + n_in / GROUP * 8); }
-
-/* y (rows, n_out) = x (rows, n_in) W^T, or with `add` y += that. Every number of y is the same,
- * whatever rows are beside its own. */
-static void multiply(float *y, const float *x, const Matrix *m, int rows, int add, void *space)
+/* y (rows, n_out) = x W^T, or with `add` y += that. A row of x begins `stride` numbers after the one
+ * before. Every number of y is the same, whatever rows are beside its own. 0: there is no memory. */
+int multiply(float *y, const float *x, int stride, const Matrix *m, int rows, int add)
 {
-    int groups = m->n_in / GROUP;
-    float *scale = space;
-    int32_t *sum = (int32_t *)(scale + (int64_t)rows * groups);
-    Rounded all = {(int8_t *)(sum + (int64_t)rows * groups), scale, sum};
+    int64_t groups = m->n_in / GROUP;
+    Group *all = malloc(rows * groups * sizeof(Group));
+    if (!all)
+        return 0;
 #pragma omp parallel for if (rows > 8)
-    for (int r = 0; r < rows; r++)
-        round_row((Rounded){all.q + (int64_t)r * m->n_in, scale + r * groups, sum + r * groups},
-                  x + (int64_t)r * m->n_in, m->n_in);
+    for (int64_t r = 0; r < rows; r++)
+        round_row(all + r * groups, x + r * stride, m->n_in);
 #pragma omp parallel for
-    for (int p = 0; p < m->n_out / PANEL; p++)
-        m->bits == 8 ? panel(y, all, m, p, add, rows, 8) : panel(y, all, m, p, add, rows, 4);
-}
-
-/* At least n bytes for the thread that calls, which keeps them: what is new must first be cleared
- * by the system, at each token. NULL: there is no memory. */
-static void *scratch(size_t n)
-{
-    static _Thread_local void *kept;
-    static _Thread_local size_t size;
-    if (n > size) {
-        free(kept);
-        kept = malloc(n);
-        size = kept ? n : 0;
-    }
-    return kept;
-}
-
-/* The same for Python. 0: there is no memory for it. */
-int product(float *y, const float *x, const Matrix *m, int rows)
-{
-    void *space = scratch(room(rows, m->n_in));
-    if (space)
-        multiply(y, x, m, rows, 0, space);
-    return space != NULL;
+    for (int64_t p = 0; p < m->n_out / PANEL; p++)
+        m->bits == 8 ? panel(y + p * PANEL, all, m, p, add, rows, 8)
+                     : panel(y + p * PANEL, all, m, p, add, rows, 4);
+    free(all);
+    return 1;
 }

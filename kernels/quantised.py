@@ -191,7 +191,7 @@ class Matrix:
         if x.dtype != torch.float32 or x.size(-1) != self.c.n_in or rows > 1 << 20:
             raise ValueError(f"a product of {self.c.n_in} fp32 numbers, got {tuple(x.shape)}")
         x, y = x.contiguous(), x.new_empty(*x.shape[:-1], self.c.n_out)
-        if rows and not call("product", y, x, byref(self.c), rows):
+        if rows and not call("multiply", y, x, self.c.n_in, byref(self.c), rows, 0):
             raise MemoryError
         return y[..., :self.n_out]
 
