@@ -124,9 +124,10 @@ int decode(const Model *m, float *x, int B, int T, float *kv, int64_t to_values,
 #pragma omp parallel for schedule(static, 1)
         for (int i = 0; i < rows * Q; i++) {
             int64_t r = i / Q, b = r / T, at = length + r % T;
-            int64_t first = at < pad[b] ? at : pad[b], n = at + 1 - first;  /* padding sees itself */
+            int64_t first = at < pad[b] ? at : pad[b];  /* padding sees itself */
             float *q = qkv + r * wide + i % Q * D;
-            const float *k = kv + (b * K + i % Q / (Q / K)) * head + first * D, *v = k + to_values;
+            float *k = kv + (b * K + i % Q / (Q / K)) * head + first * D, *v = k + to_values;
+            int64_t n = at + 1 - first;
             D == 64 ? attend(q, k, v, n, 64)  /* known to the compiler: all stays in registers */
             : D == 128 ? attend(q, k, v, n, 128) : attend(q, k, v, n, D);
         }

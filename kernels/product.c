@@ -163,8 +163,9 @@ static void round_row(Group *to, const float *x, int n)
     }
 }
 
-/* y (rows, n_out) = x W^T, or with `add` y += that. A row of x begins `stride` numbers after the one
- * before. Every number of y is the same, whatever rows are beside its own. 0: there is no memory. */
+/* y (rows, n_out) = x W^T, or with `add` y += that. From a row of x to the next are `stride`
+ * numbers. Every number of y is the same, whatever rows are beside its own. 0: there is no memory
+ * for it. */
 int multiply(float *y, const float *x, int stride, const Matrix *m, int rows, int add)
 {
     int64_t groups = m->n_in / GROUP;

@@ -94,6 +94,11 @@ def test_what_is_to_be_read_stays_short(name):
     assert length(name) <= BUDGETS[name]
 
 
+def test_the_c_of_kernels_stays_short():
+    """Its lines are no Python, so no budget above counts them."""
+    assert sum(path.read_text().count("\n") for path in ROOT.glob("kernels/*.c")) <= 333
+
+
 def test_no_file_is_too_long_and_the_core_fits_in_an_evening():
     """Lines are at most 100 columns (`make lint`), so none of this is got by cramming."""
     assert [name for name in FILES if length(name) > LONGEST] == []
