@@ -14,7 +14,6 @@ data_dir = "out/demo/data"
 out_dir = "out/demo/pt"
 
 n_head = 2
-n_kv_head = 2
 n_hidden = 176
 max_seq_len = 256
 tied = False
