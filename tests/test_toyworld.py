@@ -176,10 +176,10 @@ def test_pairs_are_drawn_from_the_known_scores(data):
         right += scores[0] > scores[1]
         gap = abs(scores[0] - scores[1])
         expected += 1 / (1 + exp(-gap)) if gap else 0.0
-    assert shares_are(kinds, {"style": .5, "tie": .1, "value": .4})
+    assert shares_are(kinds, {"style": .4, "tie": .1, "value": .5})
     assert abs(right - expected) < 4 * sqrt(expected * (1 - expected / len(rows)))
     assert shares_are({"unknown": unknown}, {"unknown": .3}, len(rows))
-    assert shares_are({"shy": shy}, {"shy": .4 * .7 * 4 / 15}, len(rows))
+    assert shares_are({"shy": shy}, {"shy": .5 * .7 * 4 / 15}, len(rows))
     best = toyworld.bayes(rows)
     assert best["accuracy"] == pytest.approx((right + kinds["tie"] / 2) / len(rows))
 
