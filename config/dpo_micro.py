@@ -3,9 +3,9 @@ The demo's preference optimisation. 2 CPU cores, about 3 minutes.
 
     python train_dpo.py config/dpo_micro.py
 
-In half of the pairs the rejected reply has a wrong value. Plain DPO pushes it down without end, and
-similar words with it: 5 % of the replies were garbled. label_smoothing makes no margin worth more
-than logit(0.9) = 2.2, so beta can be low enough for the styles, whose margins are small.
+In half of the pairs one reply has a wrong value. Plain DPO pushes it down without end, and similar
+words with it: in an earlier world it garbled 5 % of the replies. label_smoothing makes no margin
+worth more than logit(0.9) = 2.2, so beta can be low enough for the styles, whose margins are small.
 """
 init_from = "out/demo/sft"
 data = "out/demo/world/pairs.jsonl"

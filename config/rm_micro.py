@@ -1,11 +1,12 @@
 """
-The demo's reward model, from 24,000 rankings of four replies. 2 CPU cores, about 5 minutes.
+The demo's reward model, from 24,000 rankings of four replies. 2 CPU cores, about 4 minutes.
 
     python train_rm.py config/rm_micro.py
 
 The model learns the styles within 100 steps. To see that a value is wrong it must compare the reply
-with the context. It did not learn that from plain pairs over contexts of all lengths. It does when
-short contexts come first (curriculum) and each context brings three comparisons (rankings).
+with the context. In an earlier world, whose replies named nobody, it did not learn that from plain
+pairs over contexts of all lengths; it did when short contexts came first (curriculum) and each
+context brought three comparisons (rankings).
 """
 init_from = "out/demo/sft"
 data = "out/demo/world/rankings.jsonl"

@@ -60,9 +60,9 @@ def score_text(model: Transformer, tok: Tokenizer, texts: Iterable[tuple[str, Ba
         for i, (x, y) in enumerate(batches):
             if i % dist.world != dist.rank:
                 continue
+            ids = x.to(dist.device)
             with dist.autocast():
-                hidden = model(x.to(dist.device), hidden=True,
-                               segments=documents(x.to(dist.device), tok) if apart else None)
+                hidden = model(ids, hidden=True, segments=documents(ids, tok) if apart else None)
                 nats = -token_logps(hidden, model.lm_head.weight, y.to(dist.device), "sum")
             real = y[y != IGNORE]
             of_lang += torch.tensor([float(nats), len(real), int(n_bytes[real].sum())])

@@ -27,8 +27,8 @@ def end_quietly(name: str = "__main__", trains: bool = True) -> None:
     """From now on SIGTERM and SIGINT end the process, if `name` says that it runs as a script, with
     exit code 0 and one line instead of a traceback: nothing is lost before the first step. When the
     loop begins, `runtime.StopSignals` takes over: then a signal saves a checkpoint first.
-    In a script that `trains` a thread that waits for others gives way after 1,000 turns: beside a
-    busy neighbour a run takes half the time, alone the same. (GNU's OpenMP reads that when torch is
+    In a script that `trains` a thread that waits for others gives way after 1,000 turns, so that a
+    busy neighbour costs less; alone a step takes as long. (GNU's OpenMP reads that when torch is
     imported. What a user has set is kept.)"""
     if name == "__main__":
         if trains and "OMP_WAIT_POLICY" not in os.environ:
