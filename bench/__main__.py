@@ -22,7 +22,7 @@ import os
 import runpy
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,7 @@ import train_dpo
 import train_pt
 import train_sft
 from bench import llama
-from bench.race import Race
+from bench.race import Race, chosen
 from bench.search import search
 from configurator import Count, FilePath, NotNegative, configure, fail
 from demo.world import pt_document
@@ -153,7 +153,7 @@ def shape(max_seq_len: int) -> ModelConfig:
                        max_seq_len, tied=False)
 
 
-def limits(cfg: Config, folder: str) -> Iterator[Race]:
+def limits(cfg: Config, folder: str) -> None:
     squares = {f"matmul {n} {kind}": torch.randn(n, n).to(getattr(torch, kind))
                for kind in ("float32", "bfloat16") for n in (MATMUL, 2 * MATMUL)}
     race = Race("limits", {name: partial(torch.mm, a, a) for name, a in squares.items()}
@@ -161,17 +161,31 @@ def limits(cfg: Config, folder: str) -> Iterator[Race]:
     for name, a in squares.items():
         race.speed(name, 2 * len(a)**3 / 1e9, "GF/s")
     race.speed("read", READ / 1e9, "GB/s")
-    yield race
 
 
-def train(cfg: Config, folder: str) -> Iterator[Race]:
+def pt_loss(net: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
+    return train_pt.pt_loss(net(idx, hidden=True), net.lm_head.weight, targets)
+
+
+def sft_loss(net: nn.Module, idx: Tensor, mask: Tensor, segments: Tensor | None) -> Tensor:
+    return train_sft.sft_loss(net(idx, hidden=True, segments=segments), net.lm_head.weight, idx,
+                              mask)
+
+
+def dpo_loss(net: nn.Module, idx: Tensor, targets: Tensor, dist: runtime.Dist) -> Tensor:
+    """The first half of the rows is preferred to the second."""
+    (logps, n), nothing = train_dpo.reply_logps(net, net, idx, targets, dist), torch.zeros(())
+    (chosen, rejected), (more, less) = logps.chunk(2), n.chunk(2)
+    return train_dpo.dpo_loss(chosen, rejected, nothing, nothing, more, less).mean()
+
+
+def train(cfg: Config, folder: str) -> None:
     """A training step on one batch of random ids, over and over."""
     c = shape(T)
     x, y = torch.randint(VOCAB, (2, B, T))
     ours, plain, hf = Transformer(c), PlainLlama(c), huggingface(Transformer(c))
     entries: dict[str, tuple] = {  # model, loss, optimizer
-        "ours": (ours, lambda net: train_pt.pt_loss(net(x, hidden=True), ours.lm_head.weight, y)
-                 / y.numel(), None),
+        "ours": (ours, lambda net: pt_loss(net, x, y), None),
         "plain Llama": (plain, lambda net: nn.functional.cross_entropy(
             net(x).flatten(0, 1), y.flatten()), torch.optim.AdamW(plain.parameters(), LR))}
     if cfg.nanogpt:
@@ -207,15 +221,13 @@ def train(cfg: Config, folder: str) -> Iterator[Race]:
         race.speed(name, y.numel(), "tok/s", gflops=flops / 1e9,
                    mfu=flops * race.seconds["limit"] / (2 * MATMUL**3),
                    params=sum(p.numel() for p in model.parameters()))
-    yield race
 
 
-def decode(cfg: Config, folder: str) -> Iterator[Race]:
+def decode(cfg: Config, folder: str) -> None:
     """Greedy text after prompts of 16 tokens: tokens/s of all rows, reading them included. With
     --llama, in 8 and 4 bits beside llama.cpp."""
     if cfg.llama:
-        yield from llama.speed(cfg, folder)
-        return
+        return llama.speed(cfg, folder)
     C, n, heads = DECODE_EMBD, WRITTEN, DECODE_EMBD // 64
     shapes = [(VOCAB, 8, heads, heads, C, 64, 5 * C // 2), (32_000, 24, 32, 4, 2048, 64, 5632)]
     for sizes in shapes[:1 + cfg.decode_1b]:
@@ -234,10 +246,9 @@ def decode(cfg: Config, folder: str) -> Iterator[Race]:
             for name in contenders:
                 race.speed(name, rows * n, "tok/s", batch=rows, mb=size / 1e6,
                            of_bound=rows * n / race.seconds[name] / bound)
-            yield race
 
 
-def stages(cfg: Config, folder: str) -> Iterator[Race]:
+def stages(cfg: Config, folder: str) -> None:
     """Replies of 32 tokens to prompts of 16, one by one and 64 at once. Then a training step, in
     real tokens: rows of T / 8 to T tokens, the second half to be learnt. `learnt` is the share of
     the tokens that the model reads, padding included."""
@@ -250,7 +261,6 @@ def stages(cfg: Config, folder: str) -> Iterator[Race]:
     one, _ = race.seconds.values()
     for (name, seconds), n in zip(race.seconds.items(), (1, 64)):
         race.speed(name, 32 * n, "tok/s", of_one=n * one / seconds)
-    yield race
 
     sizes = sorted(r.randint(T // 8, T) for _ in range(8 * B))
     rows = [Row([r.randrange(VOCAB) for _ in range(n)], [0] * (n // 2) + [1] * (n - n // 2))
@@ -259,35 +269,22 @@ def stages(cfg: Config, folder: str) -> Iterator[Race]:
                                     for one in data.pack(sizes, T)[:B]], T)
     padded = examples.window_batch([[row] for row in r.sample(rows, B)], T)
     alike = examples.pad_right(rows[3 * B:4 * B], 0)  # as micro_batches puts pairs together
-    full, nothing = torch.randint(VOCAB, (2, B, T)), torch.zeros(B // 2)
-
-    def pt(net: Transformer) -> Tensor:
-        return train_pt.pt_loss(net(full[0], hidden=True), net.lm_head.weight, full[1]) / B / T
-
-    def sft(x: Tensor, mask: Tensor, segments: Tensor | None, net: Transformer) -> Tensor:
-        hidden = net(x, hidden=True, segments=segments)
-        return train_sft.sft_loss(hidden, net.lm_head.weight, x, mask) / 1000
-
-    def dpo(net: Transformer) -> Tensor:
-        logps, n = train_dpo.reply_logps(net, net, *alike[:2], alone)
-        (chosen, rejected), (more, less) = logps.chunk(2), n.chunk(2)
-        return train_dpo.dpo_loss(chosen, rejected, nothing, nothing, more, less).mean()
-
+    full = torch.randint(VOCAB, (2, B, T))
     losses: dict[str, tuple[Callable, Tensor, Tensor]] = {  # loss, what is real, what is learnt
-        "PT": (pt, full[0] >= 0, full[0] >= 0),
-        "SFT, packed": (partial(sft, *packed), packed[2] > 0, packed[1]),
-        "SFT, padded": (partial(sft, *padded[:2], None), padded[2] > 0, padded[1]),
-        "DPO, reference kept": (dpo, alike[2], alike[1] >= 0)}
+        "PT": (lambda net: pt_loss(net, *full), full[0] >= 0, full[0] >= 0),
+        "SFT, packed": (lambda net: sft_loss(net, *packed), packed[2] > 0, packed[1]),
+        "SFT, padded": (lambda net: sft_loss(net, *padded[:2], None), padded[2] > 0, padded[1]),
+        "DPO, reference kept": (lambda net: dpo_loss(net, *alike[:2], alone), alike[2],
+                                alike[1] >= 0)}
     race = Race("stages", {name: learner(Transformer(c), loss)
                            for name, (loss, *_) in losses.items()}, cfg)
     for name, (_, real, learnt) in losses.items():
         n = int(real.sum())
         race.speed(name, n, "tok/s", learnt=float(learnt.float().mean()),
                    of_pt=n / (B * T) * race.seconds["PT"] / race.seconds[name])
-    yield race
 
 
-def prepare(cfg: Config, folder: str) -> Iterator[Race]:
+def prepare(cfg: Config, folder: str) -> None:
     """From a JSONL file of toyworld's text to token files; beside tiktoken alone, in memory."""
     rng, texts, size = Random(0), [], 0
     while size < cfg.data_mb * 1_000_000:  # documents of about 2 kB
@@ -309,33 +306,21 @@ def prepare(cfg: Config, folder: str) -> Iterator[Race]:
         "tiktoken alone, 1 thread": partial(encode, texts, num_threads=1)}, cfg)
     for name in race.seconds:
         race.speed(name, size / 1e6, "MB/s")
-    yield race
-
-
-def quality(cfg: Config, folder: str) -> Iterator[Race]:
-    """Perplexity in 8 and 4 bits; no race."""
-    if not cfg.llama or not cfg.texts:
-        fail("--only=quality needs --llama=MODEL.gguf and --texts=FILE,FILE")
-    llama.quality(cfg, folder)
-    yield from ()
 
 
 JOBS = {"limits": limits, "train": train, "decode": decode, "stages": stages, "data": prepare,
-        "search": search, "quality": quality}
+        "search": search, "quality": llama.quality}
 
 
 def main() -> None:
     cfg = configure(Config)
-    if unknown := set(cfg.only.split(",")) - set(JOBS):
-        fail(f"--only={cfg.only}: there is no {', '.join(unknown)} among {', '.join(JOBS)}")
+    jobs = chosen(cfg.only, JOBS)
     if cfg.nanogpt and not Path(cfg.nanogpt, "model.py").is_file():
         fail(f"--nanogpt={cfg.nanogpt}: no model.py there; give the folder of a clone")
-    formula = next(line.strip() for line in __doc__.splitlines() if "FLOPs per token" in line)
-    print(describe_run(runtime.setup("cpu", "float32")), formula, sep="\n")
+    print(describe_run(runtime.setup("cpu", "float32")))
     with tempfile.TemporaryDirectory() as folder:
-        for job in cfg.only.split(","):
-            for race in JOBS[job](cfg, folder):
-                print(*map(json.dumps, race.rows), sep="\n", flush=True)
+        for job in jobs:
+            job(cfg, folder)
 
 
 if __name__ == "__main__":

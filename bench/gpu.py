@@ -25,15 +25,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import train_dpo
 import train_pt
-import train_sft
+from bench.__main__ import dpo_loss, pt_loss, sft_loss
+from bench.race import chosen, figure
 from configurator import configure, fail
 from generate import generate
 from model import ModelConfig, Transformer
@@ -54,12 +54,6 @@ class Config:
     configs: str = "config/pt_124m.py,config/pt_1b.py"  # models, comma-separated
     modes: str = "eager,compiled"  # of train, comma-separated; stages are compiled if it says so
     device: Literal["cuda", "cpu"] = "cuda"  # where to compute; cpu: to try this program out
-
-
-def row(job: str, name: str, value: float, unit: str, **notes: float | str) -> None:
-    shown = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in notes.items())
-    print(f"{job:<7} {name:<30} {value:>12,.4g} {unit:<6}", *shown, sep=" | ")
-    print(json.dumps({"job": job, "name": name, "value": value, "unit": unit, **notes}), flush=True)
 
 
 def seconds(work: Callable[[], object], cfg: Config) -> float:
@@ -101,9 +95,9 @@ def agree(cfg: Config) -> None:
             got = {"causal": model(idx), "packed": model(idx, segments=segments)}
         for name, logits in got.items():
             off = (logits.float().cpu() - expected[name]).norm() / expected[name].norm()
-            row("agree", f"{name}, {str(kind).removeprefix('torch.')}", float(off), "")
+            figure("agree", f"{name}, {str(kind).removeprefix('torch.')}", float(off), "")
     same = [a == b for a, b in zip(generate(model, texts, 32, temperature=0), greedy)]
-    row("agree", "steps of greedy text", sum(same) / 32, "equal")
+    figure("agree", "steps of greedy text", sum(same) / 32, "equal")
     torch.set_float32_matmul_precision(precision)
 
 
@@ -142,7 +136,7 @@ def train(cfg: Config) -> None:
                     else:
                         fail(f"train_pt.py {path}: ended early, see above")
                 speed, mfu = re.findall(r"([\d,]+) tok/s \| mfu (\S+) ", line)[0]
-                row("train", f"{name}, {mode}", float(speed.replace(",", "")), "tok/s", mfu=mfu)
+                figure("train", f"{name}, {mode}", float(speed.replace(",", "")), "tok/s", mfu=mfu)
 
 
 def stages(cfg: Config) -> None:
@@ -154,30 +148,19 @@ def stages(cfg: Config) -> None:
         idx, targets = torch.randint(shape.vocab_size, (2, B, T), device=cfg.device)
         segments = (torch.arange(T, device=cfg.device) // (T // 4)).expand(B, -1) + 1
         mask = torch.arange(T, device=cfg.device).expand(B, -1) % (T // 4) > 0
-        zero, first = torch.zeros(B // 2, device=cfg.device), 0.0
+        first = 0.0
 
-        def pt_loss() -> Tensor:
-            return train_pt.pt_loss(net(idx, hidden=True), model.lm_head.weight, targets)
-
-        def sft_loss() -> Tensor:
-            hidden = net(idx, hidden=True, segments=segments)
-            return train_sft.sft_loss(hidden, model.lm_head.weight, idx, mask)
-
-        def dpo_loss() -> Tensor:
-            logps, n = train_dpo.reply_logps(net, model, idx, targets, here)
-            (chosen, rejected), (more, less) = logps.chunk(2), n.chunk(2)
-            return train_dpo.dpo_loss(chosen, rejected, zero, zero, more, less).mean()
-
-        def learn(loss: Callable[[], Tensor]) -> None:
+        def learn(loss: Callable[..., Tensor], *batch: Any) -> None:
             with here.autocast():
-                value = loss() / targets.numel()
+                value = loss(net, idx, *batch) / targets.numel()
             value.backward()
             model.zero_grad()
 
-        for loss in (pt_loss, sft_loss, dpo_loss):
-            speed = B * T / seconds(partial(learn, loss), cfg)
+        for loss, *batch in ((pt_loss, targets), (sft_loss, mask, segments),
+                             (dpo_loss, targets, here)):
+            speed = B * T / seconds(partial(learn, loss, *batch), cfg)
             first = first or speed
-            row("stages", f"{name}, {loss.__name__}", speed, "tok/s", of_pt=speed / first)
+            figure("stages", f"{name}, {loss.__name__}", speed, "tok/s", of_pt=speed / first)
 
 
 def decode(cfg: Config) -> None:
@@ -185,7 +168,7 @@ def decode(cfg: Config) -> None:
     array = torch.ones(1 << 28, device=cfg.device)  # 1 GiB
     other = torch.empty_like(array)
     limit = 2 * 4 * len(array) / seconds(lambda: other.copy_(array), cfg)
-    row("decode", "copy", limit / 1e9, "GB/s")
+    figure("decode", "copy", limit / 1e9, "GB/s")
     for name, _, shape in models(cfg):
         model = Transformer(shape).to(cfg.device, torch.bfloat16).eval()
         read = 2 * (sum(p.numel() for p in model.parameters())
@@ -197,7 +180,7 @@ def decode(cfg: Config) -> None:
             step = (took[1] - took[0]) / WRITTEN
             cached = 2 * 2 * B * shape.n_layer * shape.n_kv_head * shape.head_dim * (
                 16 + WRITTEN / 2)
-            row("decode", f"{name}, {B} at once", B / step, "tok/s", gb_per_s=(read + cached)
+            figure("decode", f"{name}, {B} at once", B / step, "tok/s", gb_per_s=(read + cached)
                 / step / 1e9, of_copy=(read + cached) / step / limit, ms_per_step=1000 * step)
 
 
@@ -206,14 +189,13 @@ JOBS = {"agree": agree, "train": train, "stages": stages, "decode": decode}
 
 def main() -> None:
     cfg = configure(Config)
-    if unknown := set(cfg.only.split(",")) - set(JOBS):
-        fail(f"--only={cfg.only}: there is no {', '.join(unknown)} among {', '.join(JOBS)}")
+    jobs = chosen(cfg.only, JOBS)
     if cfg.device == "cuda" and not torch.cuda.is_available():
         fail("--device=cuda: no CUDA device here; python -m bench measures a CPU")
     print(describe_run(runtime.setup(cfg.device)))
     list(models(cfg))  # a mistake in a config is told before anything is measured
-    for job in cfg.only.split(","):
-        JOBS[job](cfg)
+    for job in jobs:
+        job(cfg)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import ctypes
 import io
 import json
 import math
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,7 +26,7 @@ import convert
 from bench.race import Race
 from configurator import fail
 from generate import generate
-from kernels.quantised import GROUP, PANEL, Quantised, pack, shapes
+from kernels.quantised import Quantised, pack
 from model import ModelConfig
 from plumbing import checkpoint, loading
 from plumbing.lookup import Lookup
@@ -128,7 +127,7 @@ def contenders(state: dict, folder: str) -> tuple[dict[str, Quantised], dict[str
                   for name, path in their_formats(state, sizes, folder).items()}
 
 
-def speed(cfg, folder: str) -> Iterator[Race]:
+def speed(cfg, folder: str) -> None:
     """Tokens/s of one text and of 8, written after prompts of 16 tokens, and of a prompt of 512.
     `of_read` is the share of the memory's speed, for one text: bytes of the weights times tokens/s
     over those of a sum of 256 MB that took turns. With decode_1b also how fast 1.7B are loaded."""
@@ -154,31 +153,22 @@ def speed(cfg, folder: str) -> Iterator[Race]:
             race.speed(name, rows * (read if written == 1 else written), "tok/s",
                        mb=model.bytes / 1e6, **share)
         race.speed("limit", READ / 1e9, "GB/s")
-        yield race
     if cfg.decode_1b:
-        yield from loading_time(cfg, state, folder)
+        loading_time(cfg, state, folder)
 
 
-def loading_time(cfg, state: dict, folder: str) -> Iterator[Race]:
+def loading_time(cfg, state: dict, folder: str) -> None:
     """How large 1.7B weights are in 8 and 4 bits, and how long they take to load from files that
-    were read just before. They are all 0, and at 4 bits have minima, which is the larger way."""
+    were read just before. They lie on a grid, so at 4 bits have minima, which is the larger way."""
     sizes = ModelConfig(**state["model_config"] | SMOL_1_7B)
+    weights = {name: (torch.arange(shape[-1]) % 16.0).expand(shape)  # one row for all
+               for name, shape in convert.shapes(sizes).items()}
     for bits in (8, 4):
-        tensors, name = {}, f"1.7B, int{bits}, loading"
-        for of, shape in shapes(sizes).items():
-            if len(shape) == 1:
-                tensors[of] = torch.zeros(shape)
-                continue
-            few = 4 if bits == 4 and "." in of else 8
-            panels, groups = shape[0] // PANEL, shape[1] // GROUP
-            tensors[f"{of}.q"] = torch.zeros(panels, groups, few, PANEL, 4, dtype=torch.uint8)
-            for part in ("scale", "min")[:1 + (few == 4)]:
-                tensors[f"{of}.{part}"] = torch.zeros(panels, groups, PANEL, dtype=torch.float16)
+        tensors, name = pack(sizes, weights, bits), f"1.7B, int{bits}, loading"
         path = checkpoint.save(f"{folder}/{bits}", 0, {
             **state, "model": tensors, "model_config": asdict(sizes), "optimizer": []})
         race = Race("decode", {name: partial(loading.load_writer, str(path), "cpu", "auto")}, cfg)
         race.row(name, race.seconds[name], "s", gb=sum(t.nbytes for t in tensors.values()) / 1e9)
-        yield race
 
 
 def write(model: Quantised | Llama, ids: Tensor, n: int) -> object:
@@ -189,6 +179,8 @@ def write(model: Quantised | Llama, ids: Tensor, n: int) -> object:
 
 def quality(cfg, folder: str) -> None:
     """Perplexity of each file's first 8 windows of 512 tokens: in fp32, ours and theirs."""
+    if not cfg.llama or not cfg.texts:
+        fail("--only=quality needs --llama=MODEL.gguf and --texts=FILE,FILE")
     state = opened(cfg, folder)
     tok = Tokenizer(state["tokenizer"])
     ours, theirs = contenders(state, folder)

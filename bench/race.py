@@ -5,12 +5,32 @@ The contenders of a job take turns (A B A B …) in one process. A sample is wor
 `sample_s` seconds. One during which other processes used more than `max_foreign` of a core is
 thrown away and counted. Figures are medians; "x" is calls per second relative to the first.
 """
+import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
+
+from plumbing.terminal import fail
+
+
+def chosen(only: str, jobs: dict[str, Any]) -> Iterator[Any]:
+    """The jobs that --only names, with commas between."""
+    if unknown := set(only.split(",")) - set(jobs):
+        fail(f"--only={only}: there is no {', '.join(unknown)} among {', '.join(jobs)}")
+    return map(jobs.__getitem__, only.split(","))
+
+
+def figure(job: str, name: str, value: float, unit: str, **notes: float | str) -> None:
+    """Print a figure as a line of a table and as a line of JSON, which knows no nan."""
+    shown = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in notes.items())
+    number = f"{value:.4g}" if value < 10 else f"{value:,.1f}"
+    print(f"{job:<7} {name:<30} {number:>12} {unit:<8}", *shown, sep=" | ")
+    row = {"job": job, "name": name, "value": value, "unit": unit, **notes}
+    print(json.dumps({k: None if v != v else v for k, v in row.items()}), flush=True)
 
 
 def used_by_others() -> float:
@@ -31,7 +51,7 @@ class Race:
     it reads `repeats`, `sample_s` and `max_foreign`."""
 
     def __init__(self, job: str, contenders: dict[str, Callable[[], object]], cfg):
-        self.job, self.rows, self.rejected = job, [], dict.fromkeys(contenders, 0)
+        self.job, self.rejected = job, dict.fromkeys(contenders, 0)
         self.good: dict[str, list[float]] = {name: [] for name in contenders}
         for work in contenders.values():
             work()  # compiles, fills caches
@@ -53,11 +73,7 @@ class Race:
         self.row(name, amount / self.seconds[name], unit, **notes)
 
     def row(self, name: str, value: float, unit: str, **notes: float) -> None:
-        """Print one figure, and keep it for the JSON lines."""
-        notes |= {"x": next(iter(self.seconds.values())) / self.seconds[name],
-                  "samples": len(self.good[name]), "rejected": self.rejected[name]}
-        shown = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in notes.items())
-        figure = f"{value:,.4f}" if value < 10 else f"{value:,.1f}"
-        print(f"{self.job:<7} {name:<28} {figure:>10} {unit:<8}", *shown, sep=" | ", flush=True)
-        row = {"job": self.job, "name": name, "value": value, "unit": unit, **notes}
-        self.rows.append({k: None if v != v else v for k, v in row.items()})  # JSON knows no nan
+        """Print one figure."""
+        figure(self.job, name, value, unit, **notes,
+               x=next(iter(self.seconds.values())) / self.seconds[name],
+               samples=len(self.good[name]), rejected=self.rejected[name])

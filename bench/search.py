@@ -6,7 +6,6 @@ How fast documents are split, indexed and searched: the rows `search` of `python
 import mmap
 import shutil
 import time
-from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -46,7 +45,7 @@ def made_up(texts: list[str], kind: str) -> np.ndarray:
     return np.random.default_rng(len(texts[0])).standard_normal((len(texts), 384), np.float32)
 
 
-def search(cfg, folder: str) -> Iterator[Race]:
+def search(cfg, folder: str) -> None:
     """Splitting notes, half of them Chinese, making an index of their chunks with 384 made-up
     numbers for each, and asking for 8 words or 12 characters of one of them."""
     rng, count = np.random.default_rng(0), documents.count_pieces
@@ -66,7 +65,6 @@ def search(cfg, folder: str) -> Iterator[Race]:
             (len(one.encode()) / 1e6, "MB/s"), (len(two.encode()) / 1e6, "MB/s"),
             (len(few), "chunks/s"))):
         race.row(name, n / seconds, unit)
-    yield race
 
     start, left, i, asked = time.perf_counter(), cfg.chunks, 0, {"en": [], "zh": []}
     with Index(f"{folder}/many", True, made_up) as made:
@@ -93,4 +91,3 @@ def search(cfg, folder: str) -> Iterator[Race]:
     race = Race("search", ask | {"hybrid, en": lambda: hybrid.search(next(turns["en"]))}, cfg)
     for name, seconds in race.seconds.items():
         race.row(name, 1000 * seconds, "ms", **notes)
-    yield race
