@@ -25,7 +25,7 @@ import re
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -41,6 +41,7 @@ from plumbing import checkpoint, families, gguffile, vocabulary, weights
 from plumbing.adapters import open_whole
 from plumbing.files import write_text
 from plumbing.jobs import Progress
+from plumbing.loading import empty
 from plumbing.vocabulary import Vocabulary, read_json
 from plumbing.weights import Stored
 from tokenizer import Tokenizer
@@ -65,29 +66,17 @@ GGUF = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"
         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 
 
+@cache
 def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model, by its name in model.py: a matrix (n_out, n_in) turns n_in numbers
-    into n_out. Raises ValueError for more layers than anybody has."""
+    into n_out. Raises ValueError for more layers than anybody has, or such sizes."""
     if c.n_layer > 1000:
         raise ValueError(f"says that it has {c.n_layer:,} layers")
-    C, D, q, kv = c.n_embd, c.head_dim, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    found: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (c.vocab_size, C)}
-    for i in range(c.n_layer):
-        block: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (C,),
-            "self_attn.q_proj.weight": (q, C), "self_attn.k_proj.weight": (kv, C),
-            "self_attn.v_proj.weight": (kv, C), "self_attn.o_proj.weight": (C, q),
-            "post_attention_layernorm.weight": (C,),
-            "mlp.gate_proj.weight": (c.n_hidden, C), "mlp.up_proj.weight": (c.n_hidden, C),
-            "mlp.down_proj.weight": (C, c.n_hidden)}
-        if c.qk_norm:
-            block |= {"self_attn.q_norm.weight": (D,), "self_attn.k_norm.weight": (D,)}
-        if c.qkv_bias:
-            block |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,),
-                      "self_attn.v_proj.bias": (kv,)}
-        found |= {f"layers.{i}.{name}": shape for name, shape in block.items()}
-    found["norm.weight"] = (C,)
-    return found if c.tied else found | {"lm_head.weight": (c.vocab_size, C)}
+    try:
+        tensors = empty(c).state_dict().items()
+    except RuntimeError:
+        raise ValueError("says that it has tensors larger than any should be") from None
+    return {name: tuple(t.shape) for name, t in tensors if not (c.tied and "lm_head" in name)}
 
 
 def gguf_name(name: str) -> str:
@@ -180,11 +169,11 @@ def take_in(cfg: Config) -> None:
             raise ValueError(f"{name} {error}") from None
         if permuted and part in heads:
             out.copy_(reordered(out, heads[part], back=True))
-    empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes(sizes).items()}
+    model = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes(sizes).items()}
     if sizes.tied:
-        empty["lm_head.weight"] = empty["embed_tokens.weight"]
+        model["lm_head.weight"] = model["embed_tokens.weight"]
     state = {"format": 1, "kind": "sft" if tokenizer.rules.jinja else "pt", "step": 0,
-             "model": empty, "optimizer": [], "model_config": asdict(sizes), "config": {},
+             "model": model, "optimizer": [], "model_config": asdict(sizes), "config": {},
              "tokenizer": text}
     del tokenizer  # 100 MB of words
     try:

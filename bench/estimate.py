@@ -14,12 +14,14 @@ Days are the time for 20 tokens for each parameter (Hoffmann et al. 2022) at
 import sys
 from dataclasses import dataclass, fields
 
+import torch
+
 import train_pt
 from configurator import Count, Positive, configure
 from model import ModelConfig
-from plumbing import terminal
-from plumbing.costs import (count_parameters, flops_per_token, judging_memory, training_memory,
-                            writing_memory)
+from plumbing import costs, terminal
+from plumbing.costs import count_parameters, flops_per_token
+from plumbing.runtime import Dist, Settings
 
 STAGES = ("pt", "sft", "lora", "rm", "dpo", "rl")
 
@@ -39,21 +41,17 @@ class Config:
 def stage_memory(stage: str, config: ModelConfig, batch_size: int, cfg: Config, shards: int,
                  recompute: bool) -> int:
     """Bytes on each GPU at the fullest moment of a stage in bf16 with AdamW, training or writing.
-    Pairs are two rows. DPO holds the reference while it is judged; RL holds the reference and a
-    reward model of the same size all the time."""
-    rows = 2 * batch_size if stage in ("rm", "dpo") else batch_size
-    parts = training_memory(config, rows, config.max_seq_len, accumulate=2, width=2,
-                            head=stage != "rm", shards=shards, recompute=recompute,
-                            masked=stage in ("sft", "lora"),
-                            rank=cfg.lora_rank * (stage == "lora"))
-    held = parts["parameters"] + parts["optimizer"]
-    frozen = {"dpo": 1, "rl": 2}.get(stage, 0) * parts["parameters"]
-    training = sum(parts.values()) - held + (frozen if stage == "rl" else 0)
+    Pairs are two rows. DPO's reference writes, too; RL holds a reference and a reward model of the
+    same size all the time."""
+    rows, half = batch_size * (1 + (stage in ("rm", "dpo"))), cfg.written // 2
     writes = {"pt": 1, "rl": cfg.rollout_size}.get(stage, 32)
-    half = cfg.written // 2
-    judging = frozen + max(judging_memory(config, rows, config.max_seq_len, 2, shards),
-                           writing_memory(config, writes, half, cfg.written - half, 2, shards))
-    return held + max(training, judging)
+    parts = costs.stage_memory(
+        Settings(shard=True, recompute=recompute),
+        Dist(0, shards, torch.device("cuda"), torch.bfloat16), config, rows, config.max_seq_len, 2,
+        judged=(rows, config.max_seq_len), written=(writes, half, cfg.written - half),
+        another_writes=stage == "dpo", head=stage != "rm", masked=stage in ("sft", "lora"),
+        rank=cfg.lora_rank * (stage == "lora"))
+    return sum(parts.values()) + 2 * (stage == "rl") * parts["parameters"]
 
 
 def tokens_per_day(config: ModelConfig, cfg: Config) -> float:

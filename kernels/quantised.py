@@ -225,14 +225,13 @@ class Quantised(Transformer):
     def __init__(self, config: ModelConfig, tensors: dict[str, Tensor]):
         nn.Module.__init__(self)
         self.config = c = config
-        found: dict[str, Tensor] = {}
+        self.tensors = tensors = in_large_pages(tensors)
+        self.bytes, matrices = sum(t.nbytes for t in tensors.values()), {}
         for name, shape in shapes(c).items():
-            found |= ({f"{name}.{part}": t for part, t in parts_of(tensors, name, *shape).items()}
-                      if len(shape) == 2 else {name: require(tensors, name, shape, torch.float32)})
-        self.tensors = tensors = in_large_pages(found)
-        self.bytes = sum(t.nbytes for t in tensors.values())
-        matrices = {name: Matrix(parts_of(tensors, name, *shape), shape[0])
-                    for name, shape in shapes(c).items() if len(shape) == 2}
+            if len(shape) == 2:
+                matrices[name] = Matrix(parts_of(tensors, name, *shape), shape[0])
+            else:
+                require(tensors, name, shape, torch.float32)
         self.lm_head = matrices["lm_head"]
         self.embed_tokens = matrices.get("embed_tokens", self.lm_head)
         self.lm_head.n_out = self.embed_tokens.n_out = c.vocab_size  # the rest is padding

@@ -5,6 +5,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
+from difflib import SequenceMatcher
 
 UNIT = re.compile(r"[^\W\u3400-\u9fff\uf900-\ufaff_]+|\S")  # a word, a Han character, a sign
 
@@ -21,15 +22,6 @@ def chinese_units(text: str) -> list[str]:
             if not unicodedata.category(unit[0]).startswith(("P", "S"))]
 
 
-def longest_common_run(a: list[str], b: list[str]) -> int:
-    """Length of the longest run of units that stands in both."""
-    best, row = 0, [0] * (len(b) + 1)
-    for x in a:
-        row = [0] + [row[j] + 1 if x == y else 0 for j, y in enumerate(b)]
-        best = max(best, max(row))
-    return best
-
-
 def score_answer(said: str, answers: list[str], lang: str) -> tuple[float, float]:
     """(exact match, F1), the best over the answers, 0 to 1. F1 counts shared words in English and
     the longest common run in Chinese."""
@@ -37,7 +29,8 @@ def score_answer(said: str, answers: list[str], lang: str) -> tuple[float, float
     best = (0.0, 0.0)
     for answer in answers:
         a, b = units(said), units(answer)
-        same = sum((Counter(a) & Counter(b)).values()) if lang == "en" else longest_common_run(a, b)
+        same = (Counter(a) & Counter(b)).total() if lang == "en" else (
+            SequenceMatcher(None, a, b, autojunk=False).find_longest_match().size)
         best = max(best, (float(a == b), 2 * same / max(1, len(a) + len(b))))
     return best
 

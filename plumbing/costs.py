@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from model import ModelConfig, Transformer
-from plumbing.lora import LoraSettings, updates
+from plumbing.loading import empty
+from plumbing.lora import LoraSettings, add_lora, updates
 from plumbing.runtime import LESS_MEMORY, Dist, RankState, Settings, of_process
 
 
 @cache  # a deep model takes a while, and bench/estimate.py asks fifty times
 def count_parameters(config: ModelConfig) -> int:
-    """Number of parameters, counted on the meta device: nothing is allocated."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(config).parameters())
+    """Number of parameters; none is allocated."""
+    return sum(p.numel() for p in empty(config).parameters())
 
 
 def count_frozen(model: Transformer) -> int:
@@ -144,14 +144,11 @@ def fullest_moment(training: dict[str, int], **others: int) -> dict[str, int]:
     return {k: v for k, v in training.items() if k not in passing} | {name: others[name]}
 
 
+@cache
 def lora_parameters(config: ModelConfig, rank: int, extra: bool = False) -> int:
-    """Parameters that --lora_rank trains: rank (rows + columns) for each matrix of the blocks; with
-    --lora_extra all of the norms, the embedding and an untied head too."""
-    c, q, kv = config, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    sides = 2 * (c.n_embd + q) + 2 * (c.n_embd + kv) + 3 * (c.n_embd + c.n_hidden)
-    norms = c.n_layer * 2 * (c.n_embd + c.head_dim * c.qk_norm) + c.n_embd
-    whole = norms + (1 if c.tied else 2) * c.vocab_size * c.n_embd
-    return rank * c.n_layer * sides + whole * extra
+    """Parameters that --lora_rank trains."""
+    add_lora(model := empty(config), rank, extra)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def stage_memory(cfg: Settings, dist: Dist, model: Transformer | ModelConfig, rows: int,

@@ -3,7 +3,6 @@ GGUF files, of llama.cpp and ollama: what they hold, and writes them; may be ski
 
     "GGUF", version, counts | settings | name, shape, type, offset of each tensor | numbers
 """
-import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -92,21 +91,17 @@ def write_gguf(path: str, name: str, meta: dict[str, Any], tensors: dict[str, tu
     """Write settings, and tensors of these shapes and types, of which one is made at a time."""
     import gguf
     with whole(path) as temporary:
-        file = gguf.GGUFWriter(temporary, name)
+        file = gguf.GGUFWriter(temporary, name, use_temp_file=True)
         for key, value in meta.items():
             add: Any = {bool: file.add_bool, int: file.add_uint32, float: file.add_float32,
                         str: file.add_string, list: file.add_array}[type(value)]
             add(key, value)
         for key, (shape, kind) in tensors.items():
-            type_ = gguf.GGMLQuantizationType(kind)
-            per_block, width = gguf.GGML_QUANT_SIZES[type_]
-            size = math.prod(shape) // per_block * width
-            file.add_tensor_info(key, shape, np.dtype(np.float32), size, type_)
+            file.add_tensor(key, packed(make(key), kind).reshape(*shape[:-1], -1),
+                            raw_dtype=gguf.GGMLQuantizationType(kind))
         file.write_header_to_file()
         file.write_kv_data_to_file()
-        file.write_ti_data_to_file()
-        for key, (_, kind) in tensors.items():
-            file.write_tensor_data(packed(make(key), kind))
+        file.write_tensors_to_file()
         file.close()
 
 

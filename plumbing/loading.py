@@ -114,8 +114,7 @@ def assemble(state: dict, path: Path, build: Callable[[ModelConfig], Transformer
 
 def plain(config: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
     """A Transformer with these weights, which may be stored in 8 or 4 bits."""
-    with torch.device("meta"), Undrawn():
-        model = Transformer(config)
+    model = empty(config)
     model.load_state_dict(quantised.unpack(config, weights) if "lm_head.q" in weights else weights,
                           assign=True)
     if config.tied:  # assigning has made two parameters of the one matrix
@@ -159,6 +158,12 @@ def load_reward_model(where: str, dist: Dist, shard: bool = False) -> tuple[Rewa
     tok = Tokenizer(state["tokenizer"], str(path))
     model.eval().requires_grad_(False)
     return sharding.wrap(model, dist, shard), tok
+
+
+def empty(config: ModelConfig) -> Transformer:
+    """A model whose tensors have shapes and no memory."""
+    with torch.device("meta"), Undrawn():
+        return Transformer(config)
 
 
 class Undrawn(TorchFunctionMode):

@@ -26,7 +26,7 @@ import torch.distributed
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from configurator import Count, FilePath, Natural, NotNegative, Positive, Share
-from plumbing.terminal import fail
+from plumbing.terminal import Talk, fail
 
 
 @dataclass(frozen=True)
@@ -214,10 +214,7 @@ def first_rank_first(dist: Dist) -> Iterator[None]:
 def print0(*args) -> None:
     """Print, on rank 0 only. If nobody reads the output any more, the run continues in silence."""
     if int(os.environ.get("RANK", 0)) == 0:
-        try:
-            print(*args, flush=True)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(*args, file=Talk(sys.stdout, BrokenPipeError), flush=True)
 
 
 def all_sum(dist: Dist, *values: float | torch.Tensor) -> list[float]:

@@ -41,7 +41,6 @@ OURS = re.compile(r"(chunks-\d+\.jsonl|starts-\d+\.u64|vectors-\d+\.f32|terms-\d
 EMPTY: dict = {"format": FORMAT, "generation": 0, "chunks": 0, "files": {}, "documents": {},
                "dead": [], "segments": [], "embed": None, "folders": [], "refused": [],
                "stamps": {}}
-ARRAYS = ("lengths", "keys", "starts", "chunks", "counts")  # of a Segment, in this order
 
 
 @lru_cache(1 << 18)
@@ -206,7 +205,7 @@ class Files(AbstractContextManager):
 
     def _read_segment(self, name: str) -> Segment:
         with np.load(self.folder / name, allow_pickle=False) as arrays:
-            return Segment(int(arrays["first"]), *(arrays[key] for key in ARRAYS))
+            return Segment(**arrays)
 
     def _add_segment(self, segment: Segment) -> None:
         """After the others. Neighbours of similar size become one, so that there are few."""
@@ -215,7 +214,7 @@ class Files(AbstractContextManager):
             segment = merge_segments(self.segments.pop(), segment)
             del self.manifest["files"][names.pop()]
         packed = io.BytesIO()
-        np.savez(packed, first=segment.first, **{key: getattr(segment, key) for key in ARRAYS})
+        np.savez(packed, **vars(segment))
         path = self._path("terms", f"-{segment.first}-{len(segment.lengths)}.npz")
         self._append(path, packed.getvalue())
         self.segments.append(segment)
