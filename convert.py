@@ -37,7 +37,7 @@ from torch import Tensor
 from configurator import FilePath, configure
 from kernels import quantised
 from model import ModelConfig
-from plumbing import checkpoint, families, gguffile, vocabulary, weights
+from plumbing import checkpoint, families, vocabulary, weights
 from plumbing.adapters import open_whole
 from plumbing.files import write_text
 from plumbing.jobs import Progress
@@ -114,10 +114,10 @@ def open_folder(folder: Path) -> tuple[ModelConfig, dict[str, Stored], Vocabular
 
 def open_gguf(path: Path) -> tuple[ModelConfig, dict[str, Stored], Vocabulary]:
     """The same of a GGUF file."""
-    meta, tensors = gguffile.read_gguf(path)
+    meta, tensors = weights.read_gguf(path)
     sizes = families.from_gguf(meta, tensors)
     head, embedding = tensors.get("output.weight"), tensors["token_embd.weight"]
-    if head and gguffile.same(head, embedding):  # some write a tied matrix twice
+    if head and weights.same(head, embedding):  # some write a tied matrix twice
         sizes = replace(sizes, tied=True)
         del tensors["output.weight"]
     tensors.pop("rope_freqs.weight", None)
@@ -239,7 +239,7 @@ def as_gguf(sizes: ModelConfig, tok: Tokenizer, state: dict, cfg: Config) -> Non
         part = ours[name].split(".")[-2]
         t = state["model"][ours[name]]
         return reordered(t, heads[part], back=False) if part in heads else t
-    gguffile.write_gguf(cfg.out, family, settings, tensors, make)
+    weights.write_gguf(cfg.out, family, settings, tensors, make)
 
 
 def main() -> None:

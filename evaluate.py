@@ -17,7 +17,7 @@ choice with the highest log P, `acc_norm` divides it by the characters of the ch
 them stand chance and what "always the longest" gets, and in brackets 95 % intervals (of accuracies
 after Wilson, 1927). Each task is a JSON line of --out, too; one that stands there is not run again.
 """
-from plumbing.terminal import fail, run, say, stop_imports
+from plumbing.terminal import run, say, stop_imports
 stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds
 
 import hashlib
@@ -226,22 +226,18 @@ def run_task(judge: Judge, name: str, path: str, about: dict, done: list[dict]) 
 
 def main() -> None:
     cfg = configure(Config, show=False)
-    try:
-        if not cfg.tasks:
-            raise ValueError("--tasks=FILES: which? see --help")
-        files = find_files(cfg.tasks)
-        out = Path(cfg.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        judge = Judge(cfg)
-        about = {"checkpoint": Path(judge.model.path).name, "dtype": cfg.dtype, "limit": cfg.limit,
-                 "window": judge.window, "max_tokens": cfg.max_tokens}
-        done = [json.loads(line) for line in out.read_text("utf-8").splitlines()
-                if line.endswith("}")] if out.exists() else []
-        say(f"{judge.model.path}: {len(files)} tasks; figures go to {out}")
-        lines = [line for name, path in zip(names_of(files), files)
-                 for line in run_task(judge, name, path, about, done)]
-    except (ValueError, OSError) as error:
-        fail(str(error))
+    if not cfg.tasks:
+        raise ValueError("--tasks=FILES: which? see --help")
+    files, out = find_files(cfg.tasks), Path(cfg.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    judge = Judge(cfg)
+    about = {"checkpoint": Path(judge.model.path).name, "dtype": cfg.dtype, "limit": cfg.limit,
+             "window": judge.window, "max_tokens": cfg.max_tokens}
+    done = [json.loads(line) for line in out.read_text("utf-8").splitlines()
+            if line.endswith("}")] if out.exists() else []
+    say(f"{judge.model.path}: {len(files)} tasks; figures go to {out}")
+    lines = [line for name, path in zip(names_of(files), files)
+             for line in run_task(judge, name, path, about, done)]
     print("\n".join(table(lines)))
 
 

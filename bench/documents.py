@@ -14,7 +14,7 @@ from pathlib import Path
 
 import rag
 from configurator import FilePath, configure
-from plumbing.terminal import fail, run
+from plumbing.terminal import run
 from search.citations import location
 
 
@@ -31,17 +31,14 @@ def rank(places: list[str], found: list[str]) -> int:
 def main() -> None:
     cfg = configure(Config, show=False)
     ranks: dict[str, list[int]] = defaultdict(list)
-    try:
-        index = rag.open_index(cfg)
-        for line in Path(cfg.questions).read_text("utf-8").splitlines():
-            places, _, question = line.partition("\t")
-            found = [re.split(r"\s{2}", location(hit))[0] for hit in index.search(question, 5)]
-            ranks[Path(places.split(":")[0]).suffix].append(
-                place := rank(places.split(","), [Path(one).name for one in found]))
-            if place != 1:
-                print(f"{place or 'not found'}: {question} ({places}; first: {found[:1]})")
-    except (ValueError, OSError) as error:
-        fail(str(error))
+    index = rag.open_index(cfg)
+    for line in Path(cfg.questions).read_text("utf-8").splitlines():
+        places, _, question = line.partition("\t")
+        found = [re.split(r"\s{2}", location(hit))[0] for hit in index.search(question, 5)]
+        ranks[Path(places.split(":")[0]).suffix].append(
+            place := rank(places.split(","), [Path(one).name for one in found]))
+        if place != 1:
+            print(f"{place or 'not found'}: {question} ({places}; first: {found[:1]})")
     print("| | questions | right page first | among the first five |\n|---|---|---|---|")
     for kind, own in ranks.items():
         print(f"| {kind} | {len(own)} | {own.count(1)} | {len(own) - own.count(0)} |")

@@ -3,7 +3,7 @@ Which files a list of paths stands for, and small files that are written whole; 
 skipped.
 
     for path in split_paths("notes, 2024.txt,web/"):
-        find(path, refuse)     # -> [Found(path, root, why), …], in a fixed order
+        find(path, refuse)     # -> [Found(path, why), …], in a fixed order
 
 Folders are searched with all their folders. Hidden things, what macOS leaves in archives, what is
 no file (a socket, a pipe), links out of the folder and what our own scripts wrote into it are
@@ -26,7 +26,6 @@ CLUTTER = {"__MACOSX": "left by macOS in an archive", "__pycache__": "made by Py
 
 class Found(NamedTuple):
     path: str  # as it was typed, and as it was found from there
-    root: str  # the folder in which it was found; "" if it was typed itself
     why: str = ""  # why it is passed over; "" if it is not
 
     def __str__(self) -> str:
@@ -51,7 +50,7 @@ def find(path: str, refuse: Callable[[str], str]) -> list[Found]:
         raise ValueError(f"{printable(path)}: no such file or folder")
     if os.path.isdir(path):
         return sorted(search(path, refuse))
-    return [Found(path, "", refuse(path) if os.path.isfile(path) else "not a file")]
+    return [Found(path, refuse(path) if os.path.isfile(path) else "not a file")]
 
 
 def search(root: str, refuse: Callable[[str], str]) -> list[Found]:
@@ -68,10 +67,10 @@ def search(root: str, refuse: Callable[[str], str]) -> list[Found]:
             with os.scandir(folder) as listed:
                 entries = list(listed)
         except OSError as error:
-            found.append(Found(folder, root, error.strerror or "cannot be read"))
+            found.append(Found(folder, error.strerror or "cannot be read"))
             continue
         if folder != root and any(OURS.fullmatch(entry.name) for entry in entries):
-            found.append(Found(folder, root, "made by a script of this project"))
+            found.append(Found(folder, "made by a script of this project"))
             continue
         for entry in entries:
             path = entry.path
@@ -79,7 +78,7 @@ def search(root: str, refuse: Callable[[str], str]) -> list[Found]:
             if not why and os.path.isdir(path):
                 waiting.append(path)
             else:
-                found.append(Found(path, root, why or refuse(path) or own_file(path)))
+                found.append(Found(path, why or refuse(path) or own_file(path)))
     return found
 
 

@@ -58,7 +58,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Start a script. A ValueError, a user's mistake, ends it in one line. A character that the
+    """Start a script. A user's mistake, a ValueError or a file that cannot be opened, ends it in
+    one line. A character that the
     terminal cannot show becomes "?"; a stream that was closed swallows what is printed; when
     whoever reads the output has had enough (`… | head`), the script ends quietly."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -79,7 +80,9 @@ def run(main: Callable[[], None]) -> None:
     except ValueError as error:
         fail(f"{error}")
     except OSError as error:
-        if error.filename or error.errno not in (errno.EPIPE, errno.ENOSPC):
+        if error.filename:
+            fail(f"{error.filename}: {error.strerror}")
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise  # not of what is printed
         nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is still in the buffers
         os.dup2(nowhere, sys.stdout.fileno())

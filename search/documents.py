@@ -118,7 +118,7 @@ def chunks_of(paths: list[str], cut: Cut, max_file_mb: int = 50) -> Iterator[Chu
                 print(f"{printable(path)}: read as GB18030", file=sys.stderr)
             yield from chunks
         except (OSError, ValueError) as error:
-            print(Found(str(path), "", getattr(error, "strerror", None) or str(error)),
+            print(Found(str(path), getattr(error, "strerror", None) or str(error)),
                   file=sys.stderr)
 
 
@@ -155,7 +155,7 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
                 chunks, met = read_document(path, raw, cut)
             except (OSError, ValueError) as error:
                 progress.end()
-                print(Found(name, "", getattr(error, "strerror", None) or str(error)))
+                print(Found(name, getattr(error, "strerror", None) or str(error)))
                 index.remove(name)
                 refused.add(name)
                 counts["unreadable"] += 1

@@ -8,6 +8,7 @@ import torch
 import evaluate
 from evaluate import batches, log_probs, main
 from plumbing.benchmarks import interval, read_task, request, windows
+from plumbing.terminal import run
 from tokenizer import PATTERN, Tokenizer, dump
 
 ROWS = {
@@ -95,7 +96,7 @@ def ask(capsys, monkeypatch, *settings: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *settings])
     code = 0
     try:
-        main()
+        run(main)
     except SystemExit as end:
         code = end.code
     out, err = capsys.readouterr()

@@ -19,7 +19,7 @@ from test_convert import CPU, give, random_text, take
 
 import convert
 from generate import replies
-from plumbing import gguffile
+from plumbing import weights
 from plumbing.loading import load_model
 from tokenizer import render
 
@@ -63,7 +63,7 @@ def test_ids_are_those_of_the_tokenizers_package(smol, ours):
     """Its pieces made as SmolLM2's own settings say: digits one by one, then as GPT-2. Where its
     vocabulary lacks a byte, tokenizers drops it and we keep it."""
     tokenizers = pytest.importorskip("tokenizers")
-    meta, cut = gguffile.read_gguf(smol[0])[0], tokenizers.pre_tokenizers
+    meta, cut = weights.read_gguf(smol[0])[0], tokenizers.pre_tokenizers
     words = meta["tokenizer.ggml.tokens"]
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE(
         vocab={word: i for i, word in enumerate(words)},

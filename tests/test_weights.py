@@ -13,7 +13,7 @@ import torch
 from test_convert import TEMPLATES, folder, give, take  # noqa: F401, folder is a fixture
 
 import convert
-from plumbing import gguffile, weights
+from plumbing import weights
 from plumbing.weights import Stored
 
 MANY = 1 << 60
@@ -136,7 +136,7 @@ def test_an_evil_gguf_file(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     take(folder("llama"), tmp_path / "good")
     give(tmp_path / "good", "gguf", tmp_path / "good.gguf", "float32")
     raw, bad, r = (tmp_path / "good.gguf").read_bytes(), tmp_path / "bad.gguf", random.Random(0)
-    _, tensors = gguffile.read_gguf(tmp_path / "good.gguf")
+    _, tensors = weights.read_gguf(tmp_path / "good.gguf")
     start = min(t.start for t in tensors.values())
     cuts = 0, 3, 20, len(raw) - 33, *(r.randrange(len(raw)) for _ in range(40))
     cases = [raw[:n] for n in cuts]
@@ -147,7 +147,7 @@ def test_an_evil_gguf_file(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     for case in cases:
         bad.write_bytes(case)
         try:
-            gguffile.read_gguf(bad)
+            weights.read_gguf(bad)
         except ValueError:
             pass  # else the change is in a text, or meets the checks that follow
         else:
@@ -205,7 +205,7 @@ def test_what_is_stopped_half_way_leaves_nothing(one_file, tmp_path, monkeypatch
         for to in ("hf", "gguf"):
             target = tmp_path / f"half.{to}"
             with monkeypatch.context() as patch:
-                patch.setattr(gguffile, "packed", lambda *_: (_ for _ in ()).throw(error))
+                patch.setattr(weights, "packed", lambda *_: (_ for _ in ()).throw(error))
                 patch.setattr(weights.struct, "pack", lambda *_: (_ for _ in ()).throw(error))
                 with pytest.raises((KeyboardInterrupt, OSError)):
                     give(tmp_path / "good", to, target)
