@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from configurator import Count, FilePath, Natural, NotNegative, Positive, Share, configure
-from model import KVCache, Transformer
+from model import Transformer
 from plumbing.drawing import draw
 from plumbing.files import read_text
 from plumbing.loading import Precision, load_writer, newest_checkpoint
 from plumbing.lookup import Lookup
+from plumbing.prompts import read_prompts_once
 from plumbing.thoughts import Answer
 from tokenizer import Tokenizer, render
 
@@ -132,29 +133,26 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
         way = f"--max_tokens={limit - longest} fits" if longest < limit else "shorten the prompt"
         raise ValueError(f"a prompt of {longest} tokens and --max_tokens={max_tokens} are more "
                          f"than the {limit} the model can read; {way}")
-    weight, chance = model.norm.weight, torch.Generator().manual_seed(seed)
+    place, chance = model.norm.weight.device, torch.Generator().manual_seed(seed)
     if noise is None:
         noise = torch.rand(max_tokens, len(prompts), generator=chance).t()
-    noise = noise.to(weight.device)
+    noise = noise.to(place)
     rows, running = [list(prompt) for prompt in prompts], [True] * len(prompts)
     if cache:
-        pad, kind = [longest - len(row) for row in rows], weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        kv = KVCache(model.config, len(rows), longest + max_tokens, pad, weight.device, dtype)
-        fresh = torch.tensor([[0] * n + row for n, row in zip(pad, rows)], device=weight.device)
+        kv, state = read_prompts_once(model, prompts, max_tokens)
+        ahead = model.lm_head(state)
     # guess: ids that may come next, which the model has read already; ahead: the logits after them
-    lookup, guess, ahead = Lookup(model), [], torch.empty(0)
+    lookup, guess, fresh = Lookup(model), [], torch.empty(0)
     for i in range(max_tokens):
         if guess and guess[0] == rows[0][-1]:
             guess, ahead = guess[1:], ahead[:, 1:]
-        elif cache:  # first the whole prompts go in, then one new token of each row, and a guess
+        elif cache and i:  # the new token of each row goes in, and a guess
             kv.length -= len(guess)  # forget the old one, which was wrong
             guess = lookup.guess(rows[0], max_tokens - i - 1) if len(rows) == 1 else []
             fresh = torch.cat((fresh, fresh.new_tensor([guess] * len(rows))), dim=1)
             ahead = model.lm_head(model(fresh, kv, hidden=True)[:, -1 - len(guess):])
-        else:
-            ahead = torch.cat([model(torch.tensor([row], device=weight.device))[:, -1:]
-                               for row in rows])
+        elif not cache:
+            ahead = torch.cat([model(torch.tensor([row], device=place))[:, -1:] for row in rows])
         logits = ahead[:, 0]  # (B, 1 + guess, V) -> (B, V)
         seen = [row[len(prompt) * quoting:] for row, prompt in zip(rows, prompts)]
         fresh = sample(logits, seen, noise[:, i], **sampling)[:, None]

@@ -73,12 +73,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, for `batch_size` rows that advance together.
-
-    The caller owns the cache and passes it to `Transformer.forward`, which writes new tokens at
-    `length` and then moves `length` on, once. Rows of different lengths are padded on the LEFT:
-    `pad` counts each row's padding. No token attends to padding, and positions do not count it.
-    """
+    """Keys and values of the tokens read so far, for `batch_size` rows that advance together. The
+    caller passes it to `Transformer.forward`, which writes new tokens at `length` and then moves
+    `length` on. Rows of different lengths are padded on the LEFT: `pad` counts each row's padding.
+    No token attends to padding, and positions do not count it."""
 
     def __init__(self, config: ModelConfig, batch_size: int, max_len: int | None = None,
                  pad: list[int] | None = None, device: torch.device | None = None,
@@ -97,6 +95,10 @@ class KVCache:
         if self.length + T > self.max_len:
             raise ValueError(f"the cache holds {self.max_len} tokens: {self.length} are in it, "
                              f"{T} more do not fit")
+
+    def take(self, rows: list[int]) -> None:
+        """Go on with these rows, each as often as it is named: [0, 0, 1] writes twice to 0."""
+        self.kv, self.pad = self.kv[:, :, rows], self.pad[rows]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, H, T, D) keys and values after the first `length`. Returns all of the layer's

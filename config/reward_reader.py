@@ -13,19 +13,14 @@ reply passes if it is an answer word for word with its citation, or a refusal wh
 """
 from plumbing.answers import score_answer
 from rag import REFUSAL
-from search.citations import CITATION
-
-
-def parts(reply: str) -> tuple[str, list[int]]:
-    """"17 [2]." -> ("17", [2])"""
-    return CITATION.sub("", reply).strip(" .。"), [int(n) for n in CITATION.findall(reply)]
+from search.citations import split_answer
 
 
 def reward(prompt: list[dict], reply: str, record: dict) -> float:
     refuses = reply.strip() == REFUSAL[record["lang"]]
     if refuses or not record["answers"]:
         return float(not record["answers"]) * (1.0 if refuses else -1.0)
-    said, cited = parts(reply)
+    said, cited = split_answer(reply)
     f1 = score_answer(said, record["answers"], record["lang"])[1]
     return f1 + 0.25 * (cited == [record["source"]]) - 0.5 * (said not in prompt[-1]["content"])
 

@@ -19,7 +19,6 @@ from contextlib import redirect_stdout
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import RewardModel, Transformer, token_logps
@@ -27,6 +26,7 @@ from plumbing.chats import read_chat, read_comparison
 from plumbing.corpus import find_files, good_records
 from plumbing.examples import Row, Rows, evenly_spaced, in_batches, pad_right, reply_row
 from plumbing.loading import load_reward_model
+from plumbing.prompts import read_prompts_once
 from plumbing.runtime import Dist, all_sum, print0
 from plumbing.tokenfiles import IGNORE
 from tokenizer import Tokenizer
@@ -91,15 +91,23 @@ def score_line(scores: Scores) -> str:
 
 @torch.no_grad()
 def row_logps(model: Transformer, rows: list[Row], batch_size: int, dist: Dist) -> Tensor:
-    """(B, T) log P of the tokens of each reply by a full pass, on the CPU, where `pad_right` has
-    the targets of all rows; 0 elsewhere."""
-    found, longest = [], max(len(row.ids) for row in rows)
-    for some in in_batches(rows, batch_size):
-        idx, targets, _ = (t.to(dist.device) for t in pad_right(list(some), 0))
+    """(B, T) log P of the tokens of each reply, on the CPU, where `pad_right` has the targets of
+    all rows; 0 elsewhere. A prompt is read once for all its replies in a batch."""
+    found = torch.zeros(len(rows), max(len(row.ids) for row in rows))
+    for some in in_batches(range(len(rows)), batch_size):
+        begins = [rows[i].mask.index(1) for i in some]
+        said = [rows[i].ids[begin:] for i, begin in zip(some, begins)]
+        longest = max(map(len, said))
+        targets = torch.tensor([ids + [IGNORE] * (longest - len(ids)) for ids in said],
+                               device=dist.device)
         with dist.autocast():
-            logps = token_logps(model(idx, hidden=True), model.lm_head.weight, targets)
-        found.append(F.pad(logps.cpu(), (0, longest - idx.size(1))))
-    return torch.cat(found)
+            cache, state = read_prompts_once(
+                model, [rows[i].ids[:begin] for i, begin in zip(some, begins)], longest)
+            states = torch.cat((state, model(targets.clamp(min=0), cache, hidden=True)), dim=1)
+            logps = token_logps(states[:, :-1], model.lm_head.weight, targets)
+        for i, begin, ids, own in zip(some, begins, said, logps.cpu()):
+            found[i, begin - 1:begin - 1 + len(ids)] = own[:len(ids)]
+    return found
 
 
 def score_rows(model: nn.Module, rows: list[Row], dist: Dist) -> Tensor:

@@ -18,7 +18,9 @@ def token_nats(hidden: Tensor, head: Tensor, targets: Tensor, summed: bool) -> T
     """-log P of each target, (N,), or their sum. hidden is (N, C), head (V, C). A target below 0 is
     not scored."""
     if hidden.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return Nats.apply(hidden, head, targets, summed, torch.is_grad_enabled())
+        scored = targets >= 0  # in SFT a tenth: prompts and padding need no logits
+        nats = Nats.apply(hidden[scored], head, targets[scored], summed, torch.is_grad_enabled())
+        return nats if summed else nats.new_zeros(len(targets)).masked_scatter(scored, nats)
     return F.linear_cross_entropy(hidden, head.to(hidden.dtype), targets,
                                   reduction="sum" if summed else "none",
                                   options=rows_at_once(head))
@@ -60,19 +62,19 @@ def portions(hidden: Tensor, head: Tensor, targets: Tensor, scale: Tensor | None
              learns: bool) -> tuple[Tensor, Tensor, Tensor]:
     """-log P of each target in fp32, and the gradients of `scale` (N,) times them: that of hidden,
     and that of the head, in fp32, if it `learns`. Without `scale` there are no gradients."""
-    nats, real = torch.empty(len(hidden)), (targets >= 0).float()
+    nats = torch.empty(len(hidden))
     d_hidden, d_head = torch.empty_like(hidden), torch.zeros(head.shape if learns else 0)
     rows = max(LEAST, LOGITS // len(head))
     for i in range(0, len(hidden), rows):
         some = slice(i, i + rows)
-        x, target = hidden[some], targets[some, None].clamp(min=0)
+        x, target = hidden[some], targets[some, None]
         logits = (x @ head.t()).float()  # (rows, V)
         log_sum = logits.logsumexp(-1, keepdim=True)
-        nats[some] = (log_sum - logits.gather(1, target))[:, 0] * real[some]
+        nats[some] = (log_sum - logits.gather(1, target))[:, 0]
         if scale is not None:
             p = logits.sub_(log_sum).exp_()
             p.scatter_add_(1, target, -torch.ones(target.shape))  # the gradient is P, less 1 there
-            p = p.mul_((scale * real)[some, None]).to(x.dtype)
+            p = p.mul_(scale[some, None]).to(x.dtype)
             torch.mm(p, head, out=d_hidden[some])
             if learns:
                 d_head += p.t() @ x

@@ -39,6 +39,11 @@ def best_sentence(hit: Hit) -> str:
     return best[:600] + "…" * (len(best) > 600)
 
 
+def split_answer(reply: str) -> tuple[str, list[int]]:
+    """"17 [2]." -> ("17", [2]): what a short answer says, and what it cites."""
+    return CITATION.sub("", reply).strip(" .。"), [int(n) for n in CITATION.findall(reply)]
+
+
 def texts_of(tokens: Iterable[list[int | None]], tok: Tokenizer) -> Iterator[str]:
     """What each token of one text adds to it."""
     decoder = StreamDecoder(tok)

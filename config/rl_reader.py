@@ -1,0 +1,25 @@
+"""
+The reader's reinforcement learning with the reward of config/reward_reader.py. 2 CPU cores, 8
+minutes.
+
+    python -m demo.reader --init_from=…        says the whole command
+"""
+init_from = "out/reader/dpo/merged"
+reward_from = "config/reward_reader.py"
+data = "out/reader/data/prompts.jsonl"
+out_dir = "out/reader/rl"
+
+lora_rank = 16
+lora_merge = True
+beta = 0.02
+group = 4
+prompts_per_step = 16
+batch_size = 16
+rollout_size = 64
+answer_tokens = 40
+max_steps = 15
+learning_rate = 1e-4
+warmup_steps = 2
+eval_every = 1000
+eval_prompts = 32
+log_every = 1

@@ -1,0 +1,22 @@
+"""
+The reader's fine-tuning: chats about documents, by LoRA. 2 CPU cores, 10 minutes for 135M.
+
+    python -m demo.reader --init_from=…        says the whole command
+"""
+init_from = "out/smollm2"
+data = "out/reader/data/chat.jsonl"
+out_dir = "out/reader/sft"
+
+lora_rank = 16
+lora_merge = True
+max_len = 1024
+batch_tokens = 4096
+batch_size = 4
+epochs = 1.0
+learning_rate = 8e-4
+warmup_steps = 5
+eval_every = 1000
+eval_rows = 50
+eval_answers = 20
+answer_tokens = 40
+log_every = 5
