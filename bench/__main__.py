@@ -44,7 +44,7 @@ from configurator import Count, FilePath, NotNegative, configure, fail
 from demo.world import pt_document
 from generate import generate
 from model import ModelConfig, Transformer, rope_table, rotate
-from plumbing import examples, loading, runtime, terminal
+from plumbing import examples, families, loading, runtime, terminal
 from plumbing.examples import Row
 from plumbing.jobs import Progress
 from plumbing.log import describe_run
@@ -117,10 +117,8 @@ def huggingface(model: Transformer) -> nn.Module | None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
     c = model.config
     hf = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
-        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, head_dim=c.head_dim,
-        num_key_value_heads=c.n_kv_head, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
-        max_position_embeddings=c.max_seq_len, pad_token_id=0))
+        vocab_size=c.vocab_size, tie_word_embeddings=c.tied, pad_token_id=0,
+        **{theirs: getattr(c, ours) for ours, (theirs, _) in families.SIZES.items()}))
     hf.load_state_dict({k if k.startswith("lm_head") else f"model.{k}": v
                         for k, v in model.state_dict().items()}, assign=True)
     return hf

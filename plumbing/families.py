@@ -14,6 +14,15 @@ from tokenizer import Tokenizer
 
 FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama",
             "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+SIZES = {  # of ModelConfig: what a config.json calls it, and a GGUF file
+    "n_embd": ("hidden_size", "embedding_length"),
+    "n_layer": ("num_hidden_layers", "block_count"),
+    "n_head": ("num_attention_heads", "attention.head_count"),
+    "n_kv_head": ("num_key_value_heads", "attention.head_count_kv"),
+    "head_dim": ("head_dim", "attention.key_length"),
+    "n_hidden": ("intermediate_size", "feed_forward_length"),
+    "max_seq_len": ("max_position_embeddings", "context_length"),
+    "norm_eps": ("rms_norm_eps", "attention.layer_norm_rms_epsilon")}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -50,13 +59,11 @@ def from_config(c: dict[str, Any]) -> ModelConfig:
         f"the architecture {name}": family is None}
     refuse(lacks)
     C, H = c["hidden_size"], c["num_attention_heads"]
+    c = {"num_key_value_heads": H, "head_dim": C // H} | {k: v for k, v in c.items() if v}
     return ModelConfig(
-        vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_head=H,
-        n_kv_head=c.get("num_key_value_heads") or H, n_embd=C,
-        head_dim=c.get("head_dim") or C // H, n_hidden=c["intermediate_size"],
-        max_seq_len=c["max_position_embeddings"],
+        vocab_size=c["vocab_size"], **{ours: c[theirs] for ours, (theirs, _) in SIZES.items()},
         rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10_000),
-        norm_eps=c["rms_norm_eps"], tied=bool(c.get("tie_word_embeddings", False)),
+        tied=bool(c.get("tie_word_embeddings", False)),
         qk_norm=family == "qwen3", qkv_bias=family == "qwen2",
         rope_scaling=tuple(float(rope[key]) for key in LLAMA3_ROPE) if kind == "llama3" else ())
 
@@ -67,8 +74,10 @@ def from_gguf(meta: dict[str, Any], tensors: dict[str, Stored]) -> ModelConfig:
 
     def get(key: str, other: Any = None) -> Any:
         return meta.get(f"{name}.{key}", other)
-    C, H = get("embedding_length"), get("attention.head_count")
-    head_dim = get("attention.key_length") or C // H
+    H = get("attention.head_count")
+    sizes = {"n_kv_head": H, "head_dim": get("embedding_length") // H} | {
+        ours: get(theirs) for ours, (_, theirs) in SIZES.items() if get(theirs)}
+    head_dim = sizes["head_dim"]
     scaling = get("rope.scaling.type", "none")
     refuse({"a mixture of experts": get("expert_count"),
             "a sliding window": get("attention.sliding_window"),
@@ -87,11 +96,8 @@ def from_gguf(meta: dict[str, Any], tensors: dict[str, Stored]) -> ModelConfig:
         if not torch.allclose(factors, stretching(head_dim, theta, scaled), rtol=1e-3):
             raise ValueError("its frequencies are not stretched as those of Llama 3 are")
     return ModelConfig(
-        vocab_size=len(meta["tokenizer.ggml.tokens"]), n_layer=get("block_count"), n_head=H,
-        n_kv_head=get("attention.head_count_kv", H), n_embd=C, head_dim=head_dim,
-        n_hidden=get("feed_forward_length"), max_seq_len=get("context_length"),
-        rope_theta=theta,
-        norm_eps=float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),  # was stored as fp32
+        vocab_size=len(meta["tokenizer.ggml.tokens"]), rope_theta=theta,
+        **sizes | {"norm_eps": float(f"{sizes['norm_eps']:.6g}")},  # which was stored as fp32
         tied="output.weight" not in tensors, qk_norm=name == "qwen3", qkv_bias=name == "qwen2",
         rope_scaling=scaled)
 
@@ -113,25 +119,19 @@ def to_config(c: ModelConfig, tok: Tokenizer, dtype: torch.dtype) -> dict[str, A
     family = family_of(c)
     return {
         "architectures": [next(name for name, known in FAMILIES.items() if known == family)],
-        "model_type": family, "vocab_size": c.vocab_size, "hidden_size": c.n_embd,
-        "intermediate_size": c.n_hidden, "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
-        "head_dim": c.head_dim, "max_position_embeddings": c.max_seq_len, "hidden_act": "silu",
-        "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied, "rope_parameters": rope,
-        "rope_theta": c.rope_theta, "rope_scaling": rope if c.rope_scaling else None,
+        **{theirs: getattr(c, ours) for ours, (theirs, _) in SIZES.items()},
+        "model_type": family, "vocab_size": c.vocab_size, "hidden_act": "silu",
+        "tie_word_embeddings": c.tied, "rope_parameters": rope, "rope_theta": c.rope_theta,
+        "rope_scaling": rope if c.rope_scaling else None,
         "bos_token_id": tok._special_tokens.get(tok.rules.marks[0]), "pad_token_id": tok.pad,
         "eos_token_id": list(tok.stop), "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def to_gguf(c: ModelConfig) -> dict[str, Any]:
     """The settings of a GGUF file that are about its sizes."""
-    sizes = {
-        "block_count": c.n_layer, "context_length": c.max_seq_len, "embedding_length": c.n_embd,
-        "feed_forward_length": c.n_hidden, "attention.head_count": c.n_head,
-        "attention.head_count_kv": c.n_kv_head, "attention.key_length": c.head_dim,
+    sizes = {theirs: getattr(c, ours) for ours, (_, theirs) in SIZES.items()} | {
         "attention.value_length": c.head_dim, "rope.dimension_count": c.head_dim,
-        "rope.freq_base": c.rope_theta, "attention.layer_norm_rms_epsilon": c.norm_eps,
-        "vocab_size": c.vocab_size}
+        "rope.freq_base": c.rope_theta, "vocab_size": c.vocab_size}
     if c.rope_scaling:
         sizes["rope.scaling.original_context_length"] = int(c.rope_scaling[-1])
     return {f"{family_of(c)}.{key}": value for key, value in sizes.items()}

@@ -183,7 +183,7 @@ def to_folder(tok: Tokenizer, folder: Path, max_len: int, chats: bool) -> None:
     begin = [{"SpecialToken": {"id": rules.begin, "type_id": 0}}] if rules.begin else []
     text = [{"Sequence": {"id": "A", "type_id": 0}}]
     write_json(folder / "tokenizer.json", {
-        "version": "1.0", "truncation": None, "padding": None,
+        "version": "1.0",
         "added_tokens": [{"id": i, "content": name, "single_word": False, "lstrip": False,
                           "rstrip": False, "normalized": False, "special": name not in rules.shown}
                          for name, i in special.items()],
@@ -199,10 +199,8 @@ def to_folder(tok: Tokenizer, folder: Path, max_len: int, chats: bool) -> None:
                 "id": rules.begin, "ids": tok.begin, "tokens": [rules.begin]}}} or None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
                     "use_regex": True},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": whole,
-                  "vocab": tokens | special, "merges": merges}})
+        "model": {"type": "BPE", "ignore_merges": whole, "vocab": tokens | special,
+                  "merges": merges}})
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_len,
         "bos_token": rules.marks[0] or None, "eos_token": rules.marks[1], "pad_token": rules.pad,
