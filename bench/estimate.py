@@ -68,12 +68,11 @@ def report(config: ModelConfig, batch_size: int, cfg: Config) -> str:
              f"{'':<28}" + "".join(f"{stage:>8} " for stage in STAGES).rstrip()]
     for shards in sorted({1, 8, 64, cfg.gpus}):
         for recompute in (False, True):
-            row = "a copy" if shards == 1 else f"a part of {shards}"
-            row = f"{row + (', recompute' if recompute else ''):<28}"
-            for stage in STAGES:
-                need = stage_memory(stage, config, batch_size, cfg, shards, recompute) / 1e9
-                row += f"{need:>8.1f}" + ("*" if need > cfg.gpu_gb else " ")
-            lines.append(row.rstrip())
+            row = ("a copy" if shards == 1 else f"a part of {shards}") + ", recompute" * recompute
+            needs = [stage_memory(stage, config, batch_size, cfg, shards, recompute) / 1e9
+                     for stage in STAGES]
+            lines.append(f"{row:<28}" + "".join(
+                f"{need:>8.1f}{'*' if need > cfg.gpu_gb else ' '}" for need in needs).rstrip())
     day = tokens_per_day(config, cfg)
     return "\n".join(lines + [
         "", f"{cfg.gpus} GPUs x {cfg.peak_tflops:g} TFLOP/s x {cfg.mfu:.0%}: {day / 1e9:,.2f}B "

@@ -137,10 +137,10 @@ def measure(index: Index, queries: list[dict], cfg: Config, progress: Progress,
         spent += time.perf_counter() - start
         ranks.append(rank_of(index.rank(index.postings(question), question), gold))
         seen.append(best[0].coverage if best else 0.0)
-        index.show(own, False)
+        index.alive[own] = False
         best = index.search(question, 1)
         unseen.append(best[0].coverage if best else 0.0)
-        index.show(own)
+        index.alive[own] = True
     r = np.array(ranks)
     shares = {f"recall@{k}": (r <= k).mean() for k in (1, 5, 20)} | {
         "mrr@10": np.where(r <= 10, 1 / r, 0).mean(), "cut": cut / len(queries),

@@ -317,16 +317,21 @@ def writer(c: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype | None
     """A model that writes in 8 or 4 bits (torch.int8, torch.int4) with weights that `pack` made, or
     those of a Transformer; None if that is not asked for, or not possible. Lines on stderr say what
     is done. dtype None: what is stored, or 8 bits where they help and are made in seconds."""
-    packed_already = "lm_head.q" in weights
+    packed_already, why = "lm_head.q" in weights, ""
+    try:
+        shapes(c)
+    except ValueError as error:
+        why = f"{error}; writes in float32"
     size = sum(t.numel() for name, t in weights.items() if not (c.tied and "lm_head.w" in name))
     if dtype is None and device.type == "cpu":
-        if packed_already or WORTH <= size < QUICK and fits(c):
+        if packed_already or WORTH <= size < QUICK and not why:
             dtype = torch.int8
             tell(f"{size:,} weights, rounded to 8 bits as by --dtype=int8 (float32 is exact, "
                  "but slow; int4 costs so small a model quality)", not packed_already)
         else:
-            tell(f"{size:,} weights, used as they are stored; --dtype=int8 writes several times as "
-                 "fast, convert.py --to=int8 rounds them for good", size >= QUICK and fits(c))
+            tell(why or f"{size:,} weights, used as they are stored; --dtype=int8 writes several "
+                 "times as fast, convert.py --to=int8 rounds them for good",
+                 size >= (WORTH if why else QUICK))
     bits = {torch.int8: 8, torch.int4: 4}.get(dtype, 0)
     if bits and device.type != "cpu":
         raise ValueError(f"--dtype=int{bits} is for a CPU: give --device=cpu")
@@ -336,14 +341,6 @@ def writer(c: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype | None
         tell(f"rounding {size:,} weights to {bits} bits", size > QUICK)
         weights = pack(c, weights, bits)
     return Quantised(c, weights)
-
-
-def fits(c: ModelConfig) -> bool:
-    try:
-        return bool(shapes(c))
-    except ValueError as error:
-        tell(f"{error}; writes in float32", True)
-        return False
 
 
 def tell(text: str, when: bool) -> None:

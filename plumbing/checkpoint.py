@@ -111,10 +111,10 @@ def _remember(path: Path) -> None:
 
 
 def _is_known(path: Path) -> bool:
-    noted = ""
+    known = {_known_good.get(path)}
     with suppress(OSError, UnicodeDecodeError):
-        noted = (path.parent / ".checked").read_text()
-    return _stamp(path) in (_known_good.get(path), noted)
+        known.add((path.parent / ".checked").read_text())
+    return _stamp(path) in known
 
 
 def list_checkpoints(out_dir: str) -> list[Path]:

@@ -11,12 +11,15 @@ and any function of yours that does the same can be given to Index. By name, as 
                                     one, is read from the environment variable OPENAI_API_KEY
 
 An embedder maps all texts of a language that it has not learnt to nearly the same vector, and says
-nothing. So before an index is filled, it must find the answers to the questions of PAIRS.
+nothing. So before an index is filled, it must find the answers to the questions of pairs.tsv. They
+share words, so that the plainest embedder passes; in Chinese rarer ones, which a model that has not
+learnt the language cannot tell apart.
 """
 import json
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,25 +33,6 @@ SPEAKS = {"en": "all-MiniLM-L6-v2 or multilingual-e5-small",
           "zh": "bge-small-zh-v1.5 or multilingual-e5-small"}  # models to turn to
 PREFIX = {"e5": {"query": "query: ", "passage": "passage: "},
           "bge": {"query": "为这个句子生成表示以用于检索相关文章：", "passage": ""}}
-# A question and the sentence that answers it. They share words, so that the plainest embedder
-# passes; in Chinese rarer ones, which a model that has not learnt the language cannot tell apart.
-PAIRS = {
-    "en": [("How do plants make sugar?", "Plants make sugar from sunlight, water and air."),
-           ("When does the bakery close?", "The bakery is open until eight, not later."),
-           ("Who repairs a broken tooth?", "A dentist repairs each broken tooth with a crown."),
-           ("Why is the ocean salty?", "The ocean is salty because rivers wash minerals into it."),
-           ("What keeps a house warm?", "Insulation in the walls keeps a house warm."),
-           ("How are letters delivered?", "The mail carrier walks from door to door with letters."),
-           ("What do bees collect?", "Bees fly to flowers to collect nectar and pollen."),
-           ("Where does wool come from?", "Wool is shorn from sheep in early summer.")],
-    "zh": [("蜘蛛怎样捕猎？", "蜘蛛在墙角织网，等飞虫撞上来。"),
-           ("超市几点停止营业？", "超市晚上八点停止营业。"),
-           ("海水为什么咸？", "江河把岩石里的盐带走，海水就咸了。"),
-           ("信封怎么投递？", "邮递员骑车把信封投递到各家。"),
-           ("蜜蜂采集什么？", "蜜蜂在花丛里采集花粉。"),
-           ("鹦鹉会做什么？", "鹦鹉能模仿人的声音。"),
-           ("怎样练习钢琴？", "钢琴要每天练习音阶。"),
-           ("羊毛从哪里来？", "初夏时剪下绵羊身上的羊毛。")]}
 
 
 def load(name: str, device: str = "auto") -> Embed | None:
@@ -126,9 +110,11 @@ def vectors_in(reply: Any, n: int) -> np.ndarray:
 
 def check_language(embed: Any, name: str, langs: set[str]) -> None:
     """Raises ValueError, naming a model that can, for an embedder to which over a tenth of a
-    language's tokens are unknown, or which finds less than 40 % of the answers to PAIRS."""
-    for lang in sorted(langs & set(PAIRS)):
-        questions, answers = map(list, zip(*PAIRS[lang]))
+    language's tokens are unknown, or which finds less than 40 % of the answers in pairs.tsv."""
+    pairs = [line.split("\t") for line in Path(__file__).with_name("pairs.tsv").read_text(
+        encoding="utf-8").splitlines()]
+    for lang in sorted(langs & set(SPEAKS)):
+        _, questions, answers = map(list, zip(*(pair for pair in pairs if pair[0] == lang)))
         q = np.asarray(embed(questions, "query"), np.float32)
         p = np.asarray(embed(answers, "passage"), np.float32)
         best = (q @ (p / np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-12)).T).argmax(1)

@@ -94,7 +94,6 @@ class Index(Files):
         self.new: list[Chunk] = []  # that were put and not yet committed
         self._kept: dict[str, np.ndarray] = {}  # vectors of removed chunks, by their id
         self._changed = False
-        self._norm: np.ndarray | None = None  # of each chunk's length; made when asked for
         n, known = self.manifest["chunks"], self.manifest["embed"]
         self.alive = np.ones(n, bool)
         self.alive[self.manifest["dead"]] = False
@@ -162,7 +161,7 @@ class Index(Files):
         if self.vectors is not None:  # what comes back unchanged is not embedded again
             self._kept |= {self.chunk(i).id: np.array(self.vectors[i])
                            for i in range(first, min(first + n, len(self.vectors)))}
-        self.show(slice(first, first + n), False)
+        self.alive[first:first + n] = False
 
     def note(self, folders: Iterable[str], refused: Iterable[str], stamps: dict[str, int]) -> None:
         """Remember which folders are indexed, which files in them are no documents, and the time
@@ -174,11 +173,6 @@ class Index(Files):
         changed = any(self.manifest[key] != value for key, value in now.items())
         self._changed |= changed and bool(self.manifest["documents"])
         self.manifest |= now
-
-    def show(self, chunks: slice | list[int], alive: bool = True) -> None:
-        """Let searches find these chunks, or not."""
-        self.alive[chunks] = alive
-        self._norm = None
 
     def commit(self) -> int:
         """Write what was put and removed; all anew, once 30 % of the chunks are dead. Returns how
@@ -260,11 +254,9 @@ class Index(Files):
         """(chunks,) scores."""
         if not postings or not len(self):
             return np.zeros(len(self.alive))
-        if self._norm is None:
-            mean = self.lengths[self.alive].mean()
-            self._norm = (K1 * (1 - B + B * self.lengths / mean)).astype(np.float32)
-        norm = self._norm
-        parts = [p.idf * (p.counts / (p.counts + norm[p.chunks])) for p in postings]
+        per_term = B / self.lengths[self.alive].mean()
+        parts = [p.idf * p.counts / (p.counts + K1 * (1 - B + per_term * self.lengths[p.chunks]))
+                 for p in postings]
         return np.bincount(np.concatenate([p.chunks for p in postings]), np.concatenate(parts),
                            minlength=len(self.alive)).astype(float)  # of nothing, it is of int
 

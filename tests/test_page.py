@@ -6,9 +6,8 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="the extra `serve`")
 pytest.importorskip("selenium", reason="drives the browser")
+from browser import ask, browser, until  # noqa: E402
 from test_serve import ROOT, end, start  # noqa: E402
-
-from serving.browser import ask, browser, until  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 Opens the page of serve.py in a real browser, asks it something, and makes the picture of README.
 
     python serve.py --checkpoint=out/demo/sft --index=out/try/index &
-    python -m serving.browser --questions="What is Rite's job?" --picture=docs/page.png
+    python -m tests.browser --questions="What is Rite's job?" --picture=docs/page.png
 
 It needs `pip install selenium`, and chromium with chromedriver in /usr/bin, as Debian has them.
 """
