@@ -21,7 +21,6 @@ stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds
 
 import ctypes
 import math
-import re
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -57,15 +56,6 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = "auto"  # of the matrices
 
 
-# our name of a tensor, and GGUF's; Hugging Face puts "model." before all of ours but lm_head
-GGUF = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
-        "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
-        "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-
-
 @cache
 def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model, by its name in model.py: a matrix (n_out, n_in) turns n_in numbers
@@ -79,11 +69,12 @@ def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in tensors if not (c.tied and "lm_head" in name)}
 
 
-def gguf_name(name: str) -> str:
-    """layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
-    stem, _, what = name.rpartition(".")
-    block, part = re.findall(r"^(layers\.\d+\.)?(.*)", stem)[0]
-    return f"{block.replace('layers', 'blk')}{GGUF[part]}.{what}"
+def in_gguf(c: ModelConfig) -> dict[str, str]:
+    """Our name of each tensor, by its name in GGUF: blk.3.ffn_up.weight is
+    layers.3.mlp.up_proj.weight. (Hugging Face puts "model." before all of ours but lm_head.)"""
+    import gguf
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, c.n_layer)  # which has all of ours
+    return {names.get_name(name, (".weight", ".bias")): name for name in shapes(c)}
 
 
 def reordered(t: Tensor, heads: int, back: bool) -> Tensor:
@@ -121,7 +112,7 @@ def open_gguf(path: Path) -> tuple[ModelConfig, dict[str, Stored], Vocabulary]:
         sizes = replace(sizes, tied=True)
         del tensors["output.weight"]
     tensors.pop("rope_freqs.weight", None)
-    ours = {gguf_name(name): name for name in shapes(sizes)}
+    ours = in_gguf(sizes)
     found = {ours.get(name, name): t for name, t in tensors.items()}
     return sizes, found, vocabulary.from_gguf(meta)
 
@@ -225,7 +216,7 @@ def as_gguf(sizes: ModelConfig, tok: Tokenizer, state: dict, cfg: Config) -> Non
     settings = {"general.name": "khaosz", "general.file_type": {0: 0, 1: 1, 8: 7, 30: 32}[number],
                 **families.to_gguf(sizes),
                 **vocabulary.to_gguf(tok, sizes.vocab_size, state["kind"] != "pt")}
-    ours = {gguf_name(name): name for name in shapes(sizes)}
+    ours = in_gguf(sizes)
     tensors = {name: (shape, number if len(shape) == 2 and shape[1] % block == 0 else 0)
                for name, shape in ((name, shapes(sizes)[ours[name]]) for name in ours)}
     heads = {"q_proj": sizes.n_head, "k_proj": sizes.n_kv_head} if family == "llama" else {}
