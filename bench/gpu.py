@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -58,15 +58,12 @@ class Config:
 
 def seconds(work: Callable[[], object], cfg: Config) -> float:
     """Median time of a call, all of its work on the device included."""
-    def once() -> float:
-        wait = torch.cuda.synchronize if cfg.device == "cuda" else lambda: None
-        wait()
-        start = time.perf_counter()
+    def once() -> None:
         work()
-        wait()
-        return time.perf_counter() - start
+        if cfg.device == "cuda":
+            torch.cuda.synchronize()
     once()  # compiles, allocates
-    return float(np.median([once() for _ in range(REPEATS)]))
+    return float(np.median(timeit.repeat(once, number=1, repeat=REPEATS)))
 
 
 def models(cfg: Config) -> Iterator[tuple[str, train_pt.Config, ModelConfig]]:

@@ -3,7 +3,6 @@ How fast documents are split, indexed and searched: the rows `search` of `python
 
     python -m bench --only=search
 """
-import mmap
 import shutil
 import time
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.race import Race
+from plumbing.runtime import of_process
 from search import documents
 from search.index import Index
 from search.segment import split
@@ -31,14 +31,6 @@ def write_note(rng: np.random.Generator, lang: str, paragraphs: int) -> str:
         lines.append("".join("".join(p) + "。" for p in parts) if lang == "zh" else
                      " ".join(" ".join(p) + "." for p in parts))
     return "\n\n".join(lines)
-
-
-def resident() -> float:
-    """Bytes of this process in memory; nan where there is no /proc."""
-    try:
-        return float(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-    except OSError:
-        return np.nan
 
 
 def made_up(texts: list[str], kind: str) -> np.ndarray:
@@ -79,14 +71,14 @@ def search(cfg, folder: str) -> None:
                 made.commit()
     notes = {"chunks": cfg.chunks, "built_s": time.perf_counter() - start}
     notes["disk_mb"] = sum(path.stat().st_size for path in Path(folder, "many").iterdir()) / 1e6
-    before = resident()
+    before = of_process("VmRSS")
     bm25 = Index(f"{folder}/many")
     turns = {lang: cycle(questions) for lang, questions in asked.items()}
     ask = {f"bm25, {lang}": partial(lambda lang: bm25.search(next(turns[lang])), lang)
            for lang in asked}
     for search_once in ask.values():
         search_once()
-    notes["memory_mb"] = (resident() - before) / 1e6  # without the vectors, which stay on disk
+    notes["memory_mb"] = (of_process("VmRSS") - before) / 1e6  # without the vectors, which stay on disk
     hybrid = Index(f"{folder}/many", False, made_up)
     race = Race("search", ask | {"hybrid, en": lambda: hybrid.search(next(turns["en"]))}, cfg)
     for name, seconds in race.seconds.items():

@@ -4,11 +4,11 @@ The log line of a run, and log.jsonl with the same numbers. The rest may be skip
     step 250/5,000 | loss 3.1234 | lr 6.0e-04 | norm 0.51 | 123 ms | 81,234 tok/s | mfu 41% | eta 9m
 """
 import json
-import math
 import os
 import subprocess
 import sys
 import time
+import timeit
 from pathlib import Path
 
 import torch
@@ -98,12 +98,8 @@ def peak_flops(dist: Dist) -> float | None:
         return next((peak for key, peak in GPU_PEAK.items() if key in name), None)
     if dist.device.type != "cpu":
         return None
-    a, best = torch.randn(1024, 1024).to(dist.dtype), math.inf
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+    a = torch.randn(1024, 1024).to(dist.dtype)
+    return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=8))
 
 
 def describe_run(dist: Dist) -> str:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -102,15 +103,10 @@ def fast_dtype(dist: Dist) -> Dist:
 def multiplies_bf16() -> float:
     """How many times as fast as in fp32 this CPU multiplies in bf16: about 2 with AVX512-BF16 or
     AMX, 0.01 without. It takes milliseconds, and counts the best of several tries."""
-    best = {}
-    for kind in (torch.float32, torch.bfloat16):
-        a, b, took = torch.ones(512, 128, dtype=kind), torch.ones(128, 128, dtype=kind), []
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ b
-            took.append(time.perf_counter() - start)
-        best[kind] = min(took)
-    return best[torch.float32] / best[torch.bfloat16]
+    def seconds(kind: torch.dtype) -> float:
+        a, b = torch.ones(512, 128, dtype=kind), torch.ones(128, 128, dtype=kind)
+        return min(timeit.repeat(lambda: a @ b, number=1))
+    return seconds(torch.float32) / seconds(torch.bfloat16)
 
 
 def setup(device: str = "auto", dtype: str = "auto", timeout: float = 120) -> Dist:
