@@ -78,7 +78,8 @@ def search(cfg, folder: str) -> None:
            for lang in asked}
     for search_once in ask.values():
         search_once()
-    notes["memory_mb"] = (of_process("VmRSS") - before) / 1e6  # without the vectors, which stay on disk
+    # without the vectors, which stay on disk
+    notes["memory_mb"] = (of_process("VmRSS") - before) / 1e6
     hybrid = Index(f"{folder}/many", False, made_up)
     race = Race("search", ask | {"hybrid, en": lambda: hybrid.search(next(turns["en"]))}, cfg)
     for name, seconds in race.seconds.items():
