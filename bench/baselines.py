@@ -20,7 +20,6 @@ Below the longest length c(hx) counts how many different symbols come before hx.
 1. The score of the compressor, xz -9e, is what the validation text adds to the size of the training
 text.
 """
-import json
 import lzma
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bench.race import figure
 from configurator import FilePath, configure
 from data import TokenFile, open_data
 from plumbing import terminal
@@ -137,23 +137,18 @@ def xz_bits(train: np.ndarray, val: np.ndarray) -> float:
 
 
 def main() -> None:
-    """One line per language, then all of it as JSON. Raises ValueError for unusable data."""
+    """Two figures for each language. Raises ValueError for unusable data."""
     cfg = configure(Config)
     tok, splits = open_data(cfg.data_dir)
     train_files = {f.lang: f for f in splits["train"]}
-    results = {}
     for file in splits["val"]:
         if file.lang not in train_files:
             raise ValueError(f"{cfg.data_dir}: no training text in the language {file.lang}")
         train, val = symbols(tok, train_files[file.lang]), symbols(tok, file)
-        row = {"ngram": ngram_bits(train, val, ORDER) / file.n_bytes,
-               "xz": xz_bits(train, val) / file.n_bytes}
-        results[file.lang] = row
-        scores = ", ".join(f"{name} {bpb:.4f}" for name, bpb in row.items())
-        print(f"{file.lang} | bits/byte: {scores} | order {ORDER} | trained on "
-              f"{train_files[file.lang].n_bytes:,} bytes, scored on {file.n_bytes:,} in "
-              f"{file.n_docs:,} documents", flush=True)
-    print(json.dumps({"bits_per_byte": results, "order": ORDER, "data_dir": cfg.data_dir}))
+        for name, bits in ((f"n-gram of {ORDER} bytes", ngram_bits(train, val, ORDER)),
+                           ("xz -9", xz_bits(train, val))):
+            figure(file.lang, name, bits / file.n_bytes, "bits/byte", bytes=file.n_bytes,
+                   documents=file.n_docs, learnt_bytes=train_files[file.lang].n_bytes)
 
 
 if __name__ == "__main__":

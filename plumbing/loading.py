@@ -2,7 +2,6 @@
 Opens a checkpoint as a model that can write, or as a reward model. The rest may be skipped.
 """
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -126,10 +125,9 @@ def plain(config: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
 def newest_checkpoint(folder: str = "out") -> str:
     """The newest checkpoint in a folder, at any depth, whose model can write: of the user's own
     runs if there is one, else of the demo's. Raises ValueError if there is none."""
-    paths = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names
-             if checkpoint.NAME.fullmatch(name)]
     found = [(Path(folder, "demo") not in path.parents, path.stat().st_mtime, path)
-             for path in paths if path.is_file()]
+             for path in Path(folder).rglob("step*.pt")
+             if path.is_file() and checkpoint.NAME.fullmatch(path.name)]
     for *_, path in sorted(found, reverse=True):
         try:
             if checkpoint.load(str(path))[0].get("kind") != "rm":

@@ -151,15 +151,18 @@ def test_command_line_scores_both_languages(prepared):
     done = subprocess.run([sys.executable, "-m", "bench.baselines", f"--data_dir={folder}"],
                           cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    *_, en, zh, last = done.stdout.splitlines()
-    assert en.startswith("en | bits/byte: ngram ") and zh.startswith("zh | bits/byte: ngram ")
+    lines = done.stdout.splitlines()[-8:]
+    assert [line[:13] for line in lines if line[0] != "{"] == [
+        "en      n-gra", "en      xz -9", "zh      n-gra", "zh      xz -9"]
+    found = [json.loads(line) for line in lines if line[0] == "{"]
     tok, splits = data.open_data(folder)
     files = {(split, f.lang): f for split in splits for f in splits[split]}
-    for lang, row in json.loads(last)["bits_per_byte"].items():
+    for ngram, xz in (found[:2], found[2:]):
+        lang = ngram["job"]
         train, val = (symbols(tok, files[split, lang]) for split in ("train", "val"))
         n_bytes = sum(s < END for s in val.tolist())  # END costs bits and has no byte
-        assert row["ngram"] == pytest.approx(ngram_bits(train, val, 5) / n_bytes, rel=1e-12)
-        assert row["xz"] == pytest.approx(xz_bits(train, val) / n_bytes, rel=1e-12)
+        assert ngram["value"] == pytest.approx(ngram_bits(train, val, 5) / n_bytes, rel=1e-12)
+        assert xz["value"] == pytest.approx(xz_bits(train, val) / n_bytes, rel=1e-12)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys):
