@@ -11,11 +11,9 @@ out_dir = "out/reader/dpo"
 
 lora_rank = 16
 lora_merge = True
-beta = 0.1
 nll_coef = 0.2
 batch_pairs = 16
-batch_size = 8
-learning_rate = 1e-4
+learning_rate = 2e-4
 warmup_steps = 2
 eval_every = 1000
 eval_samples = 0

@@ -9,11 +9,10 @@ out_dir = "out/reader/sft"
 
 lora_rank = 16
 lora_merge = True
-max_len = 1024
+max_len = 512
 batch_tokens = 4096
-batch_size = 4
 epochs = 1.0
-learning_rate = 8e-4
+learning_rate = 1e-3
 warmup_steps = 5
 eval_every = 1000
 eval_rows = 50

@@ -64,8 +64,8 @@ class Config:
     lang: str = "en"  # of the documents and questions that are used
     chunk_tokens: Budget = 64  # most words, Han characters and signs of a source
     semantic: bool = False  # end sources where the topic changes, too
-    chats: Count = 500  # to learn from in SFT; each asks all the questions of a document
-    pairs: Count = 300  # to learn from in DPO
+    chats: Count = 800  # to learn from in SFT; each asks all the questions of a document
+    pairs: Count = 200  # to learn from in DPO
     questions: Count = 200  # of each kind that judge a stage
     until: Literal["sft", "dpo", "rl"] = "rl"  # the last stage
     seed: int = 0  # of the sources that are shown, their order and the training
@@ -244,6 +244,8 @@ def make_pairs(cfg: Config, data: Path, where: str) -> None:
 
 def main() -> None:
     cfg, start = configure(Config), time.monotonic()
+    if not (cfg.init_from and cfg.corpus and cfg.queries):
+        terminal.fail("a reader needs --init_from=CHECKPOINT, --corpus=FILE and --queries=FILE")
     cfg = replace(cfg, **{name: os.path.abspath(getattr(cfg, name))
                           for name in ("init_from", "corpus", "queries", "out_dir")})
     os.chdir(Path(__file__).resolve().parent.parent)

@@ -176,16 +176,20 @@ def stage_memory(cfg: Settings, dist: Dist, model: Transformer | ModelConfig, ro
 
 
 def memory_line(cfg: Settings, dist: Dist, *shape, **moments) -> str:
-    """`stage_memory` beside what is free; a warning past 90 %. So that a run on a CPU takes what
-    the line says, blocks of 256 kB that it frees leave the process: glibc would keep them, and
-    the run would take twice as much. (That would slow small ones by half.)"""
+    """`stage_memory` beside what is free; a warning past 90 %. A large run on a CPU takes up to
+    half as much again, because glibc keeps blocks that are freed. Where memory is short, those of
+    256 kB leave the process, at a price: LoRA of 135M then reads 182 instead of 309 tokens a
+    second, in 4.5 instead of 6.1 GB."""
     parts, free = stage_memory(cfg, dist, *shape, **moments), free_memory(dist.device)
-    need = sum(parts.values())
+    need, keeps = sum(parts.values()), ""
     if dist.device.type == "cpu" and parts["parameters"] > 1e8:
-        with suppress(AttributeError, TypeError, OSError):  # only glibc knows mallopt
-            ctypes.CDLL(None).mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
+        if free > 2 * need:
+            keeps = f" and speed a run up that takes up to {1.5 * need / 1e9:.1f}"
+        else:
+            with suppress(AttributeError, TypeError, OSError):  # only glibc knows mallopt
+                ctypes.CDLL(None).mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
     text = " + ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items())
-    text = f"memory: {need / 1e9:.2f} GB = {text}; {free / 1e9:.1f} GB are free"
+    text = f"memory: {need / 1e9:.2f} GB = {text}; {free / 1e9:.1f} GB are free{keeps}"
     return text + (f"\nWARNING: that may not fit: {LESS_MEMORY}" if need > 0.9 * free else "")
 
 

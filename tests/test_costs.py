@@ -1,17 +1,22 @@
 """What a model costs: its formulas for parameters, FLOPs and memory against what torch counts."""
 import multiprocessing
+import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_stages import ALONE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_pt
+import train_sft
 from model import ModelConfig, Transformer
+from plumbing import costs
 from plumbing.costs import count_parameters, flops_per_token, training_memory
 from plumbing.optim import make_optimizers
 
@@ -119,3 +124,17 @@ def test_training_memory_is_what_two_steps_take(B, T, accumulate, changes, monke
         grown = pool.apply(two_steps, (shape, B, T, accumulate))
     parts = training_memory(ModelConfig(**shape), B, T, accumulate)
     assert sum(parts.values()) == pytest.approx(grown, rel=0.05)
+
+
+@pytest.mark.parametrize("gigabytes, returns", [(20, False), (1, True)])
+def test_what_is_freed_is_returned_only_where_memory_is_short(gigabytes, returns, monkeypatch):
+    """Returning it would slow the run by two fifths. The line says what else it may take."""
+    calls: list[tuple] = []
+    monkeypatch.setattr(costs.ctypes, "CDLL", lambda _: SimpleNamespace(
+        mallopt=lambda *words: calls.append(words)))
+    monkeypatch.setattr(costs, "free_memory", lambda device: gigabytes * 1e9)
+    shape = SMALL | dict(vocab_size=49_152, n_embd=512, n_hidden=1536, n_layer=8)
+    line = costs.memory_line(train_sft.Config(), ALONE, ModelConfig(**shape), 1, 32, 1)
+    need = float(re.match(r"memory: ([\d.]+) GB = ", line)[1])
+    assert calls == [(-3, 1 << 18)] * returns and 0.5 < need < 1
+    assert returns != line.endswith(f"speed a run up that takes up to {1.5 * need:.1f}")
