@@ -16,8 +16,9 @@ refusal_auc        the chance that a question has a higher idf coverage than one
                    min_coverage refuses; `lost`: the share of answerable questions that it refuses
 em, f1             of answers, in per cent, after SQuAD's normalisation (Rajpurkar et al. 2016) in
                    English and by characters as in CMRC (Cui et al. 2019) in Chinese. Beside them
-                   stands the sentence that shares most with the question, and how often no model
-                   was asked (model_refused) or no source fitted (model_no_room), in per cent
+                   stands the sentence that shares most with the question, and how often the answer
+                   was the refusal (model_refused; _without: with the document taken out), no
+                   source fitted (model_no_room) or what was cited held it (model_cited), in %
 """
 import json
 import re
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +35,7 @@ import numpy as np
 import rag
 from configurator import FilePath, Natural, configure
 from plumbing.answers import score_answer
-from plumbing.corpus import LineError, find_files, good_records
+from plumbing.corpus import LineError, find_files, good_records, language
 from plumbing.examples import evenly_spaced
 from plumbing.jobs import Progress
 from plumbing.terminal import run
@@ -153,22 +155,35 @@ def measure(index: Index, queries: list[dict], cfg: Config, progress: Progress,
 
 
 def measure_answers(index: Index, queries: list[dict], cfg: Config, progress: Progress) -> dict:
-    """EM and F1, in per cent, of the model's answers and of the best sentences."""
+    """How the model answers, and how the best sentence would, in per cent."""
     model, found = rag.load_writer(cfg), defaultdict(list)
+
+    def ask(question: str) -> rag.Answer | None:
+        with suppress(ValueError):  # it reads too few tokens for a source beside this question
+            return rag.answer(question, cfg, index, model)
+        return None
+
+    def refuses(said: rag.Answer | None, question: str) -> bool:
+        return said is not None and said.text.strip() == rag.REFUSAL[language(question)]
+
     for n, row in enumerate(queries):
         progress.show(f"{row['lang']} {row['source']}: {n:,}/{len(queries):,} answers")
-        try:
-            said = rag.answer(row["query"], cfg, index, model)
-            text, refused, no_room = said.text, not said.grounded, False
-        except ValueError:  # the model reads too few tokens for a source beside this question
-            text, refused, no_room = "", False, True
-        plain = "".join(map(rag.best_sentence, index.search(row["query"], 1)))
-        for name, shown in (("model", text), ("sentence", plain)):
-            em, f1 = score_answer(re.sub(r"\[\d+\]", "", shown), row["answers"], row["lang"])
+        question, answers = row["query"], row["answers"]
+        said = ask(question)
+        plain = "".join(map(rag.best_sentence, index.search(question, 1)))
+        for name, shown in (("model", said.text if said else ""), ("sentence", plain)):
+            em, f1 = score_answer(re.sub(r"\[\d+\]", "", shown), answers, row["lang"])
             found[f"{name}_em"].append(em)
             found[f"{name}_f1"].append(f1)
-        found["model_refused"].append(refused)
-        found["model_no_room"].append(no_room)
+        found["model_refused"].append(refuses(said, question))
+        found["model_no_room"].append(said is None)
+        if said and said.cited:
+            texts = [said.sources[k - 1].chunk.text for k in said.cited]
+            found["model_cited"].append(all(any(a in text for a in answers) for text in texts))
+        _, first, size = index.manifest["documents"][row["doc_id"]]
+        index.alive[first:first + size] = False
+        found["model_refused_without"].append(refuses(ask(question), question))
+        index.alive[first:first + size] = True
     return {"answered": len(queries)} | {k: round(100 * float(np.mean(v)), 2)
                                          for k, v in found.items()}
 

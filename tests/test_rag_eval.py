@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from notes import NOTES, QUESTIONS
 
-from bench.rag import Config, auc, measure, rank_of
+import rag
+from bench.rag import Config, auc, measure, measure_answers, rank_of
 from plumbing.answers import chinese_units, english_words, score_answer
 from plumbing.jobs import Progress
 from search.documents import count_pieces
@@ -83,6 +84,34 @@ def test_the_command_prints_a_line_for_each_language(files, tiny):
     en, zh = evaluate(files, f"--checkpoint={tiny.pt}", "--limit=2", "--max_tokens=4",
                       "--template=cited")
     assert en["model_no_room"] == 100 - en["model_refused"] > 0  # said, and the others go on
+
+
+def test_a_model_is_asked_with_the_document_and_without(tmp_path, monkeypatch):
+    """One that quotes what it finds is right with it, and refuses without it; the index is then as
+    it was. Seen to fail when the document stays hidden."""
+    texts = {name: f"The code of {name} is {name[::-1]}." for name in ("abc", "xyz", "klm")}
+    queries = [{"query": f"What is the code of {name}?", "answers": [name[::-1]], "doc_id": name,
+                "lang": "en", "source": "codes"} for name in texts]
+
+    def answer(question, cfg, index, model):
+        name = question[-4:-1]
+        hits = index.search(question, 3)
+        at = [n for n, hit in enumerate(hits, 1) if f"of {name} is" in hit.chunk.text]
+        if not at:
+            return rag.Answer(rag.REFUSAL["en"], hits, True, [], [])
+        others = [n for n in (1, 2, 3) if n not in at]  # one answer cites a wrong source
+        return rag.Answer(f"{name[::-1]} [1]", hits, True, others[:1] if name == "xyz" else at, [])
+    monkeypatch.setattr(rag, "answer", answer)
+    monkeypatch.setattr(rag, "load_writer", lambda cfg: None)
+    with Index(str(tmp_path / "index"), True) as index:
+        for name, text in texts.items():
+            index.put(name, "", split(text, name, count=len))
+        index.commit()
+        found = measure_answers(index, queries, Config(), Progress(sys.stderr))
+        assert len(index) == 3
+    assert found["answered"] == 3 and found["model_em"] == 100 > found["sentence_em"]
+    assert found["model_refused"] == 0 and found["model_refused_without"] == 100
+    assert found["model_cited"] == pytest.approx(66.67)
 
 
 def test_an_answer_is_cut_only_where_the_document_holds_it(tmp_path):
