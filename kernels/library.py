@@ -48,18 +48,13 @@ def built() -> Path:
             try:
                 subprocess.run([compiler, *ALWAYS, *flags, "-o", f"{fresh}/new.so", SOURCES[0],
                                 "-lm"], check=True, capture_output=True, text=True)
-            except OSError as error:
-                raise ValueError(f"{compiler}: {error.strerror}") from None
+                CDLL(f"{fresh}/new.so")  # a clang may take -fopenmp and have no such library
+                os.replace(f"{fresh}/new.so", path)
+                return path
             except subprocess.CalledProcessError as error:
                 said = error.stderr.strip().partition("\n")[0] or f"exit code {error.returncode}"
-                continue
-            try:
-                CDLL(f"{fresh}/new.so")
-            except OSError as error:  # a clang that takes -fopenmp, and has no such library
-                said = str(error).removeprefix(f"{fresh}/new.so: ")
-                continue
-            os.replace(f"{fresh}/new.so", path)
-            return path
+            except OSError as error:
+                said = error.strerror or str(error).removeprefix(f"{fresh}/new.so: ")
     raise ValueError(f"{compiler}: {said}")
 
 

@@ -56,9 +56,8 @@ class Rows:
         self.name, self.data_id = name, data_id  # data_id: a hash of all three
         self.firsts = np.append(np.flatnonzero(table["first"]), len(table))  # row of each example
         self.starts = np.append(0, np.cumsum(self.lengths()))  # of each row in .words, and its end
-        self.most_tokens = np.array([], int)  # of a row of each example
-        if len(table):
-            self.most_tokens = np.maximum.reduceat(self.lengths(), self.firsts[:-1])
+        self.most_tokens = (np.maximum.reduceat(self.lengths(), self.firsts[:-1])
+                            if len(table) else np.array([], int))  # of a row of each example
 
     def __len__(self) -> int:
         return len(self.firsts) - 1

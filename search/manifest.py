@@ -63,10 +63,8 @@ class Segment:
     def find(self, term: str) -> slice:
         """Where the postings of a term lie in `chunks` and `counts`."""
         key = np.uint64(term_key(term))
-        i = int(np.searchsorted(self.keys, key))
-        if i == len(self.keys) or self.keys[i] != key:
-            return slice(0, 0)
-        return slice(int(self.starts[i]), int(self.starts[i + 1]))
+        begin, end = (np.searchsorted(self.keys, key, side) for side in ("left", "right"))
+        return slice(int(self.starts[begin]), int(self.starts[end]))
 
 
 def make_segment(first: int, texts: list[list[str]]) -> Segment:
@@ -91,10 +89,8 @@ def merge_segments(a: Segment, b: Segment) -> Segment:
 def _sorted(first: int, lengths: np.ndarray, keys: np.ndarray, chunks: np.ndarray,
             counts: np.ndarray) -> Segment:
     order = np.argsort(keys, kind="stable")  # chunks are ascending and stay so within a key
-    keys = keys[order]
-    new = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])) if len(keys) else np.zeros(0, int)
-    return Segment(first, lengths, keys[new], np.append(new, len(keys)).astype(np.int64),
-                   chunks[order], counts[order])
+    keys, new = np.unique(keys[order], return_index=True)
+    return Segment(first, lengths, keys, np.append(new, len(order)), chunks[order], counts[order])
 
 
 def read_manifest(path: Path, raw: bytes) -> dict:

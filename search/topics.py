@@ -23,6 +23,7 @@ INVISIBLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u2
                        "\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff9-\ufffb"
                        "\U000e0000-\U000e0fff]")
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+BARE = re.compile(r"\S(?:.*\S)?", re.S)  # without the white space around it
 STOP = re.compile(r"\n\s*\n|[。！？；…｡．.!?]+")
 CLOSING = set("”’」』）)】》〕]")
 EITHER = set("\"'*_")  # open or close, as the sentence before them has it
@@ -36,13 +37,8 @@ def sentences(text: str) -> list[tuple[int, int]]:
     for stop in STOP.finditer(text):
         if end := _sentence_end(text, ends[-1], stop):
             ends.append(end)
-    spans = []
-    for start, end in zip(ends, ends[1:] + [len(text)]):
-        part = text[start:end]
-        if bare := part.strip():
-            start += len(part) - len(part.lstrip())
-            spans.append((start, start + len(bare)))
-    return spans
+    found = (BARE.search(text, *span) for span in zip(ends, [*ends[1:], len(text)]))
+    return [bare.span() for bare in found if bare]
 
 
 def _sentence_end(text: str, start: int, stop: re.Match) -> int:

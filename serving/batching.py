@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -147,13 +148,9 @@ class Batch:
         """How many first tokens of a prompt, but not its last, stand in a text that is being
         written or has ended, and (layers, 2, 1, heads, length, D) keys and values of that text."""
         known = [(text.ids, self.row(i)) for i, text in enumerate(self.texts)] + [*self.past]
-        found, best = 0, self.store[:, :, :1, :, :0]
-        for ids, kv in known:
-            n = min(len(prompt) - 1, kv.size(-2))
-            common = next((i for i in range(n) if ids[i] != prompt[i]), n)
-            if common > found:
-                found, best = common, kv
-        return found, best
+        shared = [len(commonprefix((ids[:kv.size(-2)], prompt[:-1]))) for ids, kv in known]
+        best = max(shared, default=0)
+        return best, known[shared.index(best)][1] if best else self.store[:, :, :1, :, :0]
 
     def row(self, i: int) -> Tensor:
         """Keys and values of a row, without its padding."""
