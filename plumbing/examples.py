@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache, cached_property, partial
 from itertools import combinations, pairwise
@@ -312,22 +312,17 @@ def reply_row(tok: Tokenizer, prompt: list[dict], reply: str) -> Row:
 def encode(found: list[tuple[str, list, Counter, str]], val_fraction: float) -> Made:
     """Words, rows and records for the files of each split, of what `rows_of` has found in some
     lines; how many examples that are, and how often something was dropped or shortened."""
-    words: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    rows: dict[str, list[tuple]] = {split: [] for split in SPLITS}
-    records: dict[str, list[str]] = {split: [] for split in SPLITS}
+    parts: dict[str, list[bytes]] = defaultdict(list)
     counts = Counter()
     for key, groups, met, record in found:
         split = draw_split(key.encode(), val_fraction)
         counts.update({**met, split: len(groups)})
-        records[split] += [record] if record else []
+        if record:
+            parts[f"{split}.records"].append(f"{record}\n".encode())
         for lang, margin, group in groups:
             for i, (ids, mask) in enumerate(group):
                 learn = np.where(np.array(mask, bool), LEARN, np.uint32(0))
-                words[split].append(np.array(ids, np.uint32) | learn)
-                rows[split].append((len(ids), lang.encode(), margin, i == 0))
-    parts = {f"{split}.words": b"".join(w.tobytes() for w in words[split]) for split in SPLITS}
-    parts |= {f"{split}.rows": np.array(rows[split], ROW).tobytes() for split in SPLITS}
-    if any(records.values()):
-        parts |= {f"{split}.records": "".join(f"{line}\n" for line in lines).encode()
-                  for split, lines in records.items()}
-    return parts, counts
+                row = len(ids), lang.encode(), margin, i == 0
+                parts[f"{split}.words"].append((np.array(ids, np.uint32) | learn).tobytes())
+                parts[f"{split}.rows"].append(np.array(row, ROW).tobytes())
+    return {name: b"".join(pieces) for name, pieces in parts.items()}, counts
