@@ -17,10 +17,10 @@ an expected gradient of zero (tests/test_losses.py). This A is RLOO's (Ahmadian 
 --advantage=grpo it is divided by the group's deviation, and each token has a ratio (Shao et al.
 2024; config/rl_grpo.py); grpo_mean leaves the division out (half of Liu et al. 2025).
 
-r is clipped to +-5; a reply that does not end gets 1 less than the worst one written with it.
-With --reward_from=FILE.py, r is what a Python function of yours returns (config/reward_numbers.py).
-Replies to a prompt with all the same r say nothing: no update learns from them, or from their KL.
-Replies are drawn at temperature 1 from all tokens: another distribution would not be the policy's.
+r is clipped to +-5; a reply that does not end gets 1 less than the worst one written with it. With
+--reward_from=FILE.py, r is what a Python function of yours returns (config/reward_numbers.py). If
+all replies to a prompt have the same r, no update learns from them, or from their KL. Replies are
+drawn at temperature 1 from all tokens: another distribution would not be the policy's.
 """
 from plumbing.terminal import end_quietly, run
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
@@ -37,8 +37,7 @@ from data import IGNORE, Order, hash64
 from generate import replies
 from model import Transformer, token_logps
 from plumbing import runtime, sharding
-from plumbing.costs import (count_frozen, count_parameters, flops_per_token, memory_line,
-                            peak_line)
+from plumbing.costs import count_frozen, count_parameters, flops_per_token, memory_line, peak_line
 from plumbing.evaluation import print_samples, rl_line, rl_warnings, row_logps
 from plumbing.examples import Row, Rows, evenly_spaced, pad_right
 from plumbing.loading import load_reference, load_to_train
@@ -107,7 +106,7 @@ def rl_loss(logps: Tensor, old_logps: Tensor, mask: Tensor, advantage: Tensor, e
     """The clipped loss of each reply, (B,). logps and old_logps (B, T) are those of its tokens now
     and when they were drawn, mask (B, T) is 1 on them, advantage is (B,). `per_token`: a ratio for
     each token, and their mean; else one for the reply. In the first update of a rollout each ratio
-    is 1 but for rounding, so the gradient is -A times that of log P: the policy gradient."""
+    is 1, so the gradient is -A times that of log P: the policy gradient."""
     change = (logps - old_logps) * mask
     if per_token:
         ratio, A = change.exp(), advantage[:, None]
@@ -121,8 +120,7 @@ def best_possible(rewards: Tensor, beta: float) -> tuple[float, float]:
     """J* = beta log E_ref[exp(r / beta)], above which no policy gets, and its standard error, from
     the rewards r of replies that the reference wrote, (n,) or (n, replies to a prompt). With Z =
     E_ref[exp(r / beta)] the policy P_ref exp(r / beta) / Z has J = J*, any other has J* - beta
-    KL(it || that one) (Rafailov et al. 2023, appendix A.1). Over several prompts it is an upper
-    bound of the mean of J* (Jensen)."""
+    KL(it || that one) (Rafailov et al. 2023, appendix A.1). Of several prompts: a bound."""
     top = float(rewards.max())
     weights = ((rewards - top) / beta).cpu().double().exp()  # not every device has fp64
     weights = weights.view(len(weights), -1).mean(1)  # replies to one prompt are alike
@@ -168,15 +166,17 @@ def roll_out(model: Transformer, reference: Transformer, judge: Judge, stop: int
 
 
 def reply_losses(net: nn.Module, model: Transformer, rollout: Rollout, advantage: Tensor,
-                 some: list[int], cfg: Config, dist: Dist) -> tuple[Tensor, Tensor]:
-    """The losses (B,) of some replies of a rollout, and which of them the clip has changed, (B,).
-    `net` is what sharding.wrap made of the policy `model`."""
+                 some: list[int], cfg: Config, dist: Dist, first: bool) -> tuple[Tensor, Tensor]:
+    """The losses (B,) of some replies of a rollout, and which the clip has changed, (B,). `net` is
+    what sharding.wrap made of `model`, and in the `first` update the policy that wrote them."""
     idx, targets, _ = (t.to(dist.device) for t in pad_right([rollout.rows[i] for i in some], 0))
-    old_logps, A = rollout.logps[some, :idx.size(1)], advantage[some]
     with dist.autocast():
         logps = token_logps(net(idx, hidden=True), model.lm_head.weight, targets)
-    loss = partial(rl_loss, old_logps=old_logps.to(dist.device), mask=targets != IGNORE,
-                   advantage=A.to(dist.device), per_token=cfg.advantage.startswith("grpo"))
+    if first:  # log P as it is rounded here, so that each ratio is 1
+        rollout.logps[some, :idx.size(1)] = logps.detach().cpu()
+    loss = partial(rl_loss, old_logps=rollout.logps[some, :idx.size(1)].to(dist.device),
+                   mask=targets != IGNORE, advantage=advantage[some].to(dist.device),
+                   per_token=cfg.advantage.startswith("grpo"))
     losses = loss(logps, eps_low=cfg.eps_low, eps_high=cfg.eps_high)
     return losses, losses.detach() != loss(logps.detach(), eps_low=torch.inf, eps_high=torch.inf)
 
@@ -282,7 +282,7 @@ def train(cfg: Config, dist: Dist) -> None:
             loss, clipped = torch.zeros((), device=dist.device), 0.0
             for micro_step, some in enumerate(batches):
                 sharding.exchange_gradients(net, micro_step == len(batches) - 1)  # once will do
-                losses, cut = reply_losses(net, model, rollout, A, list(some), cfg, dist)
+                losses, cut = reply_losses(net, model, rollout, A, some, cfg, dist, not update)
                 part = losses.sum() / n_replies
                 (part * dist.world).backward()  # DDP takes the mean over processes
                 loss += part.detach()

@@ -60,16 +60,15 @@ def stop() -> NoReturn:
     raise SystemExit(130)
 
 
-def keep_settings(cfg: Config) -> None:
+def keep_settings(out_dir: str, ours: dict) -> None:
     """Note the settings in out_dir; a run with others would go on with what these have made."""
-    path = Path(cfg.out_dir) / "settings.json"
-    ours = {"seed": cfg.seed, "n_train": cfg.n_train, "share": cfg.share}
+    path = Path(out_dir) / "settings.json"
     try:
         theirs = json.loads(path.read_text()) if path.exists() else ours
         if theirs != ours:
-            fail(f"{cfg.out_dir}: holds a demo with {theirs}, asked for {ours}; give another "
+            fail(f"{out_dir}: holds a demo with {theirs}, asked for {ours}; give another "
                  "--out_dir")
-        os.makedirs(cfg.out_dir, exist_ok=True)
+        os.makedirs(out_dir, exist_ok=True)
         write_text(str(path), json.dumps(ours) + "\n")
     except (OSError, ValueError) as error:
         fail(f"{path}: {error}")
@@ -107,7 +106,7 @@ def report(cfg: Config, start: float) -> str:
 def main() -> None:
     cfg = configure(Config)
     os.chdir(Path(__file__).resolve().parent.parent)
-    keep_settings(cfg)
+    keep_settings(cfg.out_dir, {"seed": cfg.seed, "n_train": cfg.n_train, "share": cfg.share})
     print("Every document of this world invents new facts, so the model must copy from what it "
           "reads.\nAsk it like this, context and question together:\n\n" + show(cfg.seed))
     start = time.time()

@@ -12,16 +12,18 @@ report is of questions about these. Three stages train a small update of the mod
     DPO   the right reply against a wrong one that the SFT model gave itself
     RL    the reward of config/reward_reader.py: F1, a citation that is right, nothing invented
 
-A stage is a command of this project, printed first; its settings stand in config/*_reader.py. A
-source is a chunk as rag.py cuts it. Where a question has its answer, it stands in one of three
-sources in random order, beside two that share the most words with the question; where it has none,
-all three are such. So a model that always cites [1] is right once in three times.
+A stage is a command of this project, printed first; its settings stand in config/*_reader.py. The
+same command again goes on where it was stopped. A source is a chunk as rag.py cuts it. Where a
+question has its answer, it stands in one of three sources in random order, beside two that share
+the most words with the question; where it has none, all three are such. So a model that always
+cites [1] is right once in three times.
 """
 import json
 import os
+import tempfile
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean as mean
@@ -32,7 +34,7 @@ import torch
 import rag
 from bench.rag import read_records
 from configurator import Count, FilePath, configure
-from demo.__main__ import run
+from demo.__main__ import keep_settings, run, stop
 from demo.judge import read_rows, table
 from generate import complete
 from plumbing import terminal
@@ -51,6 +53,7 @@ from tokenizer import render
 SHORT = 60  # characters of the longest answer that is trained on
 SOURCES = 3  # before a question
 LONGEST = 40  # tokens of a reply
+LAST = "queries_heldout"  # the file of `make` that is written last
 STAGES, REWARD = ("sft", "dpo", "rl"), "config/reward_reader.py"
 FIGURES = ("F1", "EM", "cites right", "refuses, there", "refuses, not there")
 
@@ -60,7 +63,7 @@ class Config:
     init_from: FilePath = ""  # checkpoint of a model that can chat, as convert.py writes it
     corpus: FilePath = ""  # documents, {"id", "title", "text", "lang", "source"} a line
     queries: FilePath = ""  # questions, {"query", "answers", "doc_id", "lang", "source"} a line
-    out_dir: FilePath = "out/reader"  # all that is made goes here; it must be new
+    out_dir: FilePath = "out/reader"  # all that is made goes here
     lang: str = "en"  # of the documents and questions that are used
     chunk_tokens: Budget = 64  # most words, Han characters and signs of a source
     semantic: bool = False  # end sources where the topic changes, too
@@ -168,10 +171,10 @@ def make(cfg: Config, data: Path) -> None:
     docs, asked = read_files(cfg)
     settings = rag.Config(chunk_tokens=cfg.chunk_tokens, semantic=cfg.semantic)
     cut, away = rag.cutter(settings, None), {row["id"] for row in docs if is_held_out(row)}
-    os.makedirs(data)
+    os.makedirs(data, exist_ok=True)
     files: dict[str, list[dict]] = {}
     for held_out in (False, True):
-        with Index(str(data / f"index{held_out:d}"), True) as index:
+        with tempfile.TemporaryDirectory() as folder, Index(folder, True) as index:
             fill(index, [row for row in docs if held_out or row["id"] not in away], cut)
             mine = [q for q in asked if (q.doc in away) == held_out
                     and (held_out or len(q.answers[0]) <= SHORT)]
@@ -190,7 +193,7 @@ def make(cfg: Config, data: Path) -> None:
     files["chat_heldout"] = [
         {"messages": [*row["prompt"], {"role": "assistant", "content": right_reply(row)}],
          "lang": cfg.lang} for row in files["prompts_heldout"][:100]]
-    files["queries_heldout"] = [q for q in read_rows(Path(cfg.queries)) if q["doc_id"] in away]
+    files[LAST] = [q for q in read_rows(Path(cfg.queries)) if q["doc_id"] in away]
     for name, rows in files.items():
         write_rows(data / f"{name}.jsonl", rows)
 
@@ -230,16 +233,22 @@ def figures(rows: list[dict], said: list[str]) -> dict[str, float]:
 
 def make_pairs(cfg: Config, data: Path, where: str) -> None:
     """Ask the SFT model what it was trained to know, with chance, and pair its mistakes with what
-    is right."""
+    is right. As often as the refusal is the right reply, it is the wrong one in another pair: else
+    the model learns to refuse everything, which is true of every document."""
     reward = run_config(REWARD)["reward"][0]
     rows = read_rows(data / "prompts.jsonl")[:3 * cfg.pairs]
-    pairs = [{"prompt": row["prompt"], "chosen": right, "rejected": reply, "lang": cfg.lang}
-             for row, reply in zip(rows, say(where, rows, 1.0, cfg.seed))
-             if reward(row["prompt"], reply, row)
-             < reward(row["prompt"], right := right_reply(row), row)]
-    print(f"{len(pairs):,} of {len(rows):,} replies are worse than what is right; "
-          f"{min(cfg.pairs, len(pairs)):,} become pairs")
-    write_rows(data / "pairs.jsonl", pairs[:cfg.pairs])
+    wrong: dict[bool, list[tuple[dict, str]]] = {True: [], False: []}  # by whether it is there
+    for row, reply in zip(rows, say(where, rows, 1.0, cfg.seed)):
+        if reward(row["prompt"], reply, row) < reward(row["prompt"], right_reply(row), row):
+            wrong[bool(row["answers"])].append((row, reply))
+    invented = wrong[False][:2 * cfg.pairs // 5]
+    refused = [(row, rag.REFUSAL[cfg.lang]) for row in rows if row["answers"]][:len(invented)]
+    chosen = invented + refused + wrong[True][:cfg.pairs - 2 * len(invented)]
+    print(f"of {len(rows):,} replies {len(wrong[False]):,} are invented and {len(wrong[True]):,} "
+          f"wrong; {len(chosen):,} pairs")
+    write_rows(data / "pairs.jsonl", [
+        {"prompt": row["prompt"], "chosen": right_reply(row), "rejected": reply, "lang": cfg.lang}
+        for row, reply in Random(cfg.seed).sample(chosen, len(chosen))])
 
 
 def main() -> None:
@@ -250,20 +259,23 @@ def main() -> None:
                           for name in ("init_from", "corpus", "queries", "out_dir")})
     os.chdir(Path(__file__).resolve().parent.parent)
     out, data = Path(cfg.out_dir), Path(cfg.out_dir) / "data"
-    if out.exists():
-        terminal.fail(f"{out}: exists already; give another --out_dir")
-    make(cfg, data)
+    keep_settings(cfg.out_dir, {name: value for name, value in asdict(cfg).items()
+                                if name not in ("out_dir", "questions", "until")})
+    if not (data / f"{LAST}.jsonl").exists():
+        make(cfg, data)
     stages = {"as it was": cfg.init_from}
     for stage in STAGES[:STAGES.index(cfg.until) + 1]:
         before = list(stages.values())[-1]
-        if stage == "dpo":
+        if stage == "dpo" and not (data / "pairs.jsonl").exists():
             make_pairs(cfg, data, before)
         train, *judged = {"sft": ("chat", "chat_heldout"), "dpo": ("pairs",),
                           "rl": ("prompts", "prompts_heldout")}[stage]
         run(f"train_{stage}.py", f"config/{stage}_reader.py", f"--init_from={before}",
             f"--data={data}/{train}.jsonl", *(f"--val_data={data}/{name}.jsonl" for name in judged),
-            f"--out_dir={out}/{stage}", f"--seed={cfg.seed}")
+            f"--out_dir={out}/{stage}", f"--seed={cfg.seed}", "--resume")
         stages[stage.upper()] = f"{out}/{stage}/merged"
+        if not os.path.exists(f"{out}/{stage}/merged"):  # a signal ended it: exit code 0
+            stop()
     rows = read_rows(data / "prompts_heldout.jsonl")
     rows = [row for there in (True, False) for row in
             [row for row in rows if bool(row["answers"]) == there][:cfg.questions]]

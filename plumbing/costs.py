@@ -177,14 +177,14 @@ def stage_memory(cfg: Settings, dist: Dist, model: Transformer | ModelConfig, ro
 
 def memory_line(cfg: Settings, dist: Dist, *shape, **moments) -> str:
     """`stage_memory` beside what is free; a warning past 90 %. A large run on a CPU takes up to
-    half as much again, because glibc keeps blocks that are freed. Where memory is short, those of
-    256 kB leave the process, at a price: LoRA of 135M then reads 182 instead of 309 tokens a
-    second, in 4.5 instead of 6.1 GB."""
+    twice as much, because glibc keeps blocks that are freed. Where memory is short, those of 256 kB
+    leave the process, at a price: LoRA of 135M then reads 182 instead of 309 tokens a second, in
+    4.5 instead of 6.1 GB."""
     parts, free = stage_memory(cfg, dist, *shape, **moments), free_memory(dist.device)
     need, keeps = sum(parts.values()), ""
     if dist.device.type == "cpu" and parts["parameters"] > 1e8:
         if free > 2 * need:
-            keeps = f" and speed a run up that takes up to {1.5 * need / 1e9:.1f}"
+            keeps = f" and speed a run up that takes up to {2 * need / 1e9:.1f}"
         else:
             with suppress(AttributeError, TypeError, OSError):  # only glibc knows mallopt
                 ctypes.CDLL(None).mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD

@@ -296,9 +296,9 @@ def test_the_clip_is_counted_where_it_changes_a_loss(tiny, reward):
     model, _ = load_model(tiny.pt, torch.device("cpu"), torch.float32)
     A = torch.tensor([1.0, -1.0] * 4)
 
-    def losses(**change):
+    def losses(first=False, **change):
         return train_rl.reply_losses(model, model, rollout, A, list(range(8)),
-                                     replace(cfg, **change), ALONE)
+                                     replace(cfg, **change), ALONE, first)
     for kind in ("rloo", "grpo"):
         loss, clipped = losses(advantage=kind)
         assert_close(loss, -A, atol=1e-4, rtol=0)
@@ -309,6 +309,8 @@ def test_the_clip_is_counted_where_it_changes_a_loss(tiny, reward):
     ratio = (logps - rollout.logps).sum(1).exp()
     want = torch.where(A > 0, ratio > 1.02, ratio < 0.99)
     assert 0 < want.sum() < 8 and torch.equal(losses()[1], want)
+    loss, clipped = losses(first=True)  # as if these weights had written the replies
+    assert torch.equal(loss, -A) and not clipped.any()
 
 
 def test_reference_and_reward_model_stay_as_they_are(tiny, reward, tmp_path, monkeypatch):

