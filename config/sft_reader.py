@@ -3,7 +3,7 @@ The reader's fine-tuning: chats about documents, by LoRA. 2 CPU cores, 10 minute
 
     python -m demo.reader --init_from=…        says the whole command
 """
-init_from = "out/smollm2"
+init_from = "out/smol"
 data = "out/reader/data/chat.jsonl"
 out_dir = "out/reader/sft"
 

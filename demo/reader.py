@@ -2,7 +2,7 @@
 A reader of your documents: a model that answers from numbered sources, names the one that it used,
 and says so if none holds the answer. It starts from a model that can chat, in half an hour.
 
-    python -m demo.reader --init_from=out/smollm2 --corpus=corpus.jsonl --queries=queries.jsonl
+    python -m demo.reader --init_from=out/smol --corpus=corpus.jsonl --queries=queries.jsonl
 
 The files are those of `python rag.py eval`: documents, and questions with answers that stand in
 them. Documents of one title stay together, and three titles of ten are held out: each figure of the
