@@ -1,8 +1,8 @@
 """
-The reader's reinforcement learning with the reward of config/reward_reader.py. 2 CPU cores, 8
-minutes.
+The reader's reinforcement learning with the reward of config/reward_reader.py. 2 CPU cores, 9
+minutes. As yet the model learns to refuse too much (docs/results.md).
 
-    python -m demo.reader --init_from=…        says the whole command
+    python -m demo.reader --until=rl --init_from=…        says the whole command
 """
 init_from = "out/reader/dpo/merged"
 reward_from = "config/reward_reader.py"
@@ -17,8 +17,8 @@ prompts_per_step = 16
 batch_size = 16
 rollout_size = 64
 answer_tokens = 40
-max_steps = 12
-learning_rate = 1e-4
+max_steps = 10
+learning_rate = 2e-4
 warmup_steps = 2
 eval_every = 1000
 eval_prompts = 32

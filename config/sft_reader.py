@@ -1,5 +1,5 @@
 """
-The reader's fine-tuning: chats about documents, by LoRA. 2 CPU cores, 10 minutes for 135M.
+The reader's fine-tuning: chats about documents, by LoRA. 2 CPU cores, 25 minutes for 135M.
 
     python -m demo.reader --init_from=…        says the whole command
 """

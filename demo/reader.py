@@ -1,6 +1,6 @@
 """
 A reader of your documents: a model that answers from numbered sources, names the one that it used,
-and says so if none holds the answer. It starts from a model that can chat, in half an hour.
+and says so if none holds the answer. It starts from a model that can chat, in 45 minutes.
 
     python -m demo.reader --init_from=out/smol --corpus=corpus.jsonl --queries=queries.jsonl
 
@@ -10,7 +10,7 @@ report is of questions about these. Three stages train a small update of the mod
 
     SFT   short answers with the number of their source, "308 [2]", and the refusal of rag.py
     DPO   the right reply against a wrong one that the SFT model gave itself
-    RL    the reward of config/reward_reader.py: F1, a citation that is right, nothing invented
+    RL    (--until=rl) the reward of config/reward_reader.py: F1, a right citation, no invention
 
 A stage is a command of this project, printed first; its settings stand in config/*_reader.py. The
 same command again goes on where it was stopped. A source is a chunk as rag.py cuts it. Where a
@@ -68,9 +68,9 @@ class Config:
     chunk_tokens: Budget = 64  # most words, Han characters and signs of a source
     semantic: bool = False  # end sources where the topic changes, too
     chats: Count = 800  # to learn from in SFT; each asks all the questions of a document
-    pairs: Count = 200  # to learn from in DPO
+    pairs: Count = 160  # to learn from in DPO
     questions: Count = 200  # of each kind that judge a stage
-    until: Literal["sft", "dpo", "rl"] = "rl"  # the last stage
+    until: Literal["sft", "dpo", "rl"] = "dpo"  # the last stage; RL refuses too much as yet
     seed: int = 0  # of the sources that are shown, their order and the training
 
 

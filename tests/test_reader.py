@@ -145,7 +145,7 @@ def test_each_stage_begins_with_the_one_before(made, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["demo.reader", "--init_from=base", "--questions=8",
                                       f"--corpus={made[0].corpus}", f"--queries={made[0].queries}",
-                                      "--out_dir=out", "--chats=5"])
+                                      "--out_dir=out", "--chats=5", "--until=rl"])
     reader.main()
     begins = [next(w for w in words if w.startswith("--init_from=")) for words in commands]
     out = tmp_path / "out"
