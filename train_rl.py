@@ -120,7 +120,7 @@ def best_possible(rewards: Tensor, beta: float) -> tuple[float, float]:
     """J* = beta log E_ref[exp(r / beta)], above which no policy gets, and its standard error, from
     the rewards r of replies that the reference wrote, (n,) or (n, replies to a prompt). With Z =
     E_ref[exp(r / beta)] the policy P_ref exp(r / beta) / Z has J = J*, any other has J* - beta
-    KL(it || that one) (Rafailov et al. 2023, appendix A.1). Of several prompts: a bound."""
+    KL(it || that one) (Rafailov et al. 2023, A.1). Over several prompts it is an upper bound."""
     top = float(rewards.max())
     weights = ((rewards - top) / beta).cpu().double().exp()  # not every device has fp64
     weights = weights.view(len(weights), -1).mean(1)  # replies to one prompt are alike

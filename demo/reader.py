@@ -1,6 +1,6 @@
 """
 A reader of your documents: a model that answers from numbered sources, names the one that it used,
-and says so if none holds the answer. It starts from a model that can chat, in 45 minutes.
+and says so if none holds the answer. It starts from a model that can chat, in about 40 minutes.
 
     python -m demo.reader --init_from=out/smol --corpus=corpus.jsonl --queries=queries.jsonl
 
@@ -35,12 +35,10 @@ import rag
 from bench.rag import read_records
 from configurator import Count, FilePath, configure
 from demo.__main__ import keep_settings, run, stop
-from demo.judge import read_rows, table
-from generate import complete
+from demo.judge import answers, read_rows, table
 from plumbing import terminal
 from plumbing.answers import score_answer
 from plumbing.configfile import run_config
-from plumbing.examples import in_batches
 from plumbing.files import write_text
 from plumbing.loading import load_model
 from plumbing.order import hash64
@@ -48,11 +46,9 @@ from search.citations import location, shown, split_answer
 from search.documents import Cut
 from search.index import Hit, Index
 from search.segment import Budget, Chunk
-from tokenizer import render
 
 SHORT = 60  # characters of the longest answer that is trained on
 SOURCES = 3  # before a question
-LONGEST = 40  # tokens of a reply
 LAST = "queries_heldout"  # the file of `make` that is written last
 STAGES, REWARD = ("sft", "dpo", "rl"), "config/reward_reader.py"
 FIGURES = ("F1", "EM", "cites right", "refuses, there", "refuses, not there")
@@ -78,15 +74,13 @@ class Question(NamedTuple):
     text: str
     answers: list[str]
     doc: str
-    source: str  # data set, as the files name it
 
 
-def read_files(cfg: Config) -> tuple[list[dict], list[Question]]:
-    """Documents of the language, and questions whose answer stands in their document."""
+def read_files(cfg: Config) -> tuple[list[dict], list[dict]]:
+    """Documents of the language, and the lines of questions about them whose answer they hold."""
     docs = [row for row in read_records(cfg.corpus, "corpus") if row["lang"] == cfg.lang]
     texts = {row["id"]: row["text"] for row in docs}
-    asked = [Question(row["query"], row["answers"], row["doc_id"], row["source"])
-             for row in read_records(cfg.queries, "queries")
+    asked = [row for row in read_records(cfg.queries, "queries")
              if any(answer in texts.get(row["doc_id"], "") for answer in row["answers"])]
     if not asked:
         raise ValueError(f"{cfg.queries}: no {cfg.lang} question has its answer in {cfg.corpus}")
@@ -103,9 +97,9 @@ def fill(index: Index, docs: list[dict], cut: Cut) -> None:
     index.commit()
 
 
-def holders(question: Question, chunks: list[Chunk]) -> list[int]:
-    """Which of the chunks hold an answer."""
-    return [i for i, chunk in enumerate(chunks) if any(a in chunk.text for a in question.answers)]
+def holds(chunk: Chunk, question: Question) -> bool:
+    """Whether an answer stands in a chunk."""
+    return any(answer in chunk.text for answer in question.answers)
 
 
 def prompt(question: str, chunks: list[Chunk]) -> list[dict]:
@@ -121,24 +115,22 @@ def own_chunks(index: Index, question: Question) -> list[Chunk]:
 
 def near_misses(index: Index, question: Question) -> list[Chunk]:
     """The chunks that share the most with a question and do not hold its answer."""
-    return [hit.chunk for hit in index.search(question.text, 20)
-            if not holders(question, [hit.chunk])]
+    hits = index.search(question.text, 20)
+    return [hit.chunk for hit in hits if not holds(hit.chunk, question)]
 
 
 def case(index: Index, question: Question, there: bool, cfg: Config) -> dict | None:
     """A prompt with its answers and the number of its source, or with none. None if the answer of
     the question was cut in two."""
     r = Random(f"{cfg.seed}/{question.text}/{there}")
-    own = own_chunks(index, question)
-    gold = [own[i] for i in holders(question, own)]
+    gold = [chunk for chunk in own_chunks(index, question) if holds(chunk, question)]
     if not gold:
         return None
     best = max(gold, key=lambda c: sum(w in c.text for w in question.text.split()))
     chunks = [best] * there + near_misses(index, question)[:SOURCES - there]
     r.shuffle(chunks)
     return {"prompt": prompt(question.text, chunks), "answers": question.answers if there else [],
-            "source": chunks.index(best) + 1 if there else 0, "lang": cfg.lang,
-            "from": question.source}
+            "source": chunks.index(best) + 1 if there else 0, "lang": cfg.lang}
 
 
 def right_reply(row: dict) -> str:
@@ -155,20 +147,21 @@ def conversation(index: Index, asked: list[Question], cfg: Config, r: Random) ->
     r.shuffle(chunks)
     messages: list[dict] = []
     for question in r.sample(asked, len(asked)):
-        found = holders(question, chunks)
+        found = [i for i, chunk in enumerate(chunks) if holds(chunk, question)]
         if len(found) > 1 or any(chunks[i] not in own for i in found):
             continue  # which of the sources is right?
         row = {"answers": question.answers[:1] if found else [], "lang": cfg.lang,
                "source": found[0] + 1 if found else 0}
-        first = prompt(question.text, chunks)
-        messages += [*(first if not messages else prompt(question.text, [])[1:]),
+        sources = [] if messages else chunks  # they stand in the first question
+        messages += [*prompt(question.text, sources)[len(messages) > 0:],  # one system message
                      {"role": "assistant", "content": right_reply(row)}]
     return {"messages": messages, "lang": cfg.lang}
 
 
 def make(cfg: Config, data: Path) -> None:
     """Write the files to train on and to judge by."""
-    docs, asked = read_files(cfg)
+    docs, lines = read_files(cfg)
+    asked = [Question(row["query"], row["answers"], row["doc_id"]) for row in lines]
     settings = rag.Config(chunk_tokens=cfg.chunk_tokens, semantic=cfg.semantic)
     cut, away = rag.cutter(settings, None), {row["id"] for row in docs if is_held_out(row)}
     os.makedirs(data, exist_ok=True)
@@ -193,7 +186,7 @@ def make(cfg: Config, data: Path) -> None:
     files["chat_heldout"] = [
         {"messages": [*row["prompt"], {"role": "assistant", "content": right_reply(row)}],
          "lang": cfg.lang} for row in files["prompts_heldout"][:100]]
-    files[LAST] = [q for q in read_rows(Path(cfg.queries)) if q["doc_id"] in away]
+    files[LAST] = [row for row in lines if row["doc_id"] in away]
     for name, rows in files.items():
         write_rows(data / f"{name}.jsonl", rows)
 
@@ -205,14 +198,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def say(where: str, rows: list[dict], temperature: float, seed: int) -> list[str]:
     """The reply of a checkpoint's model to each prompt."""
     model, tok = load_model(where, torch.device("cpu"), torch.int8)
-    asked = [render(tok, row["prompt"], add_generation_prompt=True)[0] for row in rows]
-    order, found = sorted(range(len(asked)), key=lambda i: len(asked[i])), [""] * len(asked)
-    for some in in_batches(order, 16):
-        for i, text in zip(some, complete(model, tok, [asked[i] for i in some], LONGEST,
-                                          stop=(tok.im_end,), temperature=temperature,
-                                          seed=hash64(seed, some[0]))):
-            found[i] = text
-    return found
+    return answers(model, tok, [row["prompt"] for row in rows], temperature, seed)
 
 
 def figures(rows: list[dict], said: list[str]) -> dict[str, float]:
