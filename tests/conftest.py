@@ -27,12 +27,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def signals_as_before():
-    """A stage trained in this process leaves its handlers, and the next fork would have them."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def plain_signals():
+    """A stage trained in this process leaves its handlers, and the next fork would have them. What
+    a fixture of a whole file trains is trained before this, so they are set, not put back."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
