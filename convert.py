@@ -74,7 +74,7 @@ def in_gguf(c: ModelConfig) -> dict[str, str]:
     layers.3.mlp.up_proj.weight. (Hugging Face puts "model." before all of ours but lm_head.)"""
     import gguf
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, c.n_layer)  # which has all of ours
-    return {names.get_name(name, (".weight", ".bias")): name for name in shapes(c)}
+    return {names.get_name(name, (".weight", ".bias")) or name: name for name in shapes(c)}
 
 
 def reordered(t: Tensor, heads: int, back: bool) -> Tensor:

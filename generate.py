@@ -203,8 +203,9 @@ def read_prompts(cfg: Config) -> list[str]:
 def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config,
            history: list[dict] | None = None) -> list[str]:
     """Print, and return, each prompt and what follows it; with the history of a chat, a reply."""
-    ids = [[*tok.begin, *tok.encode_ordinary(prompt)] if history is None else
-           chat_ids(tok, history, prompt, cfg.think) for prompt in prompts]
+    ids = [[*tok.begin, *tok.encode_ordinary(prompt)] if history is None else render(
+        tok, [*history, {"role": "user", "content": prompt}], True, cfg.think)[0]
+        for prompt in prompts]
     texts = list(prompts) if history is None else [""] * len(prompts)
     max_tokens = cfg.max_tokens or max(1, min(200, model.config.max_seq_len - max(map(len, ids))))
     stop, stream = tok.stop if cfg.stop else (), len(ids) == 1 and cfg.stream is not False
@@ -230,10 +231,6 @@ def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config,
     return texts
 
 
-def chat_ids(tok: Tokenizer, history: list[dict], line: str, think: bool) -> list[int]:
-    return render(tok, [*history, {"role": "user", "content": line}], True, think)[0]
-
-
 def converse(model: Transformer, tok: Tokenizer, line: str, history: list[dict] | None,
              cfg: Config) -> None:
     """Continue a line; with the history of a chat, reply to it as the next message, and keep both.
@@ -242,13 +239,13 @@ def converse(model: Transformer, tok: Tokenizer, line: str, history: list[dict] 
         answer(model, tok, [line], cfg)
         return
     room = model.config.max_seq_len - (cfg.max_tokens or min(200, model.config.max_seq_len // 2))
-    kept, system = list(history), bool(cfg.system)
-    while len(kept) > system and len(chat_ids(tok, kept, line, cfg.think)) > room:
+    kept, system, asked = list(history), bool(cfg.system), {"role": "user", "content": line}
+    while len(kept) > system and len(render(tok, [*kept, asked], True, cfg.think)[0]) > room:
         del kept[system:system + 2]  # a question and its reply
     if len(kept) < len(history):
         say("(the oldest messages no longer fit and are forgotten)")
     reply, = answer(model, tok, [line], cfg, kept)
-    history[:] = [*kept, {"role": "user", "content": line}, {"role": "assistant", "content": reply}]
+    history[:] = [*kept, asked, {"role": "assistant", "content": reply}]
 
 
 def talk(model: Transformer, tok: Tokenizer, history: list[dict] | None, cfg: Config) -> None:

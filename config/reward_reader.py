@@ -8,8 +8,10 @@ right source, minus a half if it stands in no source.
      "answers": ["17", "seventeen"], "source": 2, "lang": "en"}
 
 "17 [2]" gets 1.25, "17" gets 1, "is 17 [1]" gets 0.67, "18 [2]" gets -0.25, and the refusal of
-rag.py 0. With "answers": [] the sources hold no answer: then the refusal gets 1 and all else -1. A
-reply passes if it is an answer word for word with its citation, or a refusal where it is due.
+rag.py -1. With "answers": [] the sources hold no answer: then the refusal gets 1 and all else -1.
+A wrong refusal costs as much as an invention: if it cost nothing, a model in doubt would do best to
+refuse. A reply passes if it is an answer word for word with its citation, or a refusal where it is
+due.
 """
 from plumbing.answers import score_answer
 from rag import REFUSAL
@@ -19,7 +21,7 @@ from search.citations import split_answer
 def reward(prompt: list[dict], reply: str, record: dict) -> float:
     refuses = reply.strip() == REFUSAL[record["lang"]]
     if refuses or not record["answers"]:
-        return float(not record["answers"]) * (1.0 if refuses else -1.0)
+        return 1.0 if refuses == (not record["answers"]) else -1.0
     said, cited = split_answer(reply)
     f1 = score_answer(said, record["answers"], record["lang"])[1]
     return f1 + 0.25 * (cited == [record["source"]]) - 0.5 * (said not in prompt[-1]["content"])

@@ -178,13 +178,12 @@ def stage_memory(cfg: Settings, dist: Dist, model: Transformer | ModelConfig, ro
 def memory_line(cfg: Settings, dist: Dist, *shape, **moments) -> str:
     """`stage_memory` beside what is free; a warning past 90 %. A large run on a CPU takes up to
     twice as much, because glibc keeps blocks that are freed. Where memory is short, those of 256 kB
-    leave the process, at a price: LoRA of 135M then reads 182 instead of 309 tokens a second, in
-    4.5 instead of 6.1 GB."""
+    leave the process, which slows LoRA of 135M to 0.6 of its speed (docs/results.md)."""
     parts, free = stage_memory(cfg, dist, *shape, **moments), free_memory(dist.device)
     need, keeps = sum(parts.values()), ""
     if dist.device.type == "cpu" and parts["parameters"] > 1e8:
         if free > 2 * need:
-            keeps = f" and speed a run up that takes up to {2 * need / 1e9:.1f}"
+            keeps = f": the run may take up to {2 * need / 1e9:.1f}, which is faster"
         else:
             with suppress(AttributeError, TypeError, OSError):  # only glibc knows mallopt
                 ctypes.CDLL(None).mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD

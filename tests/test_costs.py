@@ -137,4 +137,4 @@ def test_what_is_freed_is_returned_only_where_memory_is_short(gigabytes, returns
     line = costs.memory_line(train_sft.Config(), ALONE, ModelConfig(**shape), 1, 32, 1)
     need = float(re.match(r"memory: ([\d.]+) GB = ", line)[1])
     assert calls == [(-3, 1 << 18)] * returns and 0.5 < need < 1
-    assert returns != line.endswith(f"speed a run up that takes up to {2 * need:.1f}")
+    assert returns != line.endswith(f"may take up to {2 * need:.1f}, which is faster")

@@ -82,7 +82,7 @@ def test_a_reply_has_the_form_that_is_asked_for():
 @pytest.mark.parametrize("reply, want, passes", [
     ("17 [2]", 1.25, True), ("17 [2].", 1.25, True), ("17", 1.0, False), ("17 [1]", 1.0, False),
     ("is 17 [1]", 2 / 3, False), ("18 [2]", -0.25, False), ("17 [1] [2]", 1.0, False),
-    ("Not found in the documents.", 0, False)])
+    ("Not found in the documents.", -1, False)])
 def test_a_reader_answers_cites_and_invents_nothing(reply, want, passes):
     """The row of its docstring: F1, a quarter for the citation, minus a half for what stands in no
     source."""
