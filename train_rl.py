@@ -240,8 +240,8 @@ def train(cfg: Config, dist: Dist) -> None:
     if cfg.beta:  # a KL that costs nothing leaves no limit but the best reply of all
         start["best"], start["best_error"] = best_possible(rewards, cfg.beta)
     first = sharding.resume(cfg, KIND, model, optimizers, tok, data_id)
-    log = Log(cfg, dist, first, max_steps, 0,
-              flops_per_token(config, length, frozen=count_frozen(model)), columns=COLUMNS)
+    flops = flops_per_token(config, longest + cfg.answer_tokens, frozen=count_frozen(model))
+    log = Log(cfg, dist, first, max_steps, 0, flops, COLUMNS)
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
     mean = {"mismatch": 0.0, "equal": 0.0}
 

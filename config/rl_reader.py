@@ -6,7 +6,7 @@ minutes. As yet the model learns to refuse too much (docs/results.md).
 """
 init_from = "out/reader/dpo/merged"
 reward_from = "config/reward_reader.py"
-data = "out/reader/data/prompts.jsonl"
+data = "out/reader/data/prompts_later.jsonl"
 out_dir = "out/reader/rl"
 
 lora_rank = 16

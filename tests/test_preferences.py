@@ -328,6 +328,16 @@ def test_reference_and_reward_model_stay_as_they_are(tiny, reward, tmp_path, mon
         assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
+def test_operations_are_those_of_texts_as_long_as_there_are(tiny, reward, tmp_path, monkeypatch):
+    """They were counted for texts as long as the model can read, 8,192 tokens: MFU was 164 %."""
+    lengths = []
+    monkeypatch.setattr(train_rl, "flops_per_token", lambda config, length, **more: (
+        lengths.append(length), 1)[1])
+    cfg = settings("rl", tiny, tmp_path / "run", reward, max_steps=2)
+    train_rl.train(cfg, ALONE)
+    assert 0 < lengths[0] - cfg.answer_tokens < 120 < tiny.model.config.max_seq_len
+
+
 @pytest.mark.parametrize("change", [dict(advantage="grpo"), dict(advantage="grpo_mean"),
                                     dict(updates_per_rollout=2, learning_rate=1e-2)])
 def test_the_other_ways_run_and_are_finite(tiny, reward, tmp_path, change):
