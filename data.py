@@ -4,9 +4,10 @@ Text -> token files, and token files -> batches.
     python data.py --input=PATHS --tokenizer=FILE --out_dir=DIR [--workers=N]
 
 Each language and split becomes one file, DIR/train_zh.bin and so on: a 256-byte header, then the
-token ids of all documents, each closed by <|endoftext|>. A document belongs to the validation split
-by a hash of its text, so copies of it never are on both sides. Several processes share the work,
-and how many does not change the result. A folder is whole once it has its meta.json.
+token ids of all documents, each closed by <|endoftext|>. A hash of its text decides whether a
+document is for training or validation, so that two copies of it are never on both sides. Several
+processes share the work, and how many does not change the result. meta.json is written last: a
+folder without it is unfinished.
 
 Pre-training reads windows of a fixed length straight from the mapped files; fine-tuning reads
 chats that were packed into windows. Which windows make up a batch is a pure function of (seed,
@@ -57,15 +58,16 @@ class Config:
 class Windows:
     """Windows of `length` tokens, and the token after each, over all training files.
 
-    Of a file 7 8 9 1 2 3 4, windows of 3 tokens are 7 8 9 with the targets 8 9 1, and 1 2 3 with
-    the targets 2 3 4. Within an epoch every window comes once, in an order that is new each epoch;
-    so is the offset at which the windows start, so that no token is always first in its window.
+    Of a file 0 1 2 … 9, windows of 3 tokens are 0 1 2 with the targets 1 2 3, and 3 4 5 with the
+    targets 4 5 6; at an offset of 2 they are 2 3 4 and 5 6 7. Within an epoch every window comes
+    once. The order is new each epoch, and so is the offset, so that no token is always first in its
+    window.
     """
 
     def __init__(self, files: list[TokenFile], length: int, seed: int):
         self.files, self.length, self.seed = files, length, seed
         self.ids = [np.asarray(f.ids) for f in files]  # the same memory, without memmap's own cost
-        # one window's worth is left over for the offset, or none in a file with one window only
+        # one window less than there is room for, which leaves some for the offset, but at least one
         counts = [max(len(ids) // length - 1, int(len(ids) > length)) for ids in self.ids]
         self.firsts = np.cumsum([0] + counts).tolist()  # number of each file's first window
         self.n = self.firsts[-1]
@@ -80,16 +82,16 @@ class Windows:
         self.offsets = lru_cache(maxsize=2)(self._offsets)
 
     def batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
-        """Samples start … start + size - 1 of the endless stream as inputs and targets, both
-        (size, length) int64. Raises ValueError for an id outside the vocabulary."""
+        """Windows start … start + size - 1 of an endless stream of epochs as inputs and targets,
+        both (size, length) int64. Raises ValueError for an id outside the vocabulary."""
         rows = np.empty((size, self.length + 1), np.int64)
         for i, window in enumerate(self.order.take(start, size)):
             epoch = (start + i) // self.n
-            source = bisect_right(self.firsts, window) - 1
+            source = bisect_right(self.firsts, window) - 1  # the file that it is in
             at = self.offsets(epoch)[source] + (window - self.firsts[source]) * self.length
             rows[i] = self.ids[source][at:at + self.length + 1]
         if rows.max(initial=0) >= min(f.vocab_size for f in self.files):
-            for file in self.files:
+            for file in self.files:  # which of them is it?
                 check_ids(file, file.ids)
         both = torch.from_numpy(rows)
         return both[:, :-1], both[:, 1:]
@@ -100,13 +102,13 @@ class Windows:
         return [draw % min(self.length, max(len(ids) - self.length, 1)) for ids in self.ids]
 
 
-def prefetch(make: Callable, places: Iterable[tuple]) -> Iterator:
-    """make(*place) of each place in turn, the next one made by a thread while the caller is busy:
+def prefetch(make: Callable, calls: Iterable[tuple]) -> Iterator:
+    """make(*arguments) for each of `calls`. A thread makes the next one while the caller is busy:
     a slow disk then costs time only where it takes longer than the work."""
     with ThreadPoolExecutor(1) as thread:
         coming: deque = deque()
-        for place in places:
-            coming.append(thread.submit(make, *place))
+        for arguments in calls:
+            coming.append(thread.submit(make, *arguments))
             if len(coming) > 1:
                 yield coming.popleft().result()
         while coming:
@@ -115,9 +117,9 @@ def prefetch(make: Callable, places: Iterable[tuple]) -> Iterator:
 
 def passages(file: TokenFile, length: int, batch_size: int, max_tokens: int | None = None,
              ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The whole file in order (or evenly spaced windows of about `max_tokens`) for evaluation:
-    every token but the first is a target once. The end of the last row is filled with IGNORE.
-    Raises ValueError for an id outside the vocabulary."""
+    """Batches for evaluation: the whole file in order, so that every token but the first is a
+    target once, or evenly spaced windows with about `max_tokens`. The end of the last row is filled
+    with IGNORE. Raises ValueError for an id outside the vocabulary."""
     n = -(-max(len(file.ids) - 1, 0) // length)
     every = max(1, n * length // max_tokens) if max_tokens else 1
     starts = np.arange(0, n, every) * length
@@ -128,7 +130,7 @@ def passages(file: TokenFile, length: int, batch_size: int, max_tokens: int | No
             check_ids(file, part)
             row[:len(part)] = part
         both = torch.from_numpy(rows)
-        yield both[:, :-1].clamp(min=0), both[:, 1:]
+        yield both[:, :-1].clamp(min=0), both[:, 1:]  # IGNORE is no id: any other will do
 
 
 # ---------------------------------------------------------------------------- fine-tuning
@@ -138,28 +140,29 @@ def pack(lengths: list[int], size: int) -> list[list[int]]:
     in the fullest window that still has room (best fit decreasing). The numbers of the rows in each
     window: pack([5, 3, 2], 5) -> [[0], [1, 2]]."""
     bins: list[list[int]] = []
-    waiting: dict[int, list[int]] = {}  # bins by the room that is left in them
+    by_room: dict[int, list[int]] = {}  # numbers of bins by the room that is left in them
     rooms: list[int] = []  # its keys in order
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         at = bisect_left(rooms, lengths[i])
         if at < len(rooms):
             room = rooms[at]
-            number = waiting[room].pop()
-            if not waiting[room]:
-                del waiting[room], rooms[at]
+            number = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[at]
         else:
             room, number = size, len(bins)
             bins.append([])
         bins[number].append(i)
-        if room := room - lengths[i]:
-            if room not in waiting:
+        room -= lengths[i]
+        if room:
+            if room not in by_room:
                 insort(rooms, room)
-            waiting.setdefault(room, []).append(number)
+            by_room.setdefault(room, []).append(number)
     return bins
 
 
 class Packed:
-    """Rows of chats packed whole into windows of `length` tokens."""
+    """Chats, each a row of token ids, packed whole into windows of `length` tokens."""
 
     def __init__(self, rows: Rows, length: int, seed: int):
         self.rows, self.length = rows, length
@@ -187,12 +190,13 @@ def encode(documents: list[Document], tokenizer: str, val_fraction: float) -> Ma
         ids.setdefault(name, []).append(
             np.array(tok.encode_ordinary(document.text) + [tok.endoftext], id_type(tok)))
         counts.update({f"{name} documents": 1, f"{name} bytes": len(raw),
-                       ENDOFTEXT: ENDOFTEXT in document.text})
+                       ENDOFTEXT: int(ENDOFTEXT in document.text)})  # as text: see `prepare`
     return {name: np.concatenate(parts).tobytes() for name, parts in ids.items()}, counts
 
 
 def prepare(cfg: Config, progress: Progress) -> None:
-    """Write the token files of a folder. Raises ValueError or OSError for what a user can mend."""
+    """Write the token files of a folder. Raises ValueError or OSError for what a user can
+    put right."""
     tok = load_tokenizer(cfg.tokenizer)
     out = Folder(cfg.out_dir, find_files(cfg.input), tok, cfg.val_fraction)
     if out.finished:

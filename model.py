@@ -1,13 +1,13 @@
 """
 The language model, a decoder like Qwen3 and Llama, and the cache that lets it write fast.
 
-    x = E[idx];  x += Attention(RMSNorm(x));  x += SwiGLU(RMSNorm(x));  logits = RMSNorm(x) E^T
+    x = E[idx];  x += Attention(RMSNorm(x));  x += SwiGLU(RMSNorm(x));  logits = RMSNorm(x) W^T
 
 RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), grouped-query attention
 (Ainslie et al. 2023) with normalised queries and keys (Henry et al. 2020), SwiGLU (Shazeer 2020),
 no dropout. Parameters have the names of `transformers`, so weights move between the two by name
 (convert.py), and logits agree to 1e-5. The losses stand in the training scripts; all but the reward
-model's are made of `token_logps`.
+model's are made of `token_logps`. W is E itself in a model whose `tied` is true.
 """
 import math
 from dataclasses import dataclass
@@ -52,9 +52,9 @@ class ModelConfig:
 
 def rope_table(positions: Tensor, head_dim: int, theta: float,
                scaling: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of position times frequency, each (*positions.shape, head_dim) in fp32.
-    The frequencies are theta^(-2i/head_dim); both halves of a head use the same ones. Llama 3.1
-    divides those below `low` turns in `length` tokens by `factor`, and those below `high` a bit."""
+    """cos, and sin with the signs that `rotate` needs, of position times frequency: fp32, each
+    (*positions.shape, head_dim). Both halves of a head have the frequencies theta^(-2i/head_dim).
+    Llama 3.1 divides by `factor` what turns less than `low` times in `length` tokens: see below."""
     i = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     frequency = theta ** (-i / head_dim)
     if scaling:
@@ -97,7 +97,7 @@ class KVCache:
                              f"{T} more do not fit")
 
     def take(self, rows: list[int]) -> None:
-        """Go on with these rows, each as often as it is named: [0, 0, 1] writes twice to 0."""
+        """Keep these rows, each as often as it is named: [0, 0, 1] makes two copies of row 0."""
         self.kv, self.pad = self.kv[:, :, rows], self.pad[rows]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ class KVCache:
 
 
 class RMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:  # torch is fast if x and the gain are of one type
+    def forward(self, x: Tensor) -> Tensor:  # torch is fast if x and the weight are of one type
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -134,10 +134,10 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
-        q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
+        q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)  # rope is in fp32
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        # is_causal aligns the mask to the top left, so it is right only when nothing came before
+        # no mask: a token sees itself and all before it. With is_causal T = 1 would see one key
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True,
                                            is_causal=mask is None and T > 1)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -183,13 +183,13 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # 2 n_layer branches are added to x; scaled so, they vary together as one would
+                # 2 n_layer branches are added to x: so their sum is as large at any depth (GPT-2)
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02
                 nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        if not config.tied:  # a tied embedding stays small: as the head it must guess evenly
+        if not config.tied:  # else it stays small: it is the head too, which must guess evenly
             nn.init.normal_(self.embed_tokens.weight, std=1 / math.sqrt(config.n_embd))
 
     def forward(self, idx: Tensor, cache: KVCache | None = None, hidden: bool = False,
@@ -216,7 +216,7 @@ class Transformer(nn.Module):
         for block in self.layers:
             x = block(x, rope, mask, cache)
         if cache is not None:
-            cache.length += T
+            cache.length += T  # only now: each layer has written at the same place
         x = self.norm(x)
         return x if hidden else self.lm_head(x)
 
@@ -231,7 +231,7 @@ class Transformer(nn.Module):
         mask = key <= positions[:, None]  # (T, S)
         if padded:
             real = key >= cache.pad[:, None, None, None]  # (B, 1, 1, S)
-            mask = mask & (real | (key == positions[:, None]))  # padding sees itself: no empty row
+            mask = mask & (real | (key == positions[:, None]))  # else NaN: a row of no key
             positions = (positions - cache.pad[:, None]).clamp(min=0)  # (B, T)
         return positions, mask
 
@@ -240,14 +240,14 @@ class Transformer(nn.Module):
         """Positions in each segment, (B, T), and which keys a token may see, (B, 1, T, T). `index`
         (T,) counts the tokens of a row. segments [[1, 1, 2]] -> positions [[0, 1, 0]]."""
         begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-        first = torch.where(begins, index, 0).cummax(dim=1).values  # index of its first token
+        first = torch.where(begins, index, 0).cummax(dim=1).values  # where its own segment begins
         same = segments[:, None, :, None] == segments[:, None, None, :]
         return index - first, same & (index <= index[:, None])
 
 
 class RewardModel(nn.Module):
     """A Transformer that gives a text one number, read from its last state in fp32. `mean` and
-    `std` are those of the SFT model's own replies, so that (score - mean) / std means the same
+    `std` are of its scores of replies by the SFT model, so that (score - mean) / std means the same
     for every reward model."""
     mean: Tensor
     std: Tensor
@@ -272,9 +272,9 @@ class RewardModel(nn.Module):
 
 
 def token_logps(hidden: Tensor, head: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
-    """log P(target) of each token, (B, T) in fp32, and 0 where the target is IGNORE (-100). With
-    reduction "sum" it is their sum, a scalar, which saves one matrix product. hidden (B, T, C) are
-    the last states, head (V, C) is `lm_head.weight`, targets (B, T). The (B, T, V) logits exist
-    only a portion at a time: they would be the largest tensor of a run."""
+    """log P(target) of each token, (B, T) in fp32, and 0 where the target is IGNORE (-100): as
+    -F.cross_entropy(hidden @ head.T, …), but the (B, T, V) logits, the largest tensor of a run,
+    exist only a portion at a time. Reduction "sum" gives their sum and computes them once, not
+    twice. hidden (B, T, C): last states; head (V, C): `lm_head.weight`; targets (B, T)."""
     nats = token_nats(hidden.flatten(0, 1), head, targets.flatten(), reduction == "sum")
     return -nats if reduction == "sum" else -nats.float().view_as(targets)

@@ -118,7 +118,7 @@ class Server:
         wanted, seed = asked["max_completion_tokens"] or asked["max_tokens"] or room, asked["seed"]
         text = Text(prompt, min(wanted, room), on_token, self.tok.stop,
                     secrets.randbits(31) if seed is None else (seed + number) % 2**63,
-                    {f.name: asked[f.name] for f in fields(Sampling)}, quoting,
+                    {f.name: asked[f.name] for f in fields(Sampling) if f.name in asked}, quoting,
                     asked["top_logprobs"] if asked["logprobs"] else -1)
         if not self.batch.submit(text):
             raise Refused(503, "the server ends") if self.batch.over else Refused(

@@ -7,7 +7,9 @@ and turn chats into token ids that no text can forge.
 
 The text is cut into pieces; inside the pieces the most frequent pair of neighbouring
 tokens becomes a new token, until the vocabulary is full. The file it writes is text: a line of JSON
-(pattern, special tokens, sha256), then `base64(token bytes) rank` lines as tiktoken reads them.
+(pattern, special tokens, sha256), then `base64(token bytes) rank` lines as tiktoken reads them. The
+rank is the id of a token: to encode a piece, tiktoken joins the neighbours whose token has the
+lowest rank, until no two can be joined.
 """
 from plumbing.terminal import fail, only_talk, run, stop_imports
 stop_imports(__name__)  # Ctrl-C during the imports below
@@ -41,11 +43,12 @@ SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 # --kind=han: words of any script but Han, with one leading space | runs of Han | contractions |
 # punctuation, symbols and invisibles, with a leading space and the line ends after them | single
 # digits | line ends | other white space. Each character has its branch: tiktoken drops what none
-# matches. --kind=bpe cuts as Qwen2 does, which llama.cpp knows by name; a word may hold Han, too.
-PATTERN = (r" ?[^\s\p{N}\p{Han}\p{P}\p{S}\p{C}]+|\p{Han}+|'(?i:[sdmt]|ll|ve|re)"
+# matches. --kind=bpe cuts as Qwen2 does, which llama.cpp knows by name; a word may hold Han, too:
+# "It's the 狗dog 12" is It|'s| the| 狗dog| |1|2 in bpe, It|'s| the| |狗|dog| |1|2 in han.
+HAN_PATTERN = (r" ?[^\s\p{N}\p{Han}\p{P}\p{S}\p{C}]+|\p{Han}+|'(?i:[sdmt]|ll|ve|re)"
            r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\p{N}|[\r\n]+|[^\S\r\n]+")
 CHAR_PATTERN = r"(?s:.)"
-KINDS = {"bpe": QWEN2, "han": PATTERN, "char": CHAR_PATTERN}  # how text is cut into pieces
+KINDS = {"bpe": QWEN2, "han": HAN_PATTERN, "char": CHAR_PATTERN}  # how text is cut into pieces
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Config:
     input: str = "out/toyworld/pt.jsonl,out/toyworld/chat.jsonl"  # files or folders to train on
     out: FilePath = "out/toyworld/tokenizer.txt"  # the file to write
     kind: Literal["bpe", "han", "char"] = "bpe"  # han: Han stands apart; char: no merges at all
-    vocab_size: int = 1024  # tokens, the 256 bytes and 4 special ones included
+    vocab_size: int = 1024  # tokens, the 256 bytes and the special ones included
     max_mb: Count = 100  # of a larger input, lines drawn at random: about this much text
     on_bad_line: Literal["stop", "skip"] = "stop"  # at a line that is not as it should be
     workers: Natural = 0  # processes that count pieces; 0: one per core
@@ -61,7 +64,7 @@ class Config:
 
 # ---------------------------------------------------------------------------- training
 
-def count_pieces(texts: Iterable[str], pattern: str = PATTERN) -> Counter[bytes]:
+def count_pieces(texts: Iterable[str], pattern: str = HAN_PATTERN) -> Counter[bytes]:
     """How often each piece occurs, as UTF-8. The regex module cuts as tiktoken will, but for
     characters too new for the Unicode tables of either."""
     cut = regex.compile(pattern).findall
@@ -73,8 +76,8 @@ def count_pieces(texts: Iterable[str], pattern: str = PATTERN) -> Counter[bytes]
 
 def slow_bpe(counts: Counter[bytes], n_tokens: int) -> list[bytes]:
     """BPE by the book: join the most frequent pair of neighbouring tokens into a new token, again
-    and again. Of equally frequent pairs take the one of the oldest tokens. `train_bpe` finds the
-    same tokens without counting everything anew for each of them."""
+    and again, while there is one that occurs twice. Of equally frequent pairs it is the one of the
+    lowest ids. `train_bpe` finds the same tokens without counting everything anew for each."""
     tokens = [bytes([i]) for i in range(256)]
     pieces = [(list(piece), n) for piece, n in counts.items()]  # as token ids: bytes, at first
     while len(tokens) < n_tokens:
@@ -87,7 +90,7 @@ def slow_bpe(counts: Counter[bytes], n_tokens: int) -> list[bytes]:
             break
         for ids, _ in pieces:
             for i in range(len(ids) - 1):
-                if tuple(ids[i:i + 2]) == best:  # also False past the end, which joins bring nearer
+                if tuple(ids[i:i + 2]) == best:  # no pair is left at the end of what was joined
                     ids[i:i + 2] = [len(tokens)]
         tokens.append(tokens[best[0]] + tokens[best[1]])
     return tokens
@@ -104,8 +107,8 @@ def train_char(counts: Counter[bytes]) -> list[bytes]:
 
 def dump(tokens: list[bytes] | dict[bytes, int], pattern: str,
          specials: dict[str, int] | None = None, rules: dict | None = None) -> str:
-    """A tokenizer as text. The places of tokens in a list are their ids, and the special tokens get
-    the next; a model from elsewhere has ids of its own, and rules (plumbing/templates.py)."""
+    """A tokenizer as text. The id of a token is its place in the list, and special tokens get the
+    next; a model from elsewhere has a dict of ids of its own, and rules (plumbing/templates.py)."""
     ranks = tokens if isinstance(tokens, dict) else {token: i for i, token in enumerate(tokens)}
     specials = specials or {name: len(tokens) + i for i, name in enumerate(SPECIALS)}
     lines = "".join(f"{b2a_base64(t, newline=False).decode()} {i}\n" for t, i in ranks.items())
@@ -138,7 +141,7 @@ class Tokenizer(tiktoken.Encoding):
             words = lines.split()
             ranks = dict(zip(map(a2b_base64, words[::2]), map(int, words[1::2])))
             ids = [*ranks.values(), *specials.values()]
-            if (2 * (len(set(ids)) - len(specials)) < len(words) or "" in specials
+            if (len(set(ids)) < len(words) / 2 + len(specials) or "" in specials  # one came twice
                     or not 0 <= min(ids) <= max(ids) < 1 << 20
                     or not ranks.keys() >= {bytes([i]) for i in range(256)}):
                 raise ValueError("not what tokenizer.py writes")
@@ -152,14 +155,18 @@ class Tokenizer(tiktoken.Encoding):
         self.text, self.sha256, self.pattern = text, head["sha256"], head["pattern"]
 
     def _find_ids(self, specials: dict[str, int]) -> None:
-        rules, chat, ids = self.rules, self.rules.chat, partial(self.encode, allowed_special="all")
+        """Ids of what the template of a chat puts around its messages."""
+        rules, chat = self.rules, self.rules.chat
+        encode = partial(self.encode, allowed_special="all")
         self.endoftext, self.pad = specials[rules.endoftext], specials[rules.pad]
         self.stop = tuple(specials[name] for name in rules.stop)
-        self.begin, self.chat_begin = ids(rules.begin), ids(chat.begin)
-        self.around = {role: tuple(map(ids, getattr(chat, role))) for role in ROLES}
-        self.opening = {True: ids(chat.think[0]), False: ids(chat.think[1])}  # of a reply
+        self.begin, self.chat_begin = encode(rules.begin), encode(chat.begin)
+        # role: what is before and after a message
+        self.around = {role: tuple(map(encode, getattr(chat, role))) for role in ROLES}
+        # what a reply begins with, if the model is to think and if not
+        self.opening = {True: encode(chat.think[0]), False: encode(chat.think[1])}
         self.thoughts = specials.get("<think>"), specials.get("</think>")  # begin, end of them
-        self.im_start, self.im_end = (side[0] for side in self.around["assistant"])  # or the like
+        self.im_start, self.im_end = (side[0] for side in self.around["assistant"])
 
     def __reduce__(self):
         return Tokenizer, (self.text, self.name)
@@ -199,11 +206,11 @@ def load_tokenizer(path: str) -> Tokenizer:
 def render(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool = False,
            think: bool = False) -> tuple[list[int], list[int]]:
     """A chat as token ids in the model's template, and a mask that is 1 on what the assistant is to
-    learn: its content and its <|im_end|>. In ours, ChatML, [{"role": "user", "content": "hi"}] is
-    <|im_start|>user\nhi<|im_end|>\n. Contents are encoded apart and as plain text: whatever they
-    say, special ids stand only where the template puts them. A lone surrogate, which no text holds
-    but a Python string can, becomes U+FFFD. With `think`, a model that can begins the reply with
-    thoughts. Raises ValueError for a bad message."""
+    learn: its content and its <|im_end|>. Our own models use ChatML: [{"role": "user", "content":
+    "hi"}] is <|im_start|>user\nhi<|im_end|>\n. Contents are encoded apart and as plain text:
+    whatever they say, special ids stand only where the template puts them. A lone surrogate, which
+    no text holds but a Python string can, becomes U+FFFD. With `think`, a model that can begins the
+    reply with thoughts. Raises ValueError for a bad message."""
     chat, ids, mask = tok.rules.chat, [*tok.chat_begin], [0] * len(tok.chat_begin)
     roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
     if (chat.default or chat.preface) and roles[:1] != ["system"]:
@@ -258,7 +265,7 @@ def count_files(cfg: Config, pattern: str, progress: Progress) -> dict[str, Coun
     """The pieces of the input by language. Raises ValueError without usable text."""
     files, start = find_files(cfg.input), time.time()
     size = sum(os.path.getsize(f) * (3 if f.endswith((".gz", ".parquet")) else 1) for f in files)
-    every = -(-size // (cfg.max_mb << 20)) or 1
+    every = -(-size // (cfg.max_mb << 20)) or 1  # read one line in so many
     counts: dict[str, Counter[bytes]] = {}
     for _, found in made_by_workers(
             sampled(read_batches(files), every), partial(parse, said_in=said_in),
@@ -279,8 +286,8 @@ def bytes_in(counts: Counter[bytes]) -> int:
 
 
 def make(cfg: Config, progress: Progress) -> None:
-    """Train the tokenizer and write its file. Raises ValueError or OSError for what a user can
-    mend."""
+    """Train the tokenizer and write its file. Raises ValueError or OSError for what a user can put
+    right."""
     pattern = KINDS[cfg.kind]
     check_place(cfg.out)
     by_lang = count_files(cfg, pattern, progress)

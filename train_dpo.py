@@ -7,10 +7,11 @@ Direct preference optimisation: learn from pairs of replies, without a reward mo
     python train_dpo.py config/dpo_micro.py                                a laptop
     torchrun --nproc_per_node=8 train_dpo.py config/dpo_1b.py --data=pairs.jsonl    8 GPUs
 
-log P of a reply is the sum over its tokens. The reference is the model before its first step: it
-judges every pair once. (With --lora_rank, see train_sft.py, it needs no memory: it is the model
-without its update.) beta (log P - log P_ref) is the reward of a reply that the policy implies; the
-margin beta h is how much more the chosen reply has. Others:
+log P of a reply is the sum over its tokens. The reference is the model before its first step, when
+its log P of each pair is computed once. (With --lora_rank, see train_sft.py, it takes no memory: it
+is the model with the update switched off.) beta (log P - log P_ref) is the reward of a reply that
+the policy implies; the margin beta h is how much more the chosen reply has. Other losses, by
+--loss; the last line can be added to each:
 
     sigmoid, label_smoothing e   -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)      cDPO
     ipo       (h - 1 / (2 beta))^2, with means over tokens, not sums           (Azar et al. 2023)
@@ -48,7 +49,7 @@ from plumbing.runtime import Dist, all_sum, print0
 from plumbing.splits import PairSettings, open_pairs
 from tokenizer import Tokenizer
 
-KIND = "dpo"  # stage that the checkpoints name
+KIND = "dpo"  # the name of this stage in its checkpoints
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
              chosen_tokens: Tensor, rejected_tokens: Tensor, loss: str = "sigmoid",
              beta: float = 0.1, label_smoothing: float = 0.0, gamma: float = 1.0) -> Tensor:
     """The loss of each pair, (B,), from the summed log P of its replies under policy and reference
-    and their numbers of tokens, (B,) each. Another loss, such as hinge, is one more `if`."""
+    and their numbers of tokens, (B,) each. Another: an `if` here, and its name in Config.loss."""
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     if loss == "sigmoid":
         right, wrong = -F.logsigmoid(margin), -F.logsigmoid(-margin)
@@ -76,14 +77,9 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
     if loss == "ipo":
         gap = (chosen - ref_chosen) / chosen_tokens - (rejected - ref_rejected) / rejected_tokens
         return (gap - 1 / (2 * beta)) ** 2
-    margin = beta * (chosen / chosen_tokens - rejected / rejected_tokens)  # simpo
-    return -F.logsigmoid(margin - gamma)
-
-
-def loss_of(cfg: Config, logps: Tensor, ref: Tensor, tokens: Tensor) -> Tensor:
-    """`dpo_loss` of each pair, (B,), as the settings say; (2, B) each, chosen replies first."""
-    return dpo_loss(logps[0], logps[1], ref[0], ref[1], tokens[0], tokens[1], cfg.loss, cfg.beta,
-                    cfg.label_smoothing, cfg.gamma)
+    assert loss == "simpo", loss
+    gap = chosen / chosen_tokens - rejected / rejected_tokens
+    return -F.logsigmoid(beta * gap - gamma)
 
 
 def reply_logps(net: nn.Module, model: Transformer, idx: Tensor, targets: Tensor,
@@ -96,19 +92,19 @@ def reply_logps(net: nn.Module, model: Transformer, idx: Tensor, targets: Tensor
 
 
 @torch.no_grad()
-def pair_logps(model: Transformer, rows: Rows, chosen: list[int], batch_size: int,
+def pair_logps(model: Transformer, rows: Rows, picked: list[int], batch_size: int,
                dist: Dist) -> Tensor:
-    """(len(chosen), 2) summed log P of both replies of pairs, in float64 on the CPU. Each process
+    """(len(picked), 2) summed log P of both replies of pairs, in float64 on the CPU. Each process
     takes its share of the batches, which hold pairs of about one length."""
-    found, progress = torch.zeros(len(chosen), 2, dtype=torch.float64), Progress()
-    by_length = sorted(range(len(chosen)), key=lambda j: rows.longest(chosen[j]))
+    found, progress = torch.zeros(len(picked), 2, dtype=torch.float64), Progress()
+    by_length = sorted(range(len(picked)), key=lambda j: rows.longest(picked[j]))
     for i, batch in enumerate(in_batches(by_length, batch_size)):
         if i % dist.world == dist.rank:
-            idx, targets, _ = pair_batch(rows, [chosen[j] for j in batch])
+            idx, targets, _ = pair_batch(rows, [picked[j] for j in batch])
             sums, _ = reply_logps(model, model, idx.to(dist.device), targets.to(dist.device), dist)
             found[batch] = sums.view(2, -1).t().cpu().double()
-        if dist.rank == 0 and len(chosen) > 2000:
-            progress.show(f"log P of {i * batch_size:,}/{len(chosen):,} pairs")
+        if dist.rank == 0 and len(picked) > 2000:
+            progress.show(f"log P of {i * batch_size:,}/{len(picked):,} pairs")
     progress.end()
     return torch.tensor(all_sum(dist, *found.flatten().tolist()), dtype=torch.float64).view(-1, 2)
 
@@ -117,16 +113,18 @@ def evaluate(model: Transformer, rows: Rows, ref: Tensor, cfg: Config, dist: Dis
              most: int | None) -> dict[str, dict[str, float]]:
     """Loss, implied rewards and log P per token of at most `most` held-out pairs: of all and of
     each language. `ref` is the reference's log P of the replies of all pairs."""
-    chosen = evenly_spaced(range(len(rows)), most)
-    logps, ref = pair_logps(model, rows, chosen, 2 * cfg.batch_size, dist), ref[chosen]
-    tokens = torch.tensor([[sum(row.mask) for row in rows.example(i)] for i in chosen])
+    picked = evenly_spaced(range(len(rows)), most)
+    logps, ref = pair_logps(model, rows, picked, 2 * cfg.batch_size, dist), ref[picked]
+    tokens = torch.tensor([[sum(row.mask) for row in rows.example(i)] for i in picked])
     rewards = cfg.beta * (logps - ref)
     margin = rewards[:, 0] - rewards[:, 1]
+    losses = dpo_loss(*logps.T, *ref.T, *tokens.T, cfg.loss, cfg.beta, cfg.label_smoothing,
+                      cfg.gamma)
     figures = {
-        "loss": loss_of(cfg, logps.T, ref.T, tokens.T), "margin": margin,
+        "loss": losses, "margin": margin,
         "accuracy": torch.where(margin.abs() < 1e-5, 0.5, (margin > 0).double()),
         "chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1]}
-    found, langs = {}, [rows.lang(i) for i in chosen]
+    found, langs = {}, [rows.lang(i) for i in picked]
     for name in ("all", *sorted(set(langs))):
         part = torch.tensor([name in ("all", lang) for lang in langs])
         found[name] = {key: float(values[part].mean()) for key, values in figures.items()}
@@ -172,15 +170,15 @@ def report(found: dict[str, dict], step: int) -> None:
                f"{r['stops']:.1%} stop")
 
 
-def warnings(first: dict, now: dict, cfg: Config, step: int, max_steps: int) -> list[str]:
+def warnings(start: dict, now: dict, cfg: Config, step: int, max_steps: int) -> list[str]:
     """What often goes wrong, told from the first validation and this one."""
     found = []
-    a, b = first["pairs"]["all"], now["pairs"]["all"]
+    a, b = start["pairs"]["all"], now["pairs"]["all"]
     if cfg.loss == "sigmoid" and step >= 0.1 * max_steps and b["margin"] < 0.02:
         found.append("the margin does not grow: raise --learning_rate")
     if b["chosen_logp"] < a["chosen_logp"] - 0.3 and b["margin"] > a["margin"]:
         found.append("the chosen replies become less likely: try --nll_coef=0.2 or a larger --beta")
-    x, y = first["samples"], now["samples"]
+    x, y = start["samples"], now["samples"]
     if x and not 0.5 <= y["length"] / x["length"] <= 1.5:
         found.append(f"replies went from {x['length']:.0f} to {y['length']:.0f} tokens")
     if y and y["stops"] < 0.95:
@@ -205,7 +203,7 @@ def train(cfg: Config, dist: Dist) -> None:
         frozen={"reference": model} if prompts else {},
         judged=(2 * min(2 * cfg.batch_size, max(len(pairs), len(val))), max(longest, longest_val)),
         written=(min(32, len(prompts)), longest_val, cfg.answer_tokens)))
-    # a copy stays as it is, to tell how far the replies go from its own
+    # a copy of the start tells how far the sampled replies go from it; without prompts it is idle
     reference = load_reference(cfg, model, dist) if prompts else model
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute)
 
@@ -234,8 +232,9 @@ def train(cfg: Config, dist: Dist) -> None:
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
             found = validate(None if last else cfg.eval_pairs) if step else start
             report(found, step)
-            for warning in warnings(start, found, cfg, step, max_steps) if step else ():
-                print0(f"WARNING: {warning}")
+            if step:
+                for warning in warnings(start, found, cfg, step, max_steps):
+                    print0(f"WARNING: {warning}")
             log.write(step=step, val=found)
 
         # same in every train_*.py: save
@@ -250,8 +249,8 @@ def train(cfg: Config, dist: Dist) -> None:
         # Set the learning rate.
         lr = set_learning_rate(optimizers, cfg, step, max_steps)
         # Add up the gradients of the step's pairs, a portion at a time.
-        chosen = order.take(step * cfg.batch_pairs, cfg.batch_pairs)
-        micro = micro_batches(pairs, chosen, cfg.batch_size, dist.rank, dist.world)
+        picked = order.take(step * cfg.batch_pairs, cfg.batch_pairs)
+        micro = micro_batches(pairs, picked, cfg.batch_size, dist.rank, dist.world)
         batches = [pair_batch(pairs, some) for some in micro]
         # the number of chosen tokens in the whole step is needed before the first backward pass
         n_chosen, = all_sum(dist, sum(int((targets[:len(some)] != IGNORE).sum())
@@ -259,12 +258,13 @@ def train(cfg: Config, dist: Dist) -> None:
         loss, sums = torch.zeros((), device=dist.device), torch.zeros(4)
         for micro_step, (some, batch) in enumerate(zip(micro, batches)):
             idx, targets, n_read = (t.to(dist.device) for t in batch)
-            sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once a step is enough
+            sharding.exchange_gradients(net, micro_step == accumulate - 1)  # only in the last pass
             logps, lengths = reply_logps(net, model, idx, targets, dist)
             own, of_ref = logps.view(2, -1), ref[some].t().to(dist.device, torch.float32)
-            losses = loss_of(cfg, own, of_ref, lengths.view(2, -1))
+            losses = dpo_loss(*own, *of_ref, *lengths.view(2, -1), cfg.loss, cfg.beta,
+                              cfg.label_smoothing, cfg.gamma)
             part = losses.sum() / cfg.batch_pairs - cfg.nll_coef * own[0].sum() / n_chosen
-            (part * dist.world).backward()  # DDP takes the mean over processes, the loss is a sum
+            (part * dist.world).backward()  # DDP takes the mean over processes, we want the sum
             loss += part.detach()
             rewards = cfg.beta * (own.detach() - of_ref)
             margin = rewards[0] - rewards[1]

@@ -14,6 +14,7 @@ An optimizer step reads `batch_tokens` tokens: each process takes its share of t
 from plumbing.terminal import end_quietly, run
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,13 +35,14 @@ from plumbing.optim import make_optimizers, set_learning_rate
 from plumbing.runtime import Dist, all_sum, print0
 from tokenizer import Tokenizer
 
-KIND = "pt"  # stage that the checkpoints name
+KIND = "pt"  # the name of this stage in its checkpoints
 
 
 @dataclass(frozen=True)
 class Config(runtime.Settings):
     data_dir: FilePath = "out/toyworld/data"  # folder written by data.py
     out_dir: FilePath = "out/pt"  # checkpoints and log.jsonl go here
+    # what every stage has, as optimizer, schedule and seed, stands in plumbing/runtime.Settings
     eval_only: bool = False  # do not train: score the data with --init_from
     split: Literal["val", "train", "all"] = "val"  # part of the data that --eval_only scores
     n_layer: Count = 4  # blocks
@@ -67,9 +69,9 @@ class Config(runtime.Settings):
 
 
 def pt_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """N L_PT = -sum log P(target), a scalar: the loop divides by N, the tokens of the whole step.
-    hidden (B, T, C) are the model's last states, head (V, C) its output matrix, targets (B, T) the
-    next tokens."""
+    """N times L_PT: the sum of -log P(target), a scalar. The loop divides it by N, the number of
+    tokens in the whole step. hidden (B, T, C) are the model's last states, head (V, C) its output
+    matrix, targets (B, T) the next tokens."""
     return -token_logps(hidden, head, targets, reduction="sum")
 
 
@@ -86,13 +88,14 @@ def shape(cfg: Config, vocab_size: int) -> ModelConfig:
     """The model that the settings describe. Raises ValueError if they do not fit together."""
     if cfg.n_embd % cfg.n_head:
         raise ValueError(f"n_embd {cfg.n_embd} must be a multiple of n_head {cfg.n_head}")
+    n_hidden = cfg.n_hidden or 32 * math.ceil(8 / 3 * cfg.n_embd / 32)
     return ModelConfig(
         vocab_size, cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.n_embd,
-        head_dim=cfg.n_embd // cfg.n_head, n_hidden=cfg.n_hidden or -(-8 * cfg.n_embd // 96) * 32,
-        max_seq_len=cfg.max_seq_len, rope_theta=cfg.rope_theta, tied=cfg.tied)
+        head_dim=cfg.n_embd // cfg.n_head, n_hidden=n_hidden, max_seq_len=cfg.max_seq_len,
+        rope_theta=cfg.rope_theta, tied=cfg.tied)
 
 
-def check(cfg: Config, world: int) -> int:
+def count_micro_steps(cfg: Config, world: int) -> int:
     """Micro-steps in an optimizer step. Raises ValueError for settings that do not fit together."""
     unit = cfg.batch_size * world * cfg.max_seq_len
     if cfg.batch_tokens % unit:
@@ -119,7 +122,7 @@ def judge(cfg: Config, dist: Dist) -> None:
     print0(f"{cfg.split} of {cfg.data_dir} by {model_tok.name} | {score_line(scores)}")
 
 
-def start_from(where: str, model: Transformer, tok: Tokenizer) -> None:
+def load_weights(where: str, model: Transformer, tok: Tokenizer) -> None:
     """Take the weights of another run. Raises ValueError if they do not fit."""
     state, path = open_whole(where)
     if state["kind"] == "rm":
@@ -142,32 +145,34 @@ def write_samples(model: Transformer, tok: Tokenizer, files: list[TokenFile], cf
 
 def train(cfg: Config, dist: Dist) -> None:
     tok, splits = open_data(cfg.data_dir)
-    accumulate = check(cfg, dist.world)
+    accumulate = count_micro_steps(cfg, dist.world)
     config, max_steps = shape(cfg, tok.n_vocab), cfg.max_steps
     print0(describe_run(dist))
     print0(memory_line(cfg, dist, config, cfg.batch_size, cfg.max_seq_len, accumulate))
     torch.manual_seed(cfg.seed)
     model = Transformer(config)
+    # net: the model as it exchanges gradients with other processes; alone it is the model itself
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute, cfg.compile)
     optimizers = make_optimizers(model, cfg)
     data_id = hash64(*(file.sha256 for file in splits["train"]))
     first = sharding.resume(cfg, KIND, model, optimizers, tok, data_id)
     if not first and cfg.init_from:
-        start_from(cfg.init_from, model, tok)
+        load_weights(cfg.init_from, model, tok)
     windows = Windows(splits["train"], cfg.max_seq_len, cfg.seed)
     rows = cfg.batch_tokens // cfg.max_seq_len  # windows in an optimizer step, of all processes
     flops = flops_per_token(config, cfg.max_seq_len)
     print0(f"{count_parameters(config):,} parameters, {flops:,} FLOPs per token; {windows.n:,} "
            f"windows of {cfg.max_seq_len} tokens, {rows * max_steps / windows.n:.2f} epochs")
     log = Log(cfg, dist, first, max_steps, cfg.batch_tokens, flops)
-    # the windows of a step, of all processes, stand side by side: its first one is step x rows
+    # step s learns from windows s x rows to (s + 1) x rows - 1 of the stream; in each micro-step a
+    # process takes the next batch_size of them
     batches = prefetch(windows.batch, (
         (step * rows + (micro_step * dist.world + dist.rank) * cfg.batch_size, cfg.batch_size)
         for step in range(first, max_steps) for micro_step in range(accumulate)))
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
 
     for step in range(first, max_steps + 1):
-        last = step == max_steps
+        last = step == max_steps  # then it only evaluates and saves
         # Evaluate at the start, every few steps, and at the end.
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
             with sharding.unsharded(model, dist):
@@ -181,6 +186,7 @@ def train(cfg: Config, dist: Dist) -> None:
                 if dist.rank == 0:
                     write_samples(model, tok, splits["val"], cfg)
 
+        # A test holds the blocks marked "same" together: who changes one changes all five scripts.
         # same in every train_*.py: save
         # Save, also when a signal asks the run to stop; then leave.
         if last or stopping or (step % cfg.save_every == 0 and step > first):
@@ -190,18 +196,18 @@ def train(cfg: Config, dist: Dist) -> None:
             break
         # end same
 
-        # Set the learning rate.
+        # Set the learning rate: a warm-up, then cosine or wsd (lr_factor in plumbing/optim.py).
         lr = set_learning_rate(optimizers, cfg, step, max_steps)
         # Add up the gradients of the step's windows, a portion at a time.
         loss = torch.zeros((), device=dist.device)
         for micro_step in range(accumulate):
             x, y = (t.to(dist.device) for t in next(batches))
-            sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once a step is enough
+            sharding.exchange_gradients(net, micro_step == accumulate - 1)  # only in the last pass
             segments = documents(x, tok) if cfg.mask_documents else None
             with dist.autocast():
                 hidden = net(x, hidden=True, segments=segments)
                 part = pt_loss(hidden, model.lm_head.weight, y) / cfg.batch_tokens
-            (part * dist.world).backward()  # DDP takes the mean over processes, the loss is a sum
+            (part * dist.world).backward()  # DDP takes the mean over processes, we want the sum
             loss += part.detach()
         samples = f"windows {step * rows:,} to {(step + 1) * rows - 1:,}"
 

@@ -1,7 +1,7 @@
 """
 Reinforcement learning: raise the reward model's score, and stay near where we started.
 
-    J = E[ r ] - beta KL(policy || reference)         r = (score - mean) / std
+    J = E[ r ] - beta KL(policy || reference)         r = (score - mean) / std, see train_rm.py
 
     python train_rl.py config/rl_micro.py                                  a laptop
     torchrun --nproc_per_node=8 train_rl.py config/rl_1b.py                8 GPUs
@@ -12,15 +12,16 @@ A step answers some prompts, `group` times each, and makes the better replies to
     A    = R - mean R of the other replies to the prompt                   advantages
     L_RL = - mean over replies of  min(ratio A, clip(ratio) A)             rl_loss
 
-The mean of R is J. With the KL in the reward the gradient is exact; the same term in the loss has
-an expected gradient of zero (tests/test_losses.py). This A is RLOO's (Ahmadian et al. 2024). With
---advantage=grpo it is divided by the group's deviation, and each token has a ratio (Shao et al.
-2024; config/rl_grpo.py); grpo_mean leaves the division out (half of Liu et al. 2025).
+ratio is P(reply) over P(reply) when it was drawn: 1 in the first update. The mean of R is J. With
+the KL in R the gradient is that of J on average; log(P / P_ref) in the loss instead would have one
+of 0 (tests/test_losses.py). This A is RLOO's (Ahmadian et al. 2024). --advantage=grpo divides it by
+the group's deviation, and gives each token a ratio (Shao et al. 2024; config/rl_grpo.py); grpo_mean
+does not divide (half of Liu et al. 2025).
 
-r is clipped to +-5; a reply that does not end gets 1 less than the worst one written with it. With
---reward_from=FILE.py, r is what a Python function of yours returns (config/reward_numbers.py). If
-all replies to a prompt have the same r, no update learns from them, or from their KL. Replies are
-drawn at temperature 1 from all tokens: another distribution would not be the policy's.
+r is clipped to +-5; a reply that does not end gets 1 less than the worst of the rollout. With
+--reward_from=FILE.py, r is what a function of yours returns (config/reward_numbers.py). If all
+replies to a prompt have the same r, no update learns from them, or from their KL. Replies are drawn
+at temperature 1 from all tokens: another distribution would not be the policy's.
 """
 from plumbing.terminal import end_quietly, run
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
@@ -49,9 +50,9 @@ from plumbing.runtime import Dist, all_max, all_sum, print0
 from plumbing.splits import RowSettings, load_splits
 from tokenizer import Tokenizer
 
-KIND = "rl"  # stage that the checkpoints name
+KIND = "rl"  # the name of this stage in its checkpoints
 COLUMNS = "reward", "kl", "J", "entropy", "length", "ended", "equal", "clipped"  # of the log line
-Several = Annotated[int, "at least 2", lambda n: n >= 2]  # to compare, or for a deviation
+Several = Annotated[int, "at least 2", lambda n: n >= 2]  # replies, to compare them
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Config(RowSettings):
     data: str = "out/toyworld/prompts.jsonl"  # prompts: JSONL files or folders, comma-separated
     out_dir: FilePath = "out/rl"  # checkpoints and log.jsonl go here
     advantage: Literal["rloo", "grpo", "grpo_mean"] = "rloo"  # how replies are compared
-    beta: NotNegative = 0.05  # strength of the pull to the reference: r that a nat of KL costs
+    beta: NotNegative = 0.05  # strength of the pull to the reference: reward that a nat of KL costs
     kl_budget: Positive = 10.0  # warn when the mean KL of a reply, in nats, is above it
     eps_low: Positive = 0.2  # a ratio below 1 - eps_low is clipped
     eps_high: Positive = 0.2  # a ratio above 1 + eps_high is clipped
@@ -69,7 +70,7 @@ class Config(RowSettings):
     prompts_per_step: Count = 64  # prompts answered in a step
     updates_per_rollout: Count = 1  # updates from the same replies; from the second on ratios move
     answer_tokens: Count = 64  # most tokens of a reply
-    max_steps: Count = 200  # rollouts
+    max_steps: Count = 200  # steps: a rollout and its updates
     batch_size: Count = 32  # replies that a process puts through the model at once
     rollout_size: Count = 128  # replies that a process writes at once
     learning_rate: Positive = 1e-6  # of AdamW
@@ -84,9 +85,8 @@ class Config(RowSettings):
 
 
 def shaped_reward(reward: Tensor, logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """R = r - beta k1 of each reply, (B,); its mean is J. reward (B,) is r. logps and ref_logps
-    (B, T) are log P of the reply's tokens under the policy that wrote them and the reference, 0
-    where there is none. k1 = log P(reply) - log P_ref(reply); its mean is the KL."""
+    """R = r - beta log(P / P_ref) of each reply, (B,); its mean is J. reward (B,) is r. logps and
+    ref_logps (B, T) are log P of the reply's tokens under policy and reference, 0 elsewhere."""
     return reward - beta * (logps - ref_logps).sum(1)
 
 
@@ -97,8 +97,8 @@ def advantages(rewards: Tensor, kind: str) -> Tensor:
         return (rewards - mean) * G / (G - 1)
     if kind == "grpo_mean":
         return rewards - mean
-    # 1e-4: rewards that are equal but for rounding must not become advantages of 1
-    return (rewards - mean) / (rewards.std(1, keepdim=True) + 1e-4)
+    assert kind == "grpo", kind
+    return (rewards - mean) / (rewards.std(1, keepdim=True) + 1e-4)  # equal but for rounding: 0
 
 
 def rl_loss(logps: Tensor, old_logps: Tensor, mask: Tensor, advantage: Tensor, eps_low: float,
@@ -118,9 +118,9 @@ def rl_loss(logps: Tensor, old_logps: Tensor, mask: Tensor, advantage: Tensor, e
 
 def best_possible(rewards: Tensor, beta: float) -> tuple[float, float]:
     """J* = beta log E_ref[exp(r / beta)], above which no policy gets, and its standard error, from
-    the rewards r of replies that the reference wrote, (n,) or (n, replies to a prompt). With Z =
-    E_ref[exp(r / beta)] the policy P_ref exp(r / beta) / Z has J = J*, any other has J* - beta
-    KL(it || that one) (Rafailov et al. 2023, A.1). Over several prompts it is an upper bound."""
+    the rewards r of replies that the reference wrote, (n,) or (n, replies to a prompt). A policy Q
+    has J = J* - beta KL(Q || best), where best = P_ref exp(r / beta) / E_ref[exp(r / beta)]
+    (Rafailov et al. 2023, A.1). Over several prompts J* is an upper bound."""
     top = float(rewards.max())
     weights = ((rewards - top) / beta).cpu().double().exp()  # not every device has fp64
     weights = weights.view(len(weights), -1).mean(1)  # replies to one prompt are alike
@@ -138,41 +138,41 @@ class Rollout:
 
 
 def roll_out(model: Transformer, reference: Transformer, judge: Judge, stop: int, cfg: Config,
-             dist: Dist, source: Rows, chosen: list[int], keys: list[int]) -> Rollout:
-    """Write a reply to each chosen prompt with the policy as it is, and judge it. The chance of a
+             dist: Dist, source: Rows, picked: list[int], keys: list[int]) -> Rollout:
+    """Write a reply to each prompt picked with the policy as it is, and judge it. The chance of a
     reply comes from its key, so that it does not depend on which others are written beside it."""
-    rows, seen, prompts = [], [], [source.example(i)[0].ids for i in chosen]
+    rows, drawn, prompts = [], [], [source.example(i)[0].ids for i in picked]
     with sharding.unsharded(model, dist):
         for at in range(0, len(prompts), cfg.rollout_size):
-            asked, each = prompts[at:at + cfg.rollout_size], []
+            asked, steps = prompts[at:at + cfg.rollout_size], []  # steps: log P of the ids drawn
             noise = torch.stack([torch.rand(cfg.answer_tokens, generator=torch.Generator()
                                             .manual_seed(key)) for key in keys[at:at + len(asked)]])
-            said = replies(model, asked, cfg.answer_tokens, stop=(stop,), noise=noise, logps=each)
+            said = replies(model, asked, cfg.answer_tokens, stop=(stop,), noise=noise, logps=steps)
             rows += [Row(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(asked, said)]
-            seen += [nn.functional.pad(x[:len(r)], (len(p) - 1, 1))  # where `row_logps` has them
-                     for x, p, r in zip(torch.stack(each, 1).cpu(), asked, said)]
+            drawn += [nn.functional.pad(x[:len(r)], (len(p) - 1, 1))  # log P of token t is at t - 1
+                      for x, p, r in zip(torch.stack(steps, 1).cpu(), asked, said)]
         logps = row_logps(model, rows, cfg.batch_size, dist)
     with sharding.unsharded(reference, dist), adapter_off(reference):
         ref_logps = row_logps(reference, rows, cfg.batch_size, dist)
     ended = torch.tensor([row.ids[-1] == stop for row in rows])
-    raw, r, passed = judge(rows, [source.record(i) for i in chosen], ended)
-    r = torch.where(ended, r, -all_max(dist, -float(r.min())) - 1)
+    raw, r, passed = judge(rows, [source.record(i) for i in picked], ended)
+    r = torch.where(ended, r, -all_max(dist, -float(r.min())) - 1)  # all_max of -r: the lowest
     R = shaped_reward(r, logps, ref_logps, cfg.beta)
     return Rollout(rows, logps, R, passed | {
         "J": R, "reward": r, "raw": raw, "kl": (logps - ref_logps).sum(1), "ended": ended.float(),
         "length": torch.tensor([float(sum(row.mask)) for row in rows]),
         "read": torch.tensor([float(len(row.ids)) for row in rows]), "surprise": -logps.sum(1),
-        "mismatch": (logps - nn.utils.rnn.pad_sequence(seen, batch_first=True)).abs().amax(1)})
+        "mismatch": (logps - nn.utils.rnn.pad_sequence(drawn, batch_first=True)).abs().amax(1)})
 
 
 def reply_losses(net: nn.Module, model: Transformer, rollout: Rollout, advantage: Tensor,
                  some: list[int], cfg: Config, dist: Dist, first: bool) -> tuple[Tensor, Tensor]:
     """The losses (B,) of some replies of a rollout, and which the clip has changed, (B,). `net` is
-    what sharding.wrap made of `model`, and in the `first` update the policy that wrote them."""
+    what sharding.wrap made of `model`. In the `first` update it wrote them, and each ratio is 1."""
     idx, targets, _ = (t.to(dist.device) for t in pad_right([rollout.rows[i] for i in some], 0))
     with dist.autocast():
         logps = token_logps(net(idx, hidden=True), model.lm_head.weight, targets)
-    if first:  # log P as it is rounded here, so that each ratio is 1
+    if first:  # log P as it is rounded here, not in roll_out
         rollout.logps[some, :idx.size(1)] = logps.detach().cpu()
     loss = partial(rl_loss, old_logps=rollout.logps[some, :idx.size(1)].to(dist.device),
                    mask=targets != IGNORE, advantage=advantage[some].to(dist.device),
@@ -185,18 +185,18 @@ def evaluate(roll: partial[Rollout], rows: Rows, tok: Tokenizer, cfg: Config,
              each: int = 1) -> tuple[dict[str, float], Tensor]:
     """Roll out held-out prompts, `each` replies to one: mean figures, two standard errors, how
     often replies pass, and all r, (prompts, each)."""
-    chosen = evenly_spaced(range(len(rows)), cfg.eval_prompts)
-    asked = [(i, g) for i in chosen for g in range(each)]
+    picked = evenly_spaced(range(len(rows)), cfg.eval_prompts)
+    asked = [(i, g) for i in picked for g in range(each)]
     rollout = roll(rows, [i for i, _ in asked], [hash64(cfg.seed, -1, i) ^ g for i, g in asked])
     print_samples(tok, [rows.lang(i) for i, _ in asked], rollout.rows, rollout.figures["raw"])
     figures = {name: x.view(-1, each) for name, x in rollout.figures.items()}
     found = {name: float(x.mean()) for name, x in figures.items()}
     for name in ("kl", "J"):
-        found[f"{name}_error"] = float(figures[name].mean(1).std() / len(chosen) ** 0.5)
+        found[f"{name}_error"] = float(figures[name].mean(1).std() / len(picked) ** 0.5)
     return found | pass_rates(figures), figures["reward"]
 
 
-def check(cfg: Config, world: int) -> int:
+def count_micro_steps(cfg: Config, world: int) -> int:
     """Micro-steps in an update. Raises ValueError for settings that do not fit together."""
     accumulate, rest = divmod(cfg.prompts_per_step * cfg.group, cfg.batch_size * world)
     if cfg.prompts_per_step % world or rest:
@@ -210,7 +210,7 @@ def check(cfg: Config, world: int) -> int:
 
 
 def train(cfg: Config, dist: Dist) -> None:
-    accumulate, max_steps = check(cfg, dist.world), cfg.max_steps
+    accumulate, max_steps = count_micro_steps(cfg, dist.world), cfg.max_steps
     model, tok = load_to_train(cfg)
     reference = load_reference(cfg, model, dist)
     judge, config = load_judge(cfg, tok, dist), model.config
@@ -250,7 +250,7 @@ def train(cfg: Config, dist: Dist) -> None:
         # Evaluate at the start, every few steps, and at the end.
         if last or step == 0 or (step % cfg.eval_every == 0 and step > first):
             sharding.same_weights(model, dist)
-            now = start | evaluate(roll, val, tok, cfg, judge.each)[0] if step else start
+            now = start | (evaluate(roll, val, tok, cfg, judge.each)[0] if step else {})
             print0(f"val at step {step:,} | {rl_line(now, judge.unit)}")
             for warning in rl_warnings(start, now, mean, cfg.kl_budget, dist):
                 print0(f"WARNING: {warning}")
@@ -268,10 +268,10 @@ def train(cfg: Config, dist: Dist) -> None:
         # Set the learning rate.
         lr = set_learning_rate(optimizers, cfg, step, max_steps)
         # Roll out: answer some prompts with the policy as it is, and compare the replies.
-        chosen = order.take(step * cfg.prompts_per_step, cfg.prompts_per_step)
+        picked = order.take(step * cfg.prompts_per_step, cfg.prompts_per_step)
         own = range(dist.rank, cfg.prompts_per_step, dist.world)
         asked = [(i, g) for i in own for g in range(cfg.group)]
-        rollout = roll(prompts, [chosen[i] for i, _ in asked],
+        rollout = roll(prompts, [picked[i] for i, _ in asked],
                        [hash64(hash64(cfg.seed, step, i), g) for i, g in asked])
         R, r = (x.view(-1, cfg.group) for x in (rollout.R, rollout.figures["reward"]))
         equal = r.amax(1) == r.amin(1)  # (prompts,)
@@ -281,13 +281,13 @@ def train(cfg: Config, dist: Dist) -> None:
             # Add up the gradients of the replies, a portion at a time.
             loss, clipped = torch.zeros((), device=dist.device), 0.0
             for micro_step, some in enumerate(batches):
-                sharding.exchange_gradients(net, micro_step == len(batches) - 1)  # once will do
+                sharding.exchange_gradients(net, micro_step == len(batches) - 1)  # only in the last
                 losses, cut = reply_losses(net, model, rollout, A, some, cfg, dist, not update)
                 part = losses.sum() / n_replies
                 (part * dist.world).backward()  # DDP takes the mean over processes
                 loss += part.detach()
                 clipped += float(cut.sum())
-            samples = f"prompts {chosen}, update {update}"
+            samples = f"prompts {picked}, update {update}"
 
             # same in every train_*.py: step
             # Step, unless the gradient is not finite.

@@ -8,13 +8,16 @@ The reward model: learn which of two replies a person would prefer.
     python train_rm.py --init_from=out/rm --score=replies.jsonl            score replies, as JSON
 
 r is the score of a reply, one number that a head in fp32 reads from the last state of the model, at
-the reply's <|im_end|> (Bradley & Terry 1952, Ouyang et al. 2022). The loss of a ranking is the mean
-over its pairs, so that it weighs as much as one pair. plumbing/chats.py describes a line of --data.
+the reply's <|im_end|> (Bradley & Terry 1952, Ouyang et al. 2022). A line of --data is a pair or a
+ranking of several replies, best first (plumbing/chats.py). Each pair of a ranking is compared, and
+their mean weighs as much as one pair, so --batch_pairs counts lines. margin is a field of the line,
+0 if absent: by how much the better score should exceed the other.
 
-The first term knows only differences of scores; the second, with c = center_coef, keeps them near
-0. After `python train_rm.py config/rm_micro.py --max_steps=150` the mean score of the SFT model's
-own replies is 0.09 and -0.04 (seeds 0 and 1, begun with the SFT of `python -m demo --share=0.1`).
-With --center_coef=0 it is -0.64 and -0.76, and their standard deviation is 0.6.
+The first term stays the same if a number is added to all scores, so that they may drift; the
+second, with c = center_coef, keeps them near 0. After `python train_rm.py config/rm_micro.py
+--max_steps=150` the mean score of the SFT model's own replies is 0.09 and -0.04 (seeds 0 and 1,
+begun with the SFT of `python -m demo --share=0.1`). With --center_coef=0 it is -0.64 and -0.76, and
+their standard deviation is 0.6.
 """
 from plumbing.terminal import end_quietly, run
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
@@ -45,7 +48,7 @@ from plumbing.runtime import Dist, all_sum, print0
 from plumbing.splits import PairSettings, open_pairs
 from tokenizer import Tokenizer
 
-KIND = "rm"  # stage that the checkpoints name
+KIND = "rm"  # the name of this stage in its checkpoints
 
 
 @dataclass(frozen=True)
@@ -64,42 +67,43 @@ def rm_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center_coef: float
     return -F.logsigmoid(gap) + center_coef * (chosen + rejected) ** 2
 
 
-def easy_first(chosen: list[int], shortest_first: np.ndarray, progress: float) -> list[int]:
-    """Replace the examples of a step, drawn from all, by as many from the shortest of them: the
-    shortest tenth at first, all when `progress` is 1. What must be found in a short prompt is
-    learnt sooner, and then found in a long one (Bengio et al. 2009)."""
+def easy_first(picked: list[int], shortest_first: np.ndarray, progress: float) -> list[int]:
+    """Replace the examples of a step, drawn from all, by as many from the shortest of them: example
+    i by the one at place share * i of those sorted by length. The share is a tenth at first, and 1
+    when `progress` is. What must be found in a short prompt is learnt sooner, and then found in a
+    long one (Bengio et al. 2009)."""
     share = max(0.1, progress)
-    return chosen if share >= 1 else [int(shortest_first[int(i * share)]) for i in chosen]
+    return picked if share >= 1 else [int(shortest_first[int(i * share)]) for i in picked]
 
 
 @torch.no_grad()
-def score_examples(model: RewardModel, rows: Rows, chosen: list[int], batch_size: int,
+def score_examples(model: RewardModel, rows: Rows, picked: list[int], batch_size: int,
                    dist: Dist) -> np.ndarray:
-    """(len(chosen), replies) scores, 0 where an example has fewer replies than another. Each
+    """(len(picked), replies) scores, 0 where an example has fewer replies than another. Each
     process takes its share of the batches, which hold examples of about one length."""
-    scores = np.zeros((len(chosen), rows.largest()[0]))
-    by_length = sorted(range(len(chosen)), key=lambda j: rows.longest(chosen[j]))
+    scores = np.zeros((len(picked), rows.largest()[0]))
+    by_length = sorted(range(len(picked)), key=lambda j: rows.longest(picked[j]))
     for i, batch in enumerate(in_batches(by_length, batch_size)):
         if i % dist.world != dist.rank:
             continue
-        groups = [rows.example(chosen[j]) for j in batch]
+        groups = [rows.example(picked[j]) for j in batch]
         found = iter(score_rows(model, [row for group in groups for row in group], dist).tolist())
         for j, group in zip(batch, groups):
             scores[j, :len(group)] = [next(found) for _ in group]
-    return np.array(all_sum(dist, *scores.ravel())).reshape(scores.shape)
+    return np.array(all_sum(dist, *scores.ravel())).reshape(scores.shape)  # those of the others too
 
 
 def judge(scores: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
-    """What is asked of a reward model, from the scores and the lengths (n, 2) of pairs, the chosen
-    reply first. Equal scores count one half, as a coin would. Another figure is one more line here
-    and one in `report`."""
+    """Accuracy, calibration and the pull of length, from the scores and the lengths (n, 2) of
+    pairs, the chosen reply first. Equal scores count one half, as a coin would. Another figure is
+    one more line here and one in `report`."""
     gap = scores[:, 0] - scores[:, 1]
     right = np.where(gap == 0, 0.5, gap > 0)
     shorter = lengths[:, 0] < lengths[:, 1]
     longer = np.where(lengths[:, 0] == lengths[:, 1], 0.5, ~shorter)
     # ECE, the expected calibration error: among pairs to which the model gives a probability of
-    # about p, how far from p is the share of right ones? Every other pair is turned around, or
-    # "the first is always better" would be perfect.
+    # about p, how far from p is the share of right ones? Every other pair is swapped: else a model
+    # that always prefers the first reply would look calibrated.
     first = np.arange(len(gap)) % 2 == 0
     p = 1 / (1 + np.exp(-np.where(first, gap, -gap)))
     bins = np.minimum((10 * p).astype(int), 9)
@@ -117,9 +121,9 @@ def judge(scores: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
 def evaluate(model: RewardModel, rows: Rows, cfg: Config, dist: Dist,
              most: int | None) -> dict[str, dict[str, float]]:
     """`judge` of the pairs of at most `most` held-out examples, and of each language."""
-    chosen = evenly_spaced(range(len(rows)), most)
+    picked = evenly_spaced(range(len(rows)), most)
     scores, lengths, langs = [], [], []
-    for i, own in zip(chosen, score_examples(model, rows, chosen, 2 * cfg.batch_size, dist)):
+    for i, own in zip(picked, score_examples(model, rows, picked, 2 * cfg.batch_size, dist)):
         group = rows.example(i)
         for a, b in combinations(range(len(group)), 2):
             scores.append(own[[a, b]])
@@ -218,24 +222,24 @@ def train(cfg: Config, dist: Dist) -> None:
         # Set the learning rate.
         lr = set_learning_rate(optimizers, cfg, step, max_steps)
         # Add up the gradients of the step's pairs, a portion at a time.
-        chosen = order.take(step * cfg.batch_pairs, cfg.batch_pairs)
+        picked = order.take(step * cfg.batch_pairs, cfg.batch_pairs)
         if step < easy_until:
-            chosen = easy_first(chosen, shortest_first, step / easy_until)
+            picked = easy_first(picked, shortest_first, step / easy_until)
         loss, right, seen = torch.zeros((), device=dist.device), 0.0, 0
-        micro = micro_batches(pairs, chosen, cfg.batch_size, dist.rank, dist.world)
+        micro = micro_batches(pairs, picked, cfg.batch_size, dist.rank, dist.world)
         for micro_step, some in enumerate(micro):
-            # each reply is a row; `better` and `worse` are the rows of each pair, and `share` is 1
+            # each reply is a row; `better` and `worse` are the rows of each pair, and `weight` is 1
             # over the number of pairs in its ranking
-            idx, lengths, (better, worse), margin, share = (t.to(dist.device) for t in
+            idx, lengths, (better, worse), margin, weight = (t.to(dist.device) for t in
                                                             ranking_batch(pairs, some))
-            sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once a step is enough
+            sharding.exchange_gradients(net, micro_step == accumulate - 1)  # only in the last pass
             with dist.autocast():
                 scores = net(idx, lengths)
             a, b = scores[better], scores[worse]
-            part = (share * rm_loss(a, b, margin, cfg.center_coef)).sum() / cfg.batch_pairs
-            (part * dist.world).backward()  # DDP takes the mean over processes, the loss is a sum
+            part = (weight * rm_loss(a, b, margin, cfg.center_coef)).sum() / cfg.batch_pairs
+            (part * dist.world).backward()  # DDP takes the mean over processes, we want the sum
             loss += part.detach()
-            right += float((share * ((a > b) + 0.5 * (a == b))).sum())
+            right += float((weight * ((a > b) + 0.5 * (a == b))).sum())
             seen += int(lengths.sum())
         samples = f"pairs {step * cfg.batch_pairs:,} to {(step + 1) * cfg.batch_pairs - 1:,}"
 
@@ -259,7 +263,8 @@ def train(cfg: Config, dist: Dist) -> None:
 
 
 def main() -> None:
-    cfg = configure(Config, show=not any(word.startswith("--score") for word in sys.argv))
+    scores = any(word.startswith("--score") for word in sys.argv)  # stdout is for these alone
+    cfg = configure(Config, show=not scores)
     runtime.launch(score if cfg.score else train, cfg, trains=not cfg.score)
 
 

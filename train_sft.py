@@ -7,10 +7,10 @@ Supervised fine-tuning: a pre-trained model learns to answer.
     torchrun --nproc_per_node=8 train_sft.py config/sft_1b.py              8 GPUs
     python train_sft.py config/sft_1b.py --lora_rank=16                    little memory
 
-Supervised are the replies of the assistant and the <|im_end|> after each, which teaches the model
-to stop. N counts them over all micro-steps and processes of an optimizer step, so that every token
-weighs the same. Whole chats are packed into a window but do not see each other, so the loss is that
-of the chats one by one. What a line of --data may hold: plumbing/chats.py.
+Supervised tokens are those of the assistant's replies and the <|im_end|> after each, from which
+the model learns to stop. N counts them over all micro-steps and processes of an optimizer step, so
+that every token weighs the same. Whole chats are packed into a window but do not see each other, so
+the loss is as if each stood alone. What a line of --data may hold: plumbing/chats.py.
 
 With --lora_rank=r this and every later stage leaves the model as it is and trains a small update of
 each matrix W (n_out, n_in) of the blocks (LoRA, Hu et al. 2021):
@@ -26,6 +26,7 @@ from plumbing.terminal import end_quietly, run
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ from plumbing import runtime, sharding
 from plumbing.costs import (count_frozen, count_parameters, flops_per_token, memory_line,
                             peak_line)
 from plumbing.evaluation import Scores, by_language, print_samples, score_line, score_text
-from plumbing.examples import Row, Rows, in_batches, pad_right, prompts_with_room, reply_end
+from plumbing.examples import LEARN, Row, Rows, in_batches, pad_right, prompts_with_room, reply_end
 from plumbing.loading import load_to_train
 from plumbing.log import Log, describe_run
 from plumbing.optim import make_optimizers, set_learning_rate
@@ -48,7 +49,7 @@ from plumbing.runtime import Dist, all_sum, print0
 from plumbing.splits import RowSettings, load_splits
 from tokenizer import Tokenizer
 
-KIND = "sft"  # stage that the checkpoints name
+KIND = "sft"  # the name of this stage in its checkpoints
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,10 @@ class Config(RowSettings):
 
 
 def sft_loss(hidden: Tensor, head: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """N L_SFT = -sum log P(token) over the N supervised tokens, a scalar: the loop divides by N.
-    hidden (B, T, C) are the model's last states after reading `tokens` (B, T), head (V, C) is its
-    output matrix, mask (B, T) is True on supervised tokens."""
+    """N times L_SFT: the sum of -log P(token) over supervised tokens, a scalar. The loop divides it
+    by N, which it counts in the whole step. hidden (B, T, C) are the model's last states after
+    reading `tokens` (B, T), head (V, C) is its output matrix, mask (B, T) is True on supervised
+    tokens."""
     targets = torch.where(mask, tokens, IGNORE)
     targets = F.pad(targets[:, 1:], (0, 1), value=IGNORE)  # the state at t predicts token t + 1
     return -token_logps(hidden, head, targets, reduction="sum")
@@ -83,10 +85,11 @@ def sft_loss(hidden: Tensor, head: Tensor, tokens: Tensor, mask: Tensor) -> Tens
 def evaluate(model: Transformer, tok: Tokenizer, rows: Rows, cfg: Config, dist: Dist,
              most: int | None) -> Scores:
     """Nats per supervised token and bits per byte of reply, of at most `most` chats a language."""
-    batches = {lang: (pad_right([rows.example(i)[0] for i in some], 0)[:2]
-                      for some in in_batches(chosen, 4 * cfg.batch_size))
-               for lang, chosen in by_language(rows, most).items()}
-    return score_text(model, tok, batches.items(), dist)
+    def batches(numbers: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        for some in in_batches(numbers, 4 * cfg.batch_size):
+            yield pad_right([rows.example(i)[0] for i in some], 0)[:2]
+    texts = {lang: batches(numbers) for lang, numbers in by_language(rows, most).items()}
+    return score_text(model, tok, texts.items(), dist)
 
 
 def forgetting(model: Transformer, tok: Tokenizer, cfg: Config, dist: Dist) -> Scores:
@@ -101,8 +104,9 @@ def forgetting(model: Transformer, tok: Tokenizer, cfg: Config, dist: Dist) -> S
 
 def answer_held_out(model: Transformer, tok: Tokenizer, rows: Rows, asked: dict[int, list[int]],
                     cfg: Config) -> dict[str, str]:
-    """Answer some held-out chats greedily. Reports of each language which share of the answers is
-    word for word the reference and which share ends by itself, and prints one answer."""
+    """Answer held-out chats greedily; `asked` has the number of each and the ids of its prompt. For
+    each language, report how many answers equal the reference and how many stop by themselves, and
+    print one."""
     report = {}
     for lang in sorted({rows.lang(i) for i in asked}):
         chosen = [i for i in asked if rows.lang(i) == lang]
@@ -120,7 +124,7 @@ def answer_held_out(model: Transformer, tok: Tokenizer, rows: Rows, asked: dict[
     return report
 
 
-def check(cfg: Config, length: int, limit: int, world: int) -> int:
+def count_micro_steps(cfg: Config, length: int, limit: int, world: int) -> int:
     """Micro-steps in an optimizer step. Raises ValueError for settings that do not fit together."""
     if not 2 <= length <= limit:
         raise ValueError(f"max_len {length} must lie between 2 and the {limit} tokens that the "
@@ -137,26 +141,27 @@ def train(cfg: Config, dist: Dist) -> None:
     model, tok = load_to_train(cfg)
     config = model.config
     length = config.max_seq_len if cfg.max_len is None else cfg.max_len
-    accumulate = check(cfg, length, config.max_seq_len, dist.world)
+    accumulate = count_micro_steps(cfg, length, config.max_seq_len, dist.world)
     chats, val = load_splits(cfg, "chat", tok, length, dist)
     packed = Packed(chats, length, cfg.seed)
-    n_windows, rows = len(packed.bins), cfg.batch_tokens // length  # rows: windows in a step
-    max_steps = math.ceil(cfg.epochs * n_windows / rows) if cfg.max_steps is None else cfg.max_steps
+    n_windows, per_step = len(packed.bins), cfg.batch_tokens // length
+    max_steps = cfg.max_steps
+    if max_steps is None:
+        max_steps = math.ceil(cfg.epochs * n_windows / per_step)
     if cfg.warmup_steps >= max_steps:
         raise ValueError(f"warmup_steps {cfg.warmup_steps} must be less than the {max_steps} steps")
     print0(describe_run(dist))
-    asked = prompts_with_room(val, sum(by_language(val, cfg.eval_answers).values(), []),
-                              config.max_seq_len, cfg.answer_tokens)
+    some = [i for numbers in by_language(val, cfg.eval_answers).values() for i in numbers]
+    asked = prompts_with_room(val, some, config.max_seq_len, cfg.answer_tokens)
     longest = int(val.lengths().max(initial=0))
     print0(memory_line(cfg, dist, model, cfg.batch_size, length, accumulate, masked=True,
                        judged=(min(4 * cfg.batch_size, len(val)), longest),
                        written=(min(32, cfg.eval_answers, len(asked)), longest, cfg.answer_tokens)))
-    # the top bit of a stored id marks a supervised token
-    tokens, supervised = int(chats.lengths().sum()), int((chats.words >> 31).sum())
-    print0(f"{count_parameters(config):,} parameters; {len(chats):,} chats of {tokens:,} tokens, "
-           f"{supervised / tokens:.0%} supervised, in {n_windows:,} windows of {length}, "
-           f"{tokens / n_windows / length:.0%} full; {max_steps:,} steps, "
-           f"{max_steps * rows / n_windows:.2f} epochs")
+    n_tokens, supervised = int(chats.lengths().sum()), int((chats.words >= LEARN).sum())
+    print0(f"{count_parameters(config):,} parameters; {len(chats):,} chats of {n_tokens:,} tokens, "
+           f"{supervised / n_tokens:.0%} supervised, in {n_windows:,} windows of {length}, "
+           f"{n_tokens / n_windows / length:.0%} full; {max_steps:,} steps, "
+           f"{max_steps * per_step / n_windows:.2f} epochs")
     net = sharding.wrap(model, dist, cfg.shard, cfg.recompute)
     optimizers, data_id = make_optimizers(model, cfg), chats.data_id
     first = sharding.resume(cfg, KIND, model, optimizers, tok, data_id)
@@ -193,19 +198,19 @@ def train(cfg: Config, dist: Dist) -> None:
         lr = set_learning_rate(optimizers, cfg, step, max_steps)
         # Add up the gradients of the step's windows, a portion at a time.
         loss = torch.zeros((), device=dist.device)
-        micro_steps = [packed.batch(step * rows + (i * dist.world + dist.rank) * cfg.batch_size,
+        micro_steps = [packed.batch(step * per_step + (i * dist.world + dist.rank) * cfg.batch_size,
                                     cfg.batch_size) for i in range(accumulate)]
         # N is that of the whole step, so it is needed before the first backward pass
         n, = all_sum(dist, sum(int(mask.sum()) for _, mask, _ in micro_steps))
         for micro_step, batch in enumerate(micro_steps):
             tokens, mask, segments = (t.to(dist.device) for t in batch)
-            sharding.exchange_gradients(net, micro_step == accumulate - 1)  # once a step is enough
+            sharding.exchange_gradients(net, micro_step == accumulate - 1)  # only in the last pass
             with dist.autocast():
                 hidden = net(tokens, hidden=True, segments=segments)
                 part = sft_loss(hidden, model.lm_head.weight, tokens, mask) / max(n, 1)
-            (part * dist.world).backward()  # DDP takes the mean over processes, the loss is a sum
+            (part * dist.world).backward()  # DDP takes the mean over processes, we want the sum
             loss += part.detach()
-        samples = f"windows {step * rows:,} to {(step + 1) * rows - 1:,}"
+        samples = f"windows {step * per_step:,} to {(step + 1) * per_step - 1:,}"
 
         # same in every train_*.py: step
         # Step, unless the gradient is not finite.

@@ -49,7 +49,7 @@ from plumbing.examples import Row
 from plumbing.jobs import Progress
 from plumbing.log import describe_run
 from plumbing.optim import make_optimizers
-from tokenizer import PATTERN, SPECIALS, count_pieces, dump, load_tokenizer, train_bpe
+from tokenizer import HAN_PATTERN, SPECIALS, count_pieces, dump, load_tokenizer, train_bpe
 
 READ = 256 << 20  # bytes of the array whose sum measures the memory: more than caches hold
 MATMUL = 1024  # rows of the square matrices; twice as many are tried too
@@ -292,7 +292,7 @@ def prepare(cfg: Config, folder: str) -> None:
     with open(paths[0], "w", encoding="utf-8") as f:
         f.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     ranks = train_bpe(count_pieces(texts[:1000]), VOCAB - len(SPECIALS))
-    Path(paths[1]).write_text(dump(ranks, PATTERN))
+    Path(paths[1]).write_text(dump(ranks, HAN_PATTERN))
     encode = load_tokenizer(paths[1]).encode_ordinary_batch
 
     def with_workers(n: int) -> None:

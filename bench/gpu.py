@@ -39,7 +39,7 @@ from generate import generate
 from model import ModelConfig, Transformer
 from plumbing import runtime, sharding, terminal
 from plumbing.log import describe_run
-from tokenizer import PATTERN, SPECIALS, dump
+from tokenizer import HAN_PATTERN, SPECIALS, dump
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 65_536  # of all models: the single bytes, and most pairs of bytes
@@ -105,7 +105,7 @@ def write_data(folder: str) -> None:
         f.writelines(json.dumps({"text": bytes(w).decode()}) + "\n" for w in words)
     ranks = [bytes([a]) for a in range(256)] + [bytes([a, b]) for a in range(256)
                                                 for b in range(256)]
-    Path(f"{folder}/tokenizer.txt").write_text(dump(ranks[:VOCAB - len(SPECIALS)], PATTERN))
+    Path(f"{folder}/tokenizer.txt").write_text(dump(ranks[:VOCAB - len(SPECIALS)], HAN_PATTERN))
     subprocess.run([sys.executable, "data.py", f"--input={folder}/text.jsonl",
                     f"--tokenizer={folder}/tokenizer.txt", f"--out_dir={folder}/data"], cwd=ROOT,
                    check=True, stdout=subprocess.DEVNULL)

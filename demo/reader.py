@@ -223,8 +223,9 @@ def figures(rows: list[dict], said: list[str]) -> dict[str, float]:
 
 
 def make_pairs(cfg: Config, data: Path, where: str) -> None:
-    """Ask the SFT model what it has not seen, with chance, and pair its mistakes with what is right. As often as the refusal is the right reply, it is the wrong one in another pair: else
-    the model learns to refuse everything, which is true of every document."""
+    """Ask the SFT model what it has not seen, with chance, and pair its mistakes with what is
+    right. As often as the refusal is the right reply, it is the wrong one in another pair: else the
+    model learns to refuse everything."""
     reward = run_config(REWARD)["reward"][0]
     rows = read_rows(data / "prompts_later.jsonl")
     rows = (rows * (1 + 3 * cfg.pairs // len(rows)))[:3 * cfg.pairs]  # each several times

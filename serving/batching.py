@@ -11,7 +11,6 @@ others do not wait, and is then copied into a free row. What a text has in commo
 it, such as the system prompt or the first turns of a chat, is copied instead of read.
 """
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -64,10 +63,10 @@ class Batch:
         self.store = self.cache.kv  # (layers, 2, rows, heads, window, D); the first rows are in use
         self.texts: list[Text] = []  # one for each row in use
         self.reading: Text | None = None  # the next, while its prompt is read
-        self.waiting: queue.SimpleQueue[Text] = queue.SimpleQueue()
+        self.waiting: queue.SimpleQueue[Text | None] = queue.SimpleQueue()
         self.room = rows + waiting  # most texts that may be written, read or waiting
         self.past: deque[tuple[list[int], Tensor]] = deque(maxlen=rows)  # ended: ids, their kv
-        self.wake, self.over = threading.Event(), False
+        self.over = False
         self.tokens_read = self.copied = self.written = 0
         self.seconds = 0.0  # tokens; time that writing took
 
@@ -76,7 +75,6 @@ class Batch:
         if self.over or self.waiting.qsize() + len(self.texts) >= self.room:
             return False
         self.waiting.put(text)
-        self.wake.set()
         return True
 
     def run(self) -> None:
@@ -86,20 +84,18 @@ class Batch:
             self.write()
         finally:
             self.over = True
-            left = [*self.texts, *filter(None, [self.reading])]
+            left = [*self.texts, self.reading]
             while self.waiting.qsize():
                 left.append(self.waiting.get())
-            for text in dict.fromkeys(left):
+            for text in dict.fromkeys(filter(None, left)):
                 text.ended = "length"  # cut short
                 text.on_token(None, 0.0, {})
 
     def write(self) -> None:
         while not self.over:
-            if not self.reading and len(self.texts) < self.store.size(2) and self.waiting.qsize():
-                self.reading = self.waiting.get()
-            if not self.reading and not self.texts:
-                self.wake.wait()
-                self.wake.clear()
+            room = not self.reading and len(self.texts) < self.store.size(2)
+            if room and (not self.texts or self.waiting.qsize()):
+                self.reading = self.waiting.get()  # waits for a text, or for None of `stop`
                 continue
             start = time.perf_counter()
             if self.reading and self.read(self.reading):
@@ -109,9 +105,10 @@ class Batch:
             self.seconds += time.perf_counter() - start
 
     def stop(self) -> None:
-        """End all texts where they are."""
+        """End all texts where they are. A signal may call this at any moment, inside `submit` too:
+        a SimpleQueue takes no lock that its owner could wait for."""
         self.over = True
-        self.wake.set()
+        self.waiting.put(None)
 
     def counts(self) -> dict[str, float]:
         return {"texts_writing": len(self.texts), "texts_waiting": self.waiting.qsize(),

@@ -17,7 +17,7 @@ import rag  # noqa: E402
 from demo import world as toyworld  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from plumbing import checkpoint, runtime  # noqa: E402
-from tokenizer import PATTERN, Tokenizer, dump  # noqa: E402
+from tokenizer import HAN_PATTERN, Tokenizer, dump  # noqa: E402
 
 torch.set_num_threads(1)
 # --dtype=auto is float32 on every CPU, and so are the figures; the first name still measures
@@ -39,7 +39,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     """What the later stages start from: a byte-level checkpoint of stage pt with random weights
     (`pt`), its tokenizer and model, and a folder with chats, pairs and prompts of the toy world."""
     folder = tmp_path_factory.mktemp("tiny")
-    tok = Tokenizer(dump([bytes([i]) for i in range(256)], PATTERN))
+    tok = Tokenizer(dump([bytes([i]) for i in range(256)], HAN_PATTERN))
     torch.manual_seed(0)
     config = ModelConfig(tok.n_vocab, 2, 2, 1, 32, 16, 64, 256)
     model = Transformer(config)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tokenizer import PATTERN, _digest
+from tokenizer import HAN_PATTERN, _digest
 
 Writer = Callable[[Path], object]
 
@@ -49,7 +49,7 @@ def archive(parts: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORE
     return write
 
 
-def with_tokenizer(good: dict, pattern: str = PATTERN, more_ranks: str = "") -> dict:
+def with_tokenizer(good: dict, pattern: str = HAN_PATTERN, more_ranks: str = "") -> dict:
     """The good state with a tokenizer whose sha256 is right and whose contents are not."""
     first, _, ranks = good["tokenizer"].partition("\n")
     head, ranks = json.loads(first) | {"pattern": pattern}, ranks + more_ranks

@@ -28,7 +28,7 @@ import torch
 
 from demo import world
 from plumbing import checkpoint, log, runtime, terminal
-from tokenizer import PATTERN, dump
+from tokenizer import HAN_PATTERN, dump
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("pt", "sft", "rm", "dpo", "rl")
@@ -137,7 +137,7 @@ class Lab:
         self.write("pt", 150, world.pt_document, 2, 3, 0.3)
         for name, make in (("sft", world.chat), ("rm", world.pair), ("rl", world.rl_prompt)):
             self.write(name, 40, make, 1)
-        (folder / "tok.txt").write_text(dump([bytes([i]) for i in range(256)], PATTERN))
+        (folder / "tok.txt").write_text(dump([bytes([i]) for i in range(256)], HAN_PATTERN))
         self.run("data", [f"--input={folder}/pt.jsonl", f"--tokenizer={folder}/tok.txt",
                           f"--out_dir={folder}/data", "--val_fraction=0.1", "--workers=1"]).well()
         self.start("pt", folder / "base", max_steps=2, max_seq_len=256, batch_tokens=512,

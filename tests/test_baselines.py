@@ -120,7 +120,7 @@ def test_xz_is_the_lzma_module():
 def prepared(tmp_path_factory):
     """A folder as data.py makes it, and the texts of its documents by (split, lang)."""
     from plumbing.jobs import Progress
-    from tokenizer import PATTERN, count_pieces, dump, train_bpe
+    from tokenizer import HAN_PATTERN, count_pieces, dump, train_bpe
     folder = tmp_path_factory.mktemp("baselines")
     rng = np.random.default_rng(9)
     texts = [("en", " ".join(rng.choice(["cat", "naïve", "the", "\0x"], 30))) for _ in range(60)]
@@ -128,7 +128,7 @@ def prepared(tmp_path_factory):
     (folder / "text.jsonl").write_text("".join(
         json.dumps({"text": f"{t} {i}", "lang": lang}) + "\n" for i, (lang, t) in enumerate(texts)))
     ranks = train_bpe(count_pieces(t for _, t in texts), 300)
-    (folder / "tok.txt").write_text(dump(ranks, PATTERN))
+    (folder / "tok.txt").write_text(dump(ranks, HAN_PATTERN))
     data.prepare(data.Config(input=str(folder / "text.jsonl"), tokenizer=str(folder / "tok.txt"),
                              out_dir=str(folder / "data"), val_fraction=0.2, workers=1), Progress())
     return str(folder / "data"), [f"{t} {i}" for i, (_, t) in enumerate(texts)]

@@ -1,5 +1,6 @@
 """Texts that come and go in one batch are what they are alone."""
 import random
+import sys
 import threading
 
 import pytest
@@ -178,3 +179,26 @@ def test_log_p_and_the_likeliest_tokens(batch, model):
     for i, (token, logp, top) in enumerate(found[:-1]):
         assert logp == pytest.approx(float(logps[2 + i, token]), abs=1e-4)
         assert list(top) == logps[2 + i].topk(2).indices.tolist()
+
+
+def test_a_signal_may_stop_the_batch_at_any_moment(model):
+    """SIGTERM, or a second one, could come while the main thread was inside `submit` or `stop`,
+    whose lock the handler then waited for: the server never ended."""
+    for work in ("submit", "stop"):
+        batch = Batch(model, sample, rows=1, window=96)
+        arguments, moments = [Waiting([1], 1)] if work == "submit" else [], []
+
+        def look(frame, event, argument):
+            if event == "line" and (work == "stop" or moments):  # the first line is the `if`
+                batch.stop()
+            moments.append(event == "line")
+            return look
+
+        def interrupted() -> None:
+            sys.settrace(look)
+            getattr(batch, work)(*arguments)
+
+        thread = threading.Thread(target=interrupted, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive() and batch.over and len(moments) > 2

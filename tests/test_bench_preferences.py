@@ -15,7 +15,7 @@ from bench import preferences
 from bench.pairs import PENALTIES, bags_of, balanced, drawn, fit, learn, mean, prompts_of
 from plumbing import checkpoint, terminal
 from plumbing.examples import load_examples
-from tokenizer import PATTERN, dump
+from tokenizer import HAN_PATTERN, dump
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_the_best_of_eight_is_more_than_one_of_eight(tiny, rms, run, tmp_path):
 def test_mistakes_are_one_line(tiny, rms, run, tmp_path):
     """A reward model that held out less than is asked for may know the pairs by heart; one that
     reads other tokens would score nonsense, and say nothing."""
-    letters = dump([bytes([255 - i]) for i in range(256)], PATTERN)
+    letters = dump([bytes([255 - i]) for i in range(256)], HAN_PATTERN)
     for name, where in (("policy", tiny.pt), ("judge", str(rms[1]))):
         checkpoint.save(str(tmp_path / name), 0, checkpoint.load(where)[0] | {"tokenizer": letters})
     good = [f"--checkpoint={rms[0]}", f"--data={tiny.pairs}", "--val_fraction=0.2",

@@ -16,7 +16,7 @@ from model import KVCache, ModelConfig, Transformer
 from plumbing import checkpoint, runtime
 from plumbing.loading import load_model
 from plumbing.vocabulary import PATTERNS
-from tokenizer import PATTERN, Tokenizer, count_pieces, dump, render, train_bpe
+from tokenizer import HAN_PATTERN, Tokenizer, count_pieces, dump, render, train_bpe
 
 pytest.importorskip("transformers", reason="the models come from its classes")
 
@@ -224,7 +224,7 @@ def test_a_tuned_model_goes_out_as_one_of_its_family(folder, tiny, tmp_path):
         assert type(theirs).__name__ == "Qwen2ForCausalLM" and theirs.config.vocab_size == 420
 
 
-@pytest.mark.parametrize("pattern", [PATTERN, PATTERNS["qwen2"]], ids=["old", "qwen2"])
+@pytest.mark.parametrize("pattern", [HAN_PATTERN, PATTERNS["qwen2"]], ids=["old", "qwen2"])
 def test_a_model_of_ours_opens_there_with_the_same_ids(pattern, tmp_path):
     """Pre-trained here: byte-level BPE of ours, ChatML, the sizes of a Qwen3."""
     transformers = pytest.importorskip("transformers")
@@ -243,7 +243,7 @@ def test_a_model_of_ours_opens_there_with_the_same_ids(pattern, tmp_path):
     assert words.apply_chat_template(chat, return_dict=False) == render(tok, chat)[0]
     again = checkpoint.load(str(take(tmp_path / "hf", tmp_path / "again")))[0]
     assert again["tokenizer"] == tok.text and again["kind"] == "sft"
-    if pattern == PATTERN:
+    if pattern == HAN_PATTERN:
         with pytest.raises(ValueError, match="llama.cpp has no name for"):
             give(saved, "gguf", tmp_path / "x.gguf")
     else:

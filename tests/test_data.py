@@ -19,7 +19,7 @@ import data
 from data import encode, open_data
 from plumbing import corpus, terminal, tokenfiles
 from plumbing.tokenfiles import Folder, open_token_file
-from tokenizer import CHAR_PATTERN, PATTERN, count_pieces, dump, train_bpe
+from tokenizer import CHAR_PATTERN, HAN_PATTERN, count_pieces, dump, train_bpe
 
 ROOT = Path(data.__file__).parent
 TEXTS = [f"{'一只猫坐在垫子上。' * (i % 7)} the cat {i} sat <|endoftext|>\n" * (i % 5 + 1)
@@ -31,7 +31,7 @@ def made(tmp_path_factory):
     """A tokenizer, a folder with every kind of text file, and what data.py makes of it."""
     base = tmp_path_factory.mktemp("made")
     (base / "in").mkdir()
-    (base / "tok.txt").write_text(dump(train_bpe(count_pieces(TEXTS), 350), PATTERN))
+    (base / "tok.txt").write_text(dump(train_bpe(count_pieces(TEXTS), 350), HAN_PATTERN))
     lines = [json.dumps({"text": t} | ({"lang": "zh"} if i % 9 == 0 else {})) + "\n"
              for i, t in enumerate(TEXTS)]
     (base / "in/a.jsonl").write_text("".join(lines[:300]))
@@ -250,7 +250,7 @@ def test_more_than_65536_tokens_take_four_bytes(folder, n_vocab, width):
 
 def test_a_folder_with_a_file_of_another_tokenizer_is_refused(made, folder):
     shutil.copytree(made / "out", folder / "out")
-    (folder / "tok.txt").write_text(dump(train_bpe(count_pieces(TEXTS), 280), PATTERN))
+    (folder / "tok.txt").write_text(dump(train_bpe(count_pieces(TEXTS), 280), HAN_PATTERN))
     assert run(folder, f"--out_dir={folder}/other") == (0, "")
     shutil.copy(folder / "other/val_en.bin", folder / "out/val_en.bin")
     with pytest.raises(ValueError, match="val_en.bin: made with another tokenizer"):

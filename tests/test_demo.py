@@ -19,7 +19,7 @@ from demo import __main__ as demo
 from demo import judge
 from demo.world import restated_values, show
 from model import ModelConfig, Transformer
-from tokenizer import PATTERN, Tokenizer, dump
+from tokenizer import HAN_PATTERN, Tokenizer, dump
 
 ROOT = Path(demo.__file__).parent.parent
 DOC = {"text": "The pet of Kimu is cat.\nKimu's pet is cat.", "lang": "en"}
@@ -27,7 +27,7 @@ DOC = {"text": "The pet of Kimu is cat.\nKimu's pet is cat.", "lang": "en"}
 
 @pytest.fixture(scope="module")
 def tok() -> Tokenizer:
-    return Tokenizer(dump([bytes([i]) for i in range(256)], PATTERN))
+    return Tokenizer(dump([bytes([i]) for i in range(256)], HAN_PATTERN))
 
 
 class Oracle(torch.nn.Module):

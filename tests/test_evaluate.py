@@ -9,7 +9,7 @@ import evaluate
 from evaluate import batches, log_probs, main
 from plumbing.benchmarks import interval, read_task, request, windows
 from plumbing.terminal import run
-from tokenizer import PATTERN, Tokenizer, dump
+from tokenizer import HAN_PATTERN, Tokenizer, dump
 
 ROWS = {
     "choice": [{"query": "What is it?", "choices": ["a cat", "a dog that barks"], "gold": 1},
@@ -60,7 +60,7 @@ def test_a_batch_has_no_more_tokens_than_asked_and_all_rows_come():
 
 def test_a_context_and_its_end():
     """Spaces between belong to the end; too long a context loses its beginning."""
-    tok = Tokenizer(dump([bytes([i]) for i in range(256)] + [b" b"], PATTERN))
+    tok = Tokenizer(dump([bytes([i]) for i in range(256)] + [b" b"], HAN_PATTERN))
     assert request(tok, "a ", ["b"], 9) == ([97], [[256]])
     assert request(tok, "a\n", ["b"], 9) == ([97], [[10, 98]])
     assert request(tok, "a", [" b", "c"], 9) == ([97], [[256], [99]])
@@ -69,7 +69,7 @@ def test_a_context_and_its_end():
 
 
 def test_windows_predict_every_token_once_with_as_much_context_as_fits():
-    tok = Tokenizer(dump([bytes([i]) for i in range(256)], PATTERN))
+    tok = Tokenizer(dump([bytes([i]) for i in range(256)], HAN_PATTERN))
     assert windows(tok, "abcdefgh", 3) == [
         ([tok.endoftext], [[*b"abc"]]), ([*b"c"], [[*b"def"]]), ([*b"ef"], [[*b"gh"]])]
 

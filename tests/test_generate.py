@@ -4,14 +4,14 @@ import torch
 
 from generate import complete, generate, keep_likeliest, sample
 from model import ModelConfig, Transformer
-from tokenizer import PATTERN, StreamDecoder, Tokenizer, count_pieces, dump, train_bpe
+from tokenizer import HAN_PATTERN, StreamDecoder, Tokenizer, count_pieces, dump, train_bpe
 
 TEXT = "从前有座山，山上有座庙，庙里有个老和尚。The cat sat on the mat, the dog on the log.\n" * 3
 PROMPTS = ["The cat", "从前有座山，山上有座庙", "a"]
 
 
 def small_tokenizer():
-    return Tokenizer(dump(train_bpe(count_pieces([TEXT]), 290), PATTERN))
+    return Tokenizer(dump(train_bpe(count_pieces([TEXT]), 290), HAN_PATTERN))
 
 
 def sure_model(tok):

@@ -13,7 +13,7 @@ import torch
 import convert
 from model import ModelConfig
 from plumbing import checkpoint, weights
-from tokenizer import PATTERN, Tokenizer, dump
+from tokenizer import HAN_PATTERN, Tokenizer, dump
 
 ROOT = Path(convert.__file__).parent
 SHAPES = {  # of Qwen3-1.7B and Qwen2.5-0.5B
@@ -41,7 +41,7 @@ def test_a_model_starts_within_its_bytes_and_at_once(name, tmp_path):
     more. The time is that of the processor, in one thread, from the start of the program to the
     first character, for others may use the machine as well."""
     sizes = SHAPES[name]
-    tok = Tokenizer(dump([bytes([i]) for i in range(256)], PATTERN))
+    tok = Tokenizer(dump([bytes([i]) for i in range(256)], HAN_PATTERN))
     model = {key: torch.empty(shape, dtype=torch.bfloat16)
              for key, shape in convert.shapes(sizes).items()}
     model["lm_head.weight"] = model["embed_tokens.weight"]

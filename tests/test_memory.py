@@ -22,7 +22,7 @@ import train_rm
 import train_sft
 from model import ModelConfig, RewardModel, Transformer
 from plumbing import checkpoint, costs, rewards, runtime
-from tokenizer import PATTERN, Tokenizer, dump
+from tokenizer import HAN_PATTERN, Tokenizer, dump
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "rl": train_rl}
@@ -55,7 +55,7 @@ def make(folder: Path, shape: tuple, prompt: int, reply: int) -> None:
     """A model, a reward model, and chats, rankings, pairs and prompts of about one length."""
     two = range(min(shape[0], 2052) - 260)  # a model may have more rows than there are tokens
     tok = Tokenizer(dump([bytes([i]) for i in range(256)]
-                         + [bytes([128 + i // 256, i % 256]) for i in two], PATTERN))
+                         + [bytes([128 + i // 256, i % 256]) for i in two], HAN_PATTERN))
     model = Transformer(ModelConfig(*shape))
     for kind, module in (("sft", model), ("rm", RewardModel(model))):
         checkpoint.save(str(folder / kind), 0, {

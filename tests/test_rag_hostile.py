@@ -20,7 +20,7 @@ from search.index import Index
 from search.manifest import sha256_of
 from search.readers import decode
 from search.segment import split
-from tokenizer import PATTERN, dump
+from tokenizer import HAN_PATTERN, dump
 
 ROOT = Path(rag.__file__).resolve().parent
 
@@ -233,7 +233,7 @@ def test_segments_are_training_text_as_they_are(notes, tmp_path, run):
     assert code == 0 and {row["lang"] for row in rows} == {"en", "zh"} and len(rows) > 5
     assert next(row for row in rows if "make" in row["text"])["lang"] == "zh"
     (tmp_path / "rows.jsonl").write_text(out)
-    (tmp_path / "tok.txt").write_text(dump([bytes([i]) for i in range(256)], PATTERN))
+    (tmp_path / "tok.txt").write_text(dump([bytes([i]) for i in range(256)], HAN_PATTERN))
     done = os.spawnv(os.P_WAIT, sys.executable, [
         sys.executable, str(Path(data.__file__)), f"--input={tmp_path}/rows.jsonl", "--workers=1",
         f"--tokenizer={tmp_path}/tok.txt", f"--out_dir={tmp_path}/data", "--val_fraction=0.5"])

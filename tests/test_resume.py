@@ -14,7 +14,7 @@ import pytest
 from lab import STAGES, Lab, newest, same_run
 
 from plumbing import checkpoint, terminal
-from tokenizer import PATTERN, dump
+from tokenizer import HAN_PATTERN, dump
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 
@@ -59,7 +59,7 @@ def refused(lab: Lab, done: tuple, out: Path, line: str, code: int = 2, **change
 
 @pytest.mark.parametrize("change, line", [
     (dict(kind="other"), "is a checkpoint of stage other, not of "),
-    (dict(tokenizer=dump([bytes([255 - i]) for i in range(256)], PATTERN)),
+    (dict(tokenizer=dump([bytes([255 - i]) for i in range(256)], HAN_PATTERN)),
      "made with another tokenizer than that of the data"),
     (dict(model_config=dict(n_embd=8)), "its model has another shape: n_embd is 8, asked for 16")])
 def test_the_checkpoint_of_another_run_is_refused(lab, done, tmp_path, change, line):

@@ -8,15 +8,15 @@ import pytest
 
 from search.segment import Chunk, clean, split
 from search.topics import sentences, tfidf
-from tokenizer import PATTERN, Tokenizer, count_pieces, dump, train_bpe
+from tokenizer import HAN_PATTERN, Tokenizer, count_pieces, dump, train_bpe
 
 DOCS = Path(__file__).resolve().parents[2] / "shared" / "data" / "docs"
 EN = ["The cat sat on the mat, and it slept.", "Dr. Wu paid 3.50 for it!", "Why (if at all)?",
       "A chunk holds whole sentences, e.g. this one.", "\"No,\" she said, \"not now.\""]
 ZH = ["他说：“好。”", "检索先找资料，再回答问题。", "为什么要切分文本？",
       "版本是3.5，价格是２元；", "真好！！"]
-TOK = Tokenizer(dump(train_bpe(count_pieces([" ".join(EN + ZH) * 20]), 500), PATTERN))
-BYTES = Tokenizer(dump([bytes([i]) for i in range(256)], PATTERN))
+TOK = Tokenizer(dump(train_bpe(count_pieces([" ".join(EN + ZH) * 20]), 500), HAN_PATTERN))
+BYTES = Tokenizer(dump([bytes([i]) for i in range(256)], HAN_PATTERN))
 
 
 def bpe(text):

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import pytest
 from notes import NOTES
 
 from generate import replies
+from serving import api
 from tokenizer import render
 
 pytest.importorskip("uvicorn", reason="the extra `serve`")
@@ -110,6 +112,18 @@ def test_the_official_client(server, tiny):
     assert [c.text for c in both.choices] == [c.text for c in again.choices]
     with pytest.raises(openai.BadRequestError, match="a prompt has 1 to 255 tokens, not 1,0"):
         client.completions.create(model="any", prompt="x" * 1000)
+
+
+def test_a_sampler_of_your_own_needs_no_line_here(monkeypatch):
+    """A setting added to generate.Sampling, as its docstring says, made each request fail: 500."""
+    import serve
+    more = make_dataclass("Sampling", [("top_a", float, 0.0)], bases=(serve.Sampling,), frozen=True)
+    monkeypatch.setattr(serve, "Sampling", more)
+    batch = SimpleNamespace(submit=lambda text: True)
+    server = SimpleNamespace(window=9, batch=batch, answered=0, tok=SimpleNamespace(stop=()))
+    asked = {name: default for name, (*_, default) in api.NUMBERS.items()} | {"logprobs": False}
+    text = serve.Server.text(server, [1], asked, 0, print)
+    assert text.sampling["top_p"] == 1.0 and "top_a" not in text.sampling
 
 
 def test_langchain_works_unchanged(server, tiny):

@@ -134,10 +134,10 @@ def test_runs_are_not_mixed(stage, tiny, reward, tmp_path):
 
 def test_another_tokenizer_is_refused(tiny, reward, tmp_path):
     """Its ids would mean other text."""
-    from tokenizer import PATTERN, dump
+    from tokenizer import HAN_PATTERN, dump
     state = dict(checkpoint.load(tiny.pt)[0])
     tokens = [bytes([i]) for i in range(255, -1, -1)]
-    state["tokenizer"] = dump(tokens, PATTERN)
+    state["tokenizer"] = dump(tokens, HAN_PATTERN)
     checkpoint.save(str(tmp_path / "other"), 0, state)
     cfg = settings("rl", tiny, tmp_path / "run", reward, init_from=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="made with another tokenizer"):

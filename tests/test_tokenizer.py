@@ -13,7 +13,7 @@ import pytest
 import regex
 import tiktoken
 
-from tokenizer import (CHAR_PATTERN, PATTERN, SPECIALS, StreamDecoder, Tokenizer, count_pieces,
+from tokenizer import (CHAR_PATTERN, HAN_PATTERN, SPECIALS, StreamDecoder, Tokenizer, count_pieces,
                        dump, load_tokenizer, main, render, slow_bpe, train_bpe, train_char)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -25,7 +25,7 @@ CODE_POINTS = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 BYTES = [bytes([i]) for i in range(256)]
 
 
-BPE = Tokenizer(dump(train_bpe(count_pieces([TEXT]), 400), PATTERN))
+BPE = Tokenizer(dump(train_bpe(count_pieces([TEXT]), 400), HAN_PATTERN))
 CHAR = Tokenizer(dump(train_char(count_pieces([TEXT], CHAR_PATTERN)), CHAR_PATTERN))
 both = pytest.mark.parametrize("tok", [BPE, CHAR], ids=["bpe", "char"])
 
@@ -92,20 +92,21 @@ def test_every_token_is_one_that_tiktoken_makes(source):
             with gzip.open(SHARED / source.format(lang), "rt") as f:
                 texts += [json.loads(line)["text"][:20_000] for line in itertools.islice(f, 20)]
     tokens = train_bpe(count_pieces(texts), 400 if len(texts) == 1 else 2000)
-    rank, tok = {token: i for i, token in enumerate(tokens)}, Tokenizer(dump(tokens, PATTERN))
+    rank, tok = {token: i for i, token in enumerate(tokens)}, Tokenizer(dump(tokens, HAN_PATTERN))
     assert len(rank) == len(tokens) == tok.n_vocab - len(SPECIALS)
     assert all(encode(token, rank) == [token] for token in tokens)
     whole = [token.decode() for token in tokens if "�" not in token.decode("utf-8", "replace")]
-    assert len(whole) > 128 and all(len(regex.findall(PATTERN, text)) == 1 for text in whole)
+    assert len(whole) > 128 and all(len(regex.findall(HAN_PATTERN, text)) == 1 for text in whole)
     for text in [t[:2000] for t in texts] + [random_text(r, 40) for _ in range(200)]:
-        parts = [p for piece in regex.findall(PATTERN, text) for p in encode(piece.encode(), rank)]
+        parts = [part for piece in regex.findall(HAN_PATTERN, text)
+                 for part in encode(piece.encode(), rank)]
         assert [rank[p] for p in parts] == tok.encode_ordinary(text)
 
 
 def test_pieces_are_sensible():
     for cut in ("The| cat|'s| |3|.|1|4", "他说|Python|好|。\n|真的", "x| !=| '|y|';\r\n",
                 "a|  |b|\n\n|\t|c| "):
-        assert regex.findall(PATTERN, cut.replace("|", "")) == cut.split("|")
+        assert regex.findall(HAN_PATTERN, cut.replace("|", "")) == cut.split("|")
 
 
 def test_regex_and_tiktoken_cut_alike():
@@ -115,9 +116,9 @@ def test_regex_and_tiktoken_cut_alike():
         text = random_text(r, 20)
         parts = {text[i:j].encode() for i, j in itertools.combinations(range(len(text) + 1), 2)}
         rank = {p: i for i, p in enumerate(BYTES + [p for p in parts if len(p) > 1])}
-        whole = tiktoken.Encoding("", pat_str=PATTERN, mergeable_ranks=rank, special_tokens={})
+        whole = tiktoken.Encoding("", pat_str=HAN_PATTERN, mergeable_ranks=rank, special_tokens={})
         pieces = [whole.decode([i]) for i in whole.encode_ordinary(text)]
-        assert pieces == regex.findall(PATTERN, text)
+        assert pieces == regex.findall(HAN_PATTERN, text)
 
 
 @both

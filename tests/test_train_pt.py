@@ -26,7 +26,7 @@ from plumbing.files import write_text
 from plumbing.jobs import Progress
 from plumbing.loading import load_model
 from plumbing.optim import make_optimizers
-from tokenizer import PATTERN, count_pieces, dump, train_bpe
+from tokenizer import HAN_PATTERN, count_pieces, dump, train_bpe
 
 ROOT = Path(train_pt.__file__).parent
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)
@@ -45,7 +45,7 @@ def data_dir(tmp_path_factory) -> str:
     lines = [json.dumps({k: d[k] for k in ("text", "lang")}) + "\n" for d in docs]
     write_text(folder / "pt.jsonl", "".join(lines))
     tokens = train_bpe(count_pieces(d["text"] for d in docs), 296)
-    write_text(folder / "tok.txt", dump(tokens, PATTERN))
+    write_text(folder / "tok.txt", dump(tokens, HAN_PATTERN))
     prepare(folder / "pt.jsonl", folder / "tok.txt", folder / "data")
     return str(folder / "data")
 
@@ -309,7 +309,7 @@ def test_runs_are_not_mixed(cfg, data_dir, tmp_path):
         train_pt.train(replace(short, resume=True, optimizer="muon"), ALONE)
     other = tmp_path / "other"
     tokens = [bytes([i]) for i in range(256)] + [b"ab", b"abc"]
-    write_text(tmp_path / "tok.txt", dump(tokens, PATTERN))
+    write_text(tmp_path / "tok.txt", dump(tokens, HAN_PATTERN))
     prepare(Path(data_dir).parent / "pt.jsonl", tmp_path / "tok.txt", other)
     with pytest.raises(ValueError, match="another (tokenizer|shape)"):
         train_pt.train(replace(short, resume=True, data_dir=str(other)), ALONE)
