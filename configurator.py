@@ -5,7 +5,7 @@ Settings of a script: one dataclass says what can be set; Python files and the c
 
 Arguments are read left to right and the last one wins. A config file is ordinary Python: every
 public name it assigns must be a setting; imported modules are ignored, and so are _scratch names,
-unless they are a setting that lacks a letter. Only a whole number is converted, to a float.
+unless they look like a misspelt setting. The only conversion is --beta=1 to 1.0.
 """
 import inspect
 import os
@@ -62,7 +62,7 @@ def configure(cls: type[C], argv: list[str] | None = None, show: bool = True) ->
                             inspect.formatannotation(hints[key]))
             wanted = re.sub(r"(typing\.)?Optional\[(.*)\]", r"\2 | None", wanted)
             fail(f"{where}: '{key}' must be {wanted}, got {value!r}")
-        if hints[key] == FilePath and not value and getattr(cls, key):  # "" means here
+        if hints[key] == FilePath and not value and getattr(cls, key):  # "" would be this folder
             fail(f"{where}: '{key}' names no path")
         values[key] = os.path.expanduser(value) if hints[key] == FilePath else value
         origin[key] = where
@@ -81,7 +81,8 @@ def configure(cls: type[C], argv: list[str] | None = None, show: bool = True) ->
                 if key in hints or not free:
                     override(key, value, f"{arg}:{line}")
         else:
-            fail(f"{arg}: no such config file (settings are written --key=value)")
+            fail(f"{arg}: needs a value, {arg}=…" if arg.startswith("--") else
+                 f"{arg}: no such config file (settings are written --key=value)")
     if show and os.environ.get("RANK", "0") == "0":
         for f in fields(cls):
             if values.get(f.name, f.default) != f.default:

