@@ -213,9 +213,10 @@ def test_a_file_that_does_not_run_is_refused_at_its_line(message, source, config
     assert refusal(config(source)).startswith("c.py:" + message)
 
 
-@pytest.mark.parametrize("arg", ["no.py", ".", "", "-n_layer=4", "n_layer=4", "--n_layer"])
+@pytest.mark.parametrize("arg", ["no.py", ".", "", "-n_layer=4", "n_layer=4"])
 def test_what_is_neither_file_nor_setting_is_told_how_to_write_one(arg):
     assert refusal(arg, "4") == f"{arg}: no such config file (settings are written --key=value)"
+    assert refusal("--n_layer", "4") == "--n_layer: needs a value, --n_layer=…"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
