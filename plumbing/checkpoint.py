@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 from plumbing.files import put_in_place
-from plumbing.runtime import print0
 from plumbing.terminal import say
 
 SAFE_TORCH = (2, 10)  # below, weights_only=True can be made to run code: CVE-2026-24747
@@ -42,20 +41,15 @@ LARGE = 1 << 28  # bytes that take longer to check than to load: that they are g
 
 
 class _HashingFile(io.BufferedWriter):
-    """A file that hashes what is written, and keeps the first OSError, which torch.save hides."""
+    """A file that hashes what is written."""
 
     def __init__(self, path: Path):
         super().__init__(io.FileIO(path, "w"))
         self.sha = hashlib.sha256()
-        self.error: OSError | None = None
 
     def write(self, data) -> int:
-        try:
-            self.sha.update(data)
-            return super().write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
+        self.sha.update(data)
+        return super().write(data)
 
 
 def save(out_dir: str, step: int, state: dict, keep: int = 2,
@@ -82,7 +76,7 @@ def save(out_dir: str, step: int, state: dict, keep: int = 2,
         path = folder / f"step{step:08d}-{f.sha.hexdigest()[:16]}.pt"
         put_in_place(temporary, path)
     except (OSError, RuntimeError, ValueError, KeyboardInterrupt) as error:
-        cause = f.error or error
+        cause = error if isinstance(error, OSError) else error.__context__  # which torch.save hides
         temporary.unlink(missing_ok=True)
         if not isinstance(cause, OSError):
             raise
@@ -181,36 +175,6 @@ def digest(path: Path) -> str:
     """The first 16 digits of the sha256 of a file's contents."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
-
-
-def restore(cfg, kind: str, optimizers: list, tokenizer: str, shape: dict,
-            data_id: int) -> tuple[int, dict]:
-    """The step at which a run starts, and the state to load: those of the newest checkpoint with
-    --resume, else (0, {}). Prints which settings have changed, and whether the training data has.
-    Raises ValueError if that checkpoint does not fit, or if a fresh run would be mixed with an
-    older one."""
-    found = list_checkpoints(cfg.out_dir)
-    if found and not cfg.resume:
-        raise ValueError(f"{cfg.out_dir} holds a run already: continue it with --resume, or give "
-                         "another --out_dir")
-    if not found:
-        if cfg.resume:
-            print0(f"nothing to resume in {cfg.out_dir}: starting at step 0")
-        return 0, {}
-    state, path = load(cfg.out_dir)
-    if state["kind"] != kind:
-        raise ValueError(f"{path}: is a checkpoint of stage {state['kind']}, not of {kind}")
-    fits(path, state, tokenizer, shape)
-    if len(state["optimizer"]) != len(optimizers):
-        raise ValueError(f"{path}: was trained with another --optimizer")
-    for key, value in state["config"].items():
-        if getattr(cfg, key, value) != value and key not in ("resume", "device"):
-            print0(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
-    if state.get("data", data_id) != data_id:
-        print0("WARNING: the training data, or the file of the reward, is not what this run began "
-               "with: examples may repeat")
-    print0(f"loaded {path}")
-    return state["step"], state
 
 
 def fits(path: Path, state: dict, tokenizer: str, shape: dict) -> None:

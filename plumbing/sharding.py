@@ -12,7 +12,7 @@ its gradient is summed and split at once. Both make the same update, and a check
 depend on the number of processes or on which of the two wrote it.
 """
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cache, partial
 from typing import Any
@@ -86,11 +86,8 @@ def unsharded(model: nn.Module, dist: Dist) -> Iterator[None]:
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
-    try:
-        if not parts:
-            yield
-            return
-        with dist.autocast():  # the gathered matrices are of dist.dtype, what meets them is not
+    try:  # the gathered matrices are of dist.dtype, what meets them is not
+        with dist.autocast() if parts else nullcontext():
             yield
     finally:
         for part in parts:
@@ -139,12 +136,32 @@ def save(cfg: Settings, kind: str, step: int, model: nn.Module,
 def resume(cfg: Settings, kind: str, model: nn.Module, optimizers: list[torch.optim.Optimizer],
            tok: Tokenizer, data_id: int) -> int:
     """The step at which a run starts: 0, or where its newest checkpoint stands, which --resume
-    loads. Raises ValueError if out_dir holds another run."""
-    step, state = checkpoints.restore(cfg, kind, optimizers, tok.text, shape_of(model), data_id)
-    if state:
-        adapters.check_same(cfg, model, state)
-        load(model, optimizers, state)
-    return step
+    loads. Prints which settings have changed, and whether the training data has. Raises ValueError
+    if that checkpoint does not fit, or if a fresh run would be mixed with an older one."""
+    found = checkpoints.list_checkpoints(cfg.out_dir)
+    if found and not cfg.resume:
+        raise ValueError(f"{cfg.out_dir} holds a run already: continue it with --resume, or give "
+                         "another --out_dir")
+    if not found:
+        if cfg.resume:
+            print0(f"nothing to resume in {cfg.out_dir}: starting at step 0")
+        return 0
+    state, path = checkpoints.load(cfg.out_dir)
+    if state["kind"] != kind:
+        raise ValueError(f"{path}: is a checkpoint of stage {state['kind']}, not of {kind}")
+    checkpoints.fits(path, state, tok.text, shape_of(model))
+    if len(state["optimizer"]) != len(optimizers):
+        raise ValueError(f"{path}: was trained with another --optimizer")
+    for key, value in state["config"].items():
+        if getattr(cfg, key, value) != value and key not in ("resume", "device"):
+            print0(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
+    if state.get("data", data_id) != data_id:
+        print0("WARNING: the training data, or the file of the reward, is not what this run began "
+               "with: examples may repeat")
+    print0(f"loaded {path}")
+    adapters.check_same(cfg, model, state)
+    load(model, optimizers, state)
+    return state["step"]
 
 
 def shape_of(model: nn.Module) -> dict:

@@ -19,7 +19,7 @@ import train_pt
 import train_rl
 import train_rm
 import train_sft
-from plumbing import checkpoint, runtime, terminal
+from plumbing import checkpoint, runtime, sharding, terminal
 from plumbing.loading import load_model
 
 ROOT = Path(train_sft.__file__).parent
@@ -224,12 +224,12 @@ def test_pre_training_refuses_other_stages(tiny, reward, tmp_path):
     """A reward model to start from, and a run of another stage to go on with."""
     model, _ = load_model(tiny.pt, torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match="of stage rm, not of pt"):
-        train_pt.start_from(reward, model, tiny.tok)
+        train_pt.load_weights(reward, model, tiny.tok)
     state = dict(checkpoint.load(tiny.pt)[0]) | {"kind": "sft"}
     checkpoint.save(str(tmp_path / "sft"), 0, state)
     cfg = train_pt.Config(out_dir=str(tmp_path / "sft"), resume=True)
     with pytest.raises(ValueError, match="of stage sft, not of pt"):
-        checkpoint.restore(cfg, "pt", [], tiny.tok.text, state["model_config"], 0)
+        sharding.resume(cfg, "pt", model, [], tiny.tok, 0)
 
 
 def test_pt_and_the_later_stages_load_in_generate(tiny, reward, tmp_path):
