@@ -79,14 +79,27 @@ class Dist:
 
 @record  # lets torchrun name the process that failed first
 def launch(job: Callable[[Any, Dist], None], cfg: Settings, trains: bool = True) -> None:
-    """Run a stage, `job(cfg, dist)`, in this process and those that torchrun started with it."""
-    with errors_in_one_line(cfg.out_dir):
+    """Run a stage, `job(cfg, dist)`, in this process and those that torchrun started with it. What
+    a user can mend ends it in one line with an exit code: 2 for a mistake, 3 for a disk that is
+    full, 4 for numbers that are not finite, 5 for too little memory, 6 for another process that is
+    gone. Anything else is a bug and keeps its traceback. A process of several says its rank."""
+    try:
+        if os.path.isfile(cfg.out_dir):
+            raise ValueError(f"--out_dir={cfg.out_dir} is a file, and must be a folder")
         dist = setup(cfg.device, cfg.dtype, cfg.dist_timeout)
         if trains and cfg.dtype == "auto" and dist.device.type == "cpu":  # scores stay in fp32
             dist = fast_dtype(dist)
         chosen: Any = str(dist.dtype).removeprefix("torch.")
         job(replace(cfg, dtype=chosen), dist)  # a checkpoint remembers it: --resume says a change
         finish(dist)
+    except BrokenPipeError:
+        raise  # nobody reads what is printed before the loop: `terminal.run` ends it quietly
+    except Exception as error:
+        if found := in_one_line(error, str(error), cfg.out_dir):
+            fail(f"{who()}{found[1]}", found[0])
+        if who():
+            print(f"{who()}failed, see the traceback", file=sys.stderr, flush=True)
+        raise
 
 
 def fast_dtype(dist: Dist) -> Dist:
@@ -282,25 +295,6 @@ LOST_CONTACT = ("Connection closed by peer", "Connection reset", "Timed out wait
 LESS_MEMORY = ("halve --batch_size (the update stays the same), then how long texts may be, then "
                "the model")
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # a disk is full or ill
-
-
-@contextmanager
-def errors_in_one_line(out_dir: str) -> Iterator[None]:
-    """Turn what a user can mend into one line and an exit code: 2 for a mistake, 3 for a disk that
-    is full, 4 for numbers that are not finite, 5 for too little memory, 6 for another process that
-    is gone. Anything else is a bug and keeps its traceback. A process of several says its rank."""
-    try:
-        if os.path.isfile(out_dir):
-            raise ValueError(f"--out_dir={out_dir} is a file, and must be a folder")
-        yield
-    except BrokenPipeError:
-        raise  # nobody reads what is printed before the loop: `terminal.run` ends it quietly
-    except Exception as error:
-        if found := in_one_line(error, str(error), out_dir):
-            fail(f"{who()}{found[1]}", found[0])
-        if who():
-            print(f"{who()}failed, see the traceback", file=sys.stderr, flush=True)
-        raise
 
 
 def in_one_line(error: Exception, said: str, out_dir: str) -> tuple[int, str] | None:
