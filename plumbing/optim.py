@@ -2,7 +2,6 @@
 Optimizers and their learning rate: AdamW, or Muon for the matrices. The rest may be skipped.
 """
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -23,21 +22,14 @@ def make_optimizers(model: nn.Module, cfg: Settings) -> list[torch.optim.Optimiz
     decay = {name for name, p in rest.items()
              if p.dim() == 2 and not (untied and "embed_tokens" in name)}
     groups = [{"params": [p for name, p in rest.items() if (name in decay) == yes],
-               "weight_decay": cfg.weight_decay * yes} for yes in (True, False)]
+               "weight_decay": cfg.weight_decay * yes, "base": cfg.learning_rate}
+              for yes in (True, False)]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
-        groups, lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-8,
-        fused=True)]
+        groups, lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), fused=True)]
     if muon:
-        optimizers.append(torch.optim.Muon([*muon.values()], lr=cfg.muon_lr,
-                                           weight_decay=cfg.weight_decay))
-    for group in all_groups(optimizers):
-        group["base"] = group["lr"]
+        group = {"params": [*muon.values()], "base": cfg.muon_lr}
+        optimizers.append(torch.optim.Muon([group], cfg.muon_lr, cfg.weight_decay))
     return optimizers
-
-
-def all_groups(optimizers: list[torch.optim.Optimizer]) -> Iterator[dict]:
-    for optimizer in optimizers:
-        yield from optimizer.param_groups
 
 
 def lr_factor(step: int, max_steps: int, warmup: int, schedule: str, final: float,
@@ -59,6 +51,7 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], cfg: Settings, st
     """Give every optimizer the rate of this step. Returns that of AdamW, for the log."""
     factor = lr_factor(step, max_steps, cfg.warmup_steps, cfg.schedule, cfg.final_lr,
                        cfg.decay_fraction)
-    for group in all_groups(optimizers):
-        group["lr"] = group["base"] * factor
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * factor
     return factor * cfg.learning_rate
