@@ -145,15 +145,12 @@ def load_reward_model(where: str, dist: Dist, shard: bool = False) -> tuple[Rewa
     if state.get("kind") != "rm":
         raise ValueError(f"{path}: not a reward model, but of stage {state.get('kind')}; "
                          "train_rm.py makes one")
-    if "adapters" in state:
-        model = RewardModel(frozen(state, path, shard)[0])
-        model.load_state_dict(state["adapters"][-1], strict=False)
-    else:
-        model = RewardModel(Transformer(ModelConfig(**state["model_config"])))
-        model.load_state_dict(state["model"])
+    adapted = "adapters" in state
+    backbone, tok = frozen(state, path, shard) if adapted else assemble(state, path, Transformer)
+    model = RewardModel(backbone)
+    model.load_state_dict(state["adapters"][-1] if adapted else state["model"], strict=not adapted)
     if (float(model.mean), float(model.std)) == (0, 1):  # they are measured at the end of a run
         say(f"WARNING: {path} was saved before its run had ended: its scores are not normalised")
-    tok = Tokenizer(state["tokenizer"], str(path))
     model.eval().requires_grad_(False)
     return sharding.wrap(model, dist, shard), tok
 
@@ -168,10 +165,9 @@ class Undrawn(TorchFunctionMode):
     """Weights that are about to be loaded are not drawn at random before."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        given = kwargs or {}
         if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else given["tensor"]
-        return func(*args, **given)
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **kwargs or {})
 
 
 def read_weights_with_all_threads(model: nn.Module) -> None:
