@@ -12,8 +12,6 @@ Read as well: ShareGPT ("conversations" of "from" and "value"), Alpaca ("instruc
 "output"), a content in parts of text, a prompt that is a string, and pairs whose "chosen" and
 "rejected" are lists of messages, with or without a "prompt" before them.
 """
-from typing import NamedTuple
-
 from plumbing.corpus import LineError, check_text
 
 ROLES = ("system", "user", "assistant")
@@ -22,12 +20,6 @@ CHATS = ("messages", "conversations", "instruction")  # fields that may hold a c
 PROMPTS = ("prompt", "conversations", "instruction")
 MARGIN = 1000  # more than any reward differs by
 Messages = list[dict[str, str]]
-
-
-class Comparison(NamedTuple):
-    prompt: Messages
-    replies: list[str]  # best first
-    margin: float  # by which a reply should be better than the next
 
 
 def read_chat(record: dict) -> Messages:
@@ -42,8 +34,9 @@ def read_prompt(record: dict) -> Messages:
     return ending(field, read_messages(record, field), "user")
 
 
-def read_comparison(record: dict) -> Comparison:
-    """A pair or ranking. Raises LineError."""
+def read_comparison(record: dict) -> tuple[Messages, list[str], float]:
+    """Of a pair or ranking the prompt, the replies, best first, and the margin by which each should
+    be better than the next. Raises LineError."""
     margin = record.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, (int, float)):
         raise LineError("margin", "field of a wrong type", "'margin' must be a number")
@@ -56,7 +49,7 @@ def read_comparison(record: dict) -> Comparison:
                 isinstance(reply, str) for reply in replies):
             raise LineError("ranking", "field of a wrong type",
                              "'ranking' must be a list of at least two strings, best first")
-        return Comparison(read_prompt(record), [check_text(r, "ranking") for r in replies], margin)
+        return read_prompt(record), [check_text(r, "ranking") for r in replies], margin
     sides = [read_reply(record, side) for side in ("chosen", "rejected")]
     n = 0  # messages that both begin with
     while n < min(map(len, sides)) - 1 and sides[0][n] == sides[1][n]:
@@ -70,7 +63,7 @@ def read_comparison(record: dict) -> Comparison:
         before = read_prompt(record)
         prompt = prompt if all(m in prompt for m in before) else before + prompt
     replies = [side[n]["content"] for side in sides]
-    return Comparison(ending("chosen", prompt, "user"), replies, margin)
+    return ending("chosen", prompt, "user"), replies, margin
 
 
 def said_in(record: dict) -> str | None:

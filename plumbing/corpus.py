@@ -21,10 +21,9 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from plumbing.files import find, split_paths
 from plumbing.jobs import Progress, parallel
@@ -43,21 +42,18 @@ TO_LINES = ("make lines of a list: python -c 'import json, sys; [print(json.dump
             "json.load(sys.stdin)]' < LIST.json > LINES.jsonl")
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     path: str
     items: list[tuple[int, Any]]  # (line, its bytes); of a parquet file (row, record)
     share: float  # of all input that is read by the end of this batch
 
 
-@dataclass
-class Document:
+class Document(NamedTuple):
     text: str
     lang: str
 
 
-@dataclass
-class BadLine:
+class BadLine(NamedTuple):
     where: str  # file:line:column
     what: str  # what is wrong, the same words for the same kind of damage
     detail: str = ""
@@ -123,10 +119,10 @@ def sampled(batches: Iterator[Batch], every: int) -> Iterator[Batch]:
     every language has its share."""
     draw, path = Random(0), ""
     for batch in batches:
-        batch.items = [item for i, item in enumerate(batch.items)
-                       if draw.random() * every < 1 or i == 0 and batch.path != path]
+        yield batch._replace(items=[
+            item for i, item in enumerate(batch.items)
+            if draw.random() * every < 1 or i == 0 and batch.path != path])
         path = batch.path
-        yield batch
 
 
 def _read_text(path: str) -> Iterator[tuple[list, int]]:
@@ -239,19 +235,15 @@ def parse_records(batch: Batch, read: Callable[[dict], Any], kinds: tuple[str, .
     if (kind := kind_of(batch.path)) not in kinds:
         raise ValueError(f"{batch.path}: not a .jsonl or .jsonl.gz file")
     for number, item in batch.items:
-        line = ""
+        line, row = "", item if kind == ".parquet" else {"text": item}
         try:
             if item is None:
                 raise LineError(1, "line too long", f"more than {MAX_LINE >> 20} MB")
-            text = decode((item["text"] or b"") if kind == ".parquet" else item)
-            if kind == ".parquet":
-                record = item | {"text": text}
-            elif not text.strip():
+            record = row | {"text": decode(row["text"] or b"")}
+            if kind != ".parquet" and not record["text"].strip():
                 continue
-            elif kind == ".txt":
-                record = {"text": text}
-            else:
-                line = text
+            if kind == ".jsonl":
+                line = record["text"]
                 record = parse_object(line)
             yield read({name: value for name, value in record.items() if value is not None})
         except LineError as error:

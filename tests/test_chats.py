@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from plumbing.chats import Comparison, read_chat, read_comparison, read_prompt, said_in
+from plumbing.chats import read_chat, read_comparison, read_prompt, said_in
 from plumbing.corpus import LineError
 
 USER, BOT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -47,16 +47,16 @@ def test_an_instruction_is_followed_by_its_input_and_a_system_text_comes_first()
 def test_a_pair_is_read_from_its_usual_layouts(record):
     """Lists of messages, as most preference data on Hugging Face has them, were "must be a
     string"."""
-    assert read_comparison(record) == Comparison([USER], ["hello", "no"], 0.0)
+    assert read_comparison(record) == ([USER], ["hello", "no"], 0.0)
     assert said_in(record) == "hi\nhello\nno"
 
 
 def test_the_part_that_two_lists_share_is_the_prompt():
     longer = [SYSTEM, USER, BOT, USER]
     pair = {"chosen": [*longer, BOT], "rejected": [*longer, NO]}
-    assert read_comparison(pair).prompt == longer
-    assert read_comparison(pair | {"prompt": "hi"}).prompt == longer
-    assert read_comparison({"chosen": [USER, BOT], "rejected": [USER, BOT]}).replies == [
+    assert read_comparison(pair)[0] == longer
+    assert read_comparison(pair | {"prompt": "hi"})[0] == longer
+    assert read_comparison({"chosen": [USER, BOT], "rejected": [USER, BOT]})[1] == [
         "hello", "hello"]  # which is counted later as a pair of equal replies
     for chosen, rejected in (([USER, BOT], [SYSTEM, NO]), ([BOT, USER], [BOT, SYSTEM])):
         with pytest.raises(LineError, match="must differ in one message, the assistant's at the "):
@@ -95,7 +95,7 @@ def test_a_margin_is_a_number_that_means_something(margin, fine):
     digits were an OverflowError."""
     record = {"prompt": "q", "chosen": "a", "rejected": "b", "margin": margin}
     if fine:
-        assert read_comparison(record).margin == margin
+        assert read_comparison(record)[2] == margin
     else:
         with pytest.raises(LineError, match="'margin' must"):
             read_comparison(record)
