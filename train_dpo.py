@@ -96,17 +96,16 @@ def pair_logps(model: Transformer, rows: Rows, picked: list[int], batch_size: in
                dist: Dist) -> Tensor:
     """(len(picked), 2) summed log P of both replies of pairs, in float64 on the CPU. Each process
     takes its share of the batches, which hold pairs of about one length."""
-    found, progress = torch.zeros(len(picked), 2, dtype=torch.float64), Progress()
-    by_length = sorted(range(len(picked)), key=lambda j: rows.longest(picked[j]))
-    for i, batch in enumerate(in_batches(by_length, batch_size)):
-        if i % dist.world == dist.rank:
-            idx, targets, _ = pair_batch(rows, [picked[j] for j in batch])
-            sums, _ = reply_logps(model, model, idx.to(dist.device), targets.to(dist.device), dist)
-            found[batch] = sums.view(2, -1).t().cpu().double()
+    found, progress = torch.zeros(len(rows), 2, dtype=torch.float64), Progress()
+    batches = micro_batches(rows, picked, batch_size, dist.rank, dist.world)
+    for i, some in enumerate(batches):
+        idx, targets, _ = pair_batch(rows, some)
+        sums, _ = reply_logps(model, model, idx.to(dist.device), targets.to(dist.device), dist)
+        found[some] = sums.view(2, -1).t().cpu().double()
         if dist.rank == 0 and len(picked) > 2000:
-            progress.show(f"log P of {i * batch_size:,}/{len(picked):,} pairs")
+            progress.show(f"log P of pairs: {i / len(batches):.0%}")
     progress.end()
-    return torch.tensor(all_sum(dist, *found.flatten().tolist()), dtype=torch.float64).view(-1, 2)
+    return found.new_tensor(all_sum(dist, *found[picked].ravel().tolist())).view(-1, 2)
 
 
 def evaluate(model: Transformer, rows: Rows, ref: Tensor, cfg: Config, dist: Dist,

@@ -38,8 +38,8 @@ from model import RewardModel
 from plumbing import runtime, sharding
 from plumbing.costs import count_frozen, flops_per_token, memory_line, peak_line
 from plumbing.evaluation import print_scores, score_rows
-from plumbing.examples import (Row, Rows, evenly_spaced, in_batches, micro_batches,
-                               prompts_with_room, ranking_batch)
+from plumbing.examples import (Row, Rows, evenly_spaced, micro_batches, prompts_with_room,
+                               ranking_batch)
 from plumbing.loading import load_reference, load_to_train
 from plumbing.log import Log
 from plumbing.lora import adapter_off
@@ -81,16 +81,14 @@ def score_examples(model: RewardModel, rows: Rows, picked: list[int], batch_size
                    dist: Dist) -> np.ndarray:
     """(len(picked), replies) scores, 0 where an example has fewer replies than another. Each
     process takes its share of the batches, which hold examples of about one length."""
-    scores = np.zeros((len(picked), rows.largest()[0]))
-    by_length = sorted(range(len(picked)), key=lambda j: rows.longest(picked[j]))
-    for i, batch in enumerate(in_batches(by_length, batch_size)):
-        if i % dist.world != dist.rank:
-            continue
-        groups = [rows.example(picked[j]) for j in batch]
+    scores = np.zeros((len(rows), rows.largest()[0]))
+    for batch in micro_batches(rows, picked, batch_size, dist.rank, dist.world):
+        groups = [rows.example(i) for i in batch]
         found = iter(score_rows(model, [row for group in groups for row in group], dist).tolist())
-        for j, group in zip(batch, groups):
-            scores[j, :len(group)] = [next(found) for _ in group]
-    return np.array(all_sum(dist, *scores.ravel())).reshape(scores.shape)  # those of the others too
+        for i, group in zip(batch, groups):
+            scores[i, :len(group)] = [next(found) for _ in group]
+    sums = all_sum(dist, *scores[picked].ravel())  # those of the others too
+    return np.array(sums).reshape(-1, scores.shape[1])
 
 
 def judge(scores: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
@@ -166,11 +164,6 @@ def set_scale(model: RewardModel, tok: Tokenizer, prompts: list[list[int]], cfg:
     model.std.fill_(max(float(np.std(scores)), 1e-6))
     print0(f"scores of {len(scores)} replies of {policy.path}: mean {float(model.mean):.3f}, "
            f"standard deviation {float(model.std):.3f}")
-
-
-def score(cfg: Config, dist: Dist) -> None:
-    """--score: a JSON line for each chat or pair of some files."""
-    print_scores(cfg.score, cfg.init_from, dist)
 
 
 def train(cfg: Config, dist: Dist) -> None:
@@ -265,7 +258,7 @@ def train(cfg: Config, dist: Dist) -> None:
 def main() -> None:
     scores = any(word.startswith("--score") for word in sys.argv)  # stdout is for these alone
     cfg = configure(Config, show=not scores)
-    runtime.launch(score if cfg.score else train, cfg, trains=not cfg.score)
+    runtime.launch(print_scores if cfg.score else train, cfg, trains=not cfg.score)
 
 
 if __name__ == "__main__":

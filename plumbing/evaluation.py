@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +58,7 @@ def score_text(model: Transformer, tok: Tokenizer, texts: Iterable[tuple[str, Ba
     sums, n_bytes = {}, torch.tensor(tok.token_bytes())
     for lang, batches in texts:
         of_lang = sums.setdefault(lang, torch.zeros(3, dtype=torch.float64))
-        for i, (x, y) in enumerate(batches):
-            if i % dist.world != dist.rank:
-                continue
+        for x, y in islice(batches, dist.rank, None, dist.world):
             ids = x.to(dist.device)
             with dist.autocast():
                 hidden = model(ids, hidden=True, segments=documents(ids, tok) if apart else None)
@@ -97,12 +96,11 @@ def row_logps(model: Transformer, rows: list[Row], batch_size: int, dist: Dist) 
     for some in in_batches(range(len(rows)), batch_size):
         begins = [rows[i].mask.index(1) for i in some]
         said = [rows[i].ids[begin:] for i, begin in zip(some, begins)]
-        longest = max(map(len, said))
-        targets = torch.tensor([ids + [IGNORE] * (longest - len(ids)) for ids in said],
-                               device=dist.device)
+        targets = nn.utils.rnn.pad_sequence([*map(torch.tensor, said)], batch_first=True,
+                                            padding_value=IGNORE).to(dist.device)
         with dist.autocast():
             cache, state = read_prompts_once(
-                model, [rows[i].ids[:begin] for i, begin in zip(some, begins)], longest)
+                model, [rows[i].ids[:begin] for i, begin in zip(some, begins)], targets.size(1))
             states = torch.cat((state, model(targets.clamp(min=0), cache, hidden=True)), dim=1)
             logps = token_logps(states[:, :-1], model.lm_head.weight, targets)
         for i, begin, ids, own in zip(some, begins, said, logps.cpu()):
@@ -145,16 +143,16 @@ def scores_of(record: dict, model: RewardModel, tok: Tokenizer, dist: Dist) -> d
     return named | {"normalised": normed, "right": bool((found[:-1] > found[1:]).all())}
 
 
-def print_scores(files: str, init_from: str, dist: Dist) -> None:
-    """Score the chats, pairs and rankings in `files` with the reward model `init_from`. What is too
-    long has no score: the part of it that fits would have another. Raises ValueError for a line
-    that cannot be read."""
+def print_scores(cfg, dist: Dist) -> None:
+    """Score the chats, pairs and rankings in the files cfg.score with the reward model
+    cfg.init_from. What is too long has no score: the part of it that fits would have another.
+    Raises ValueError for a line that cannot be read."""
     out = sys.stdout
     with redirect_stdout(sys.stderr):  # stdout holds the scores and nothing else
-        model, tok = load_reward_model(init_from, dist)
+        model, tok = load_reward_model(cfg.init_from, dist)
         read = partial(scores_of, model=model, tok=tok, dist=dist)
         n = without = 0
-        for line in good_records(find_files(files), read):
+        for line in good_records(find_files(cfg.score), read):
             print(json.dumps(line), file=out)
             n, without = n + 1, without + ("why" in line)
         print(f"{n:,} lines, {without:,} of them without a score")
