@@ -113,15 +113,10 @@ def merges_of(ranks: dict[bytes, int]) -> dict[bytes, tuple[bytes, ...]]:
     return found
 
 
-def letters() -> dict[int, str]:
-    """GPT-2 writes bytes as letters: as itself what can be seen, as a letter from 256 on the rest.
-    A space is Ġ, the 33rd of them."""
-    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    hidden = (b for b in range(256) if b not in seen)
-    return {b: chr(b) for b in seen} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-
-
-LETTER = letters()
+# GPT-2 writes bytes as letters: as itself what can be seen, as a letter from 256 on the rest. A
+# space is Ġ, the 33rd of them.
+HIDDEN = [*range(33), *range(127, 161), 173]
+LETTER = {b: chr(256 + HIDDEN.index(b) if b in HIDDEN else b) for b in range(256)}
 BYTE = {letter: b for b, letter in LETTER.items()}
 
 

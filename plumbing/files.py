@@ -64,8 +64,7 @@ def search(root: str, refuse: Callable[[str], str]) -> list[Found]:
             continue
         entered.add(real)
         try:
-            with os.scandir(folder) as listed:
-                entries = list(listed)
+            entries = list(os.scandir(folder))
         except OSError as error:
             found.append(Found(folder, error.strerror or "cannot be read"))
             continue
@@ -165,8 +164,7 @@ def check_place(path: str) -> None:
             raise ValueError(f"{path}: there is something that is no file")
         if os.path.exists(path) and os.path.getsize(path) and not own_file(path):
             raise ValueError(f"{path}: this project has not written that file: give another place")
-        with open(f"{path}.tmp", "a"):
-            pass
+        open(f"{path}.tmp", "a").close()
         os.unlink(f"{path}.tmp")
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}") from None

@@ -102,8 +102,7 @@ def read_meta(folder: str) -> dict | None:
     """What the meta.json of a folder says; None without it. Raises ValueError if damaged."""
     path = os.path.join(folder, "meta.json")
     try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
         found["job"]
         return found
     except OSError:
