@@ -24,10 +24,9 @@ import zlib
 from collections import Counter
 from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -50,8 +49,7 @@ def term_key(term: str) -> int:
     return int.from_bytes(hashlib.blake2b(term.encode(), digest_size=8).digest(), "little")
 
 
-@dataclass
-class Segment:
+class Segment(NamedTuple):
     """Postings of the chunks first … first + len(lengths) - 1."""
     first: int
     lengths: np.ndarray  # (chunks,) int32: terms in each
@@ -151,7 +149,8 @@ class Files(AbstractContextManager):
             try:
                 self.manifest = deepcopy(EMPTY) | read_manifest(path, raw)
                 self._check_files()
-                self.segments = [self._read_segment(name) for name in self.manifest["segments"]]
+                self.segments = [Segment(**np.load(self.folder / name))
+                                 for name in self.manifest["segments"]]
                 break
             except ValueError:
                 if path.read_bytes() == raw:  # else a commit has just replaced files: again
@@ -199,10 +198,6 @@ class Files(AbstractContextManager):
             os.fsync(f.fileno())
         self.manifest["files"][path.name] = [end + len(data), zlib.crc32(data, crc)]
 
-    def _read_segment(self, name: str) -> Segment:
-        with np.load(self.folder / name, allow_pickle=False) as arrays:
-            return Segment(**arrays)
-
     def _add_segment(self, segment: Segment) -> None:
         """After the others. Neighbours of similar size become one, so that there are few."""
         names = self.manifest["segments"]
@@ -210,7 +205,7 @@ class Files(AbstractContextManager):
             segment = merge_segments(self.segments.pop(), segment)
             del self.manifest["files"][names.pop()]
         packed = io.BytesIO()
-        np.savez(packed, **vars(segment))
+        np.savez(packed, **segment._asdict())
         path = self._path("terms", f"-{segment.first}-{len(segment.lengths)}.npz")
         self._append(path, packed.getvalue())
         self.segments.append(segment)
