@@ -9,8 +9,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -21,12 +19,14 @@ import torch
 import torch.nn.functional as F
 
 import rag
-from configurator import fail
 from demo.world import (ANSWERS, LANGS, SHY, SPACE, STYLES, UNKNOWN, VALUES, WRONG, Fact, answer,
                         asked, fact_text, facts, restated_values, score, wrong)
 from generate import replies
 from model import Transformer
+from plumbing.evaluation import scores_of
 from plumbing.files import write_text
+from plumbing.loading import load_reward_model
+from plumbing.runtime import setup
 from search.documents import update
 from search.index import Index
 from search.segment import Chunk, split
@@ -64,9 +64,8 @@ def judge(model: Transformer, tok: Tokenizer, documents: list[dict],
         texts = [d["text"] for d in documents[at:at + 64]]
         cuts = [0 if first_half else text.index("\n") + 1 for text in texts]
         rows = [tok.encode_ordinary(text[cut:]) for text, cut in zip(texts, cuts)]
-        width = max(map(len, rows)) + 1
-        x = torch.tensor([[tok.endoftext, *row, *[tok.pad] * (width - 1 - len(row))]
-                          for row in rows])
+        x = torch.nn.utils.rnn.pad_sequence([torch.tensor([tok.endoftext, *row]) for row in rows],
+                                            batch_first=True, padding_value=tok.pad)
         logits = model(x)[:, :-1]  # (B, T) -> (B, T - 1, V): row i predicts token i of the text
         nats = F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none")
         hit = logits.argmax(-1) == x[:, 1:]
@@ -224,12 +223,9 @@ def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
     """The reward model against the known scores: (lines, gates)."""
     rows = read_rows(world / "pairs_heldout.jsonl")
     bayes = read_rows(world / "floor.json")[0]["pairs_heldout_bayes"]
-    done = subprocess.run([sys.executable, "train_rm.py", f"--init_from={out}/rm",
-                           "--dtype=float32",
-                           f"--score={world}/pairs_heldout.jsonl"], capture_output=True, text=True)
-    if done.returncode:
-        fail(done.stderr)
-    scores = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    dist = setup("cpu", "float32")
+    model, tok = load_reward_model(f"{out}/rm", dist)
+    scores = [scores_of(row, model, tok, dist) for row in rows]
     log = [r for r in read_rows(out / "rm" / "log.jsonl") if "val" in r][-1]["val"]["all"]
 
     strict: dict[str, list[float]] = {}
@@ -313,9 +309,9 @@ def judge_rag(out: Path, n: int, model: tuple[Transformer, Tokenizer],
         for folder in ("notes", "index"):
             shutil.rmtree(out / folder, ignore_errors=True)
 
-        def read(texts: list[str], contexts: list[list[str]]) -> list[str]:
+        def read(contexts: list[list[str]]) -> list[str]:
             return answers(*model, [rag.build_messages(q, c, "short", [])
-                                    for q, c in zip(texts, contexts)])
+                                    for q, c in zip(asking, contexts)])
 
         def right(said: list[str], about: list[Fact]) -> list[bool]:
             return [grade(text, fact, lang)[0] >= 0 for text, fact in zip(said, about)]
@@ -323,7 +319,7 @@ def judge_rag(out: Path, n: int, model: tuple[Transformer, Tokenizer],
         def abstain(said: list[str], about: list[Fact]) -> list[bool]:
             return right(said, [fact._replace(value=UNKNOWN) for fact in about])
 
-        closed = read(asking, [[]] * n)
+        closed = read([[]] * n)
         with Index(str(out / "index"), writable=True) as index:
             def ask(texts: list[str], **settings) -> list[rag.Answer]:
                 return [rag.answer(q, replace(cfg, **settings), index, model) for q in texts]
@@ -333,7 +329,7 @@ def judge_rag(out: Path, n: int, model: tuple[Transformer, Tokenizer],
             found = [index.search(q, 5) for q in asking]
             holds = [[any(fact_text(fact, lang, form) in hit.chunk.text for form in (0, 1))
                       for hit in hits] for hits, fact in zip(found, known)]
-            gold = [[fact_text(f, lang, 0) for f in known[i - i % 3:i - i % 3 + 3]]
+            gold = [[SPACE[lang].join(fact_text(f, lang, 0) for f in known[i - i % 3:][:3])]
                     for i in range(n)]
             opened, refused, loose = ask(asking), ask(strange), ask(strange, min_coverage=0.0)
             write_notes(out / "notes", lang, changed)
@@ -345,8 +341,7 @@ def judge_rag(out: Path, n: int, model: tuple[Transformer, Tokenizer],
                 "open book: right": right([a.text for a in opened], known),
                 "its note found first": [hit[:1] == [True] for hit in holds],
                 "its note among the first five": [any(hit) for hit in holds],
-                "the note given, not searched: right": right(read(asking, [
-                    [SPACE[lang].join(texts)] for texts in gold]), known),
+                "the note given, not searched: right": right(read(gold), known),
                 "in no note: refused": [not a.grounded for a in refused],
                 "in no note, never refusing: the model says unknown": abstain(
                     [a.text for a in loose], absent),
