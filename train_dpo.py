@@ -25,7 +25,7 @@ end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,10 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
     return -F.logsigmoid(beta * gap - gamma)
 
 
+def settings(cfg: Config) -> dict[str, Any]:
+    return {name: getattr(cfg, name) for name in ("loss", "beta", "label_smoothing", "gamma")}
+
+
 def reply_logps(net: nn.Module, model: Transformer, idx: Tensor, targets: Tensor,
                 dist: Dist) -> tuple[Tensor, Tensor]:
     """(summed log P, number of tokens) of the reply in each row, (2 B,) each. `net` is what
@@ -117,10 +121,8 @@ def evaluate(model: Transformer, rows: Rows, ref: Tensor, cfg: Config, dist: Dis
     tokens = torch.tensor([[sum(row.mask) for row in rows.example(i)] for i in picked])
     rewards = cfg.beta * (logps - ref)
     margin = rewards[:, 0] - rewards[:, 1]
-    losses = dpo_loss(*logps.T, *ref.T, *tokens.T, cfg.loss, cfg.beta, cfg.label_smoothing,
-                      cfg.gamma)
     figures = {
-        "loss": losses, "margin": margin,
+        "loss": dpo_loss(*logps.T, *ref.T, *tokens.T, **settings(cfg)), "margin": margin,
         "accuracy": torch.where(margin.abs() < 1e-5, 0.5, (margin > 0).double()),
         "chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1]}
     found, langs = {}, [rows.lang(i) for i in picked]
@@ -260,8 +262,7 @@ def train(cfg: Config, dist: Dist) -> None:
             sharding.exchange_gradients(net, micro_step == accumulate - 1)  # only in the last pass
             logps, lengths = reply_logps(net, model, idx, targets, dist)
             own, of_ref = logps.view(2, -1), ref[some].t().to(dist.device, torch.float32)
-            losses = dpo_loss(*own, *of_ref, *lengths.view(2, -1), cfg.loss, cfg.beta,
-                              cfg.label_smoothing, cfg.gamma)
+            losses = dpo_loss(*own, *of_ref, *lengths.view(2, -1), **settings(cfg))
             part = losses.sum() / cfg.batch_pairs - cfg.nll_coef * own[0].sum() / n_chosen
             (part * dist.world).backward()  # DDP takes the mean over processes, we want the sum
             loss += part.detach()
