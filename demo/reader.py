@@ -5,10 +5,8 @@ and says so if none holds the answer. It starts from a model that can chat, in a
     python -m demo.reader --init_from=out/smol --corpus=corpus.jsonl --queries=queries.jsonl
 
 The files are those of `python rag.py eval`: documents, and questions with answers that stand in
-them. Documents of one title stay together. Of ten titles three are held out: each figure of the
-report is of questions about these. Three stages train a small update of the model (LoRA), SFT on
-five titles and the others on two that SFT has not seen: it knows the answers of its own by heart,
-and only elsewhere makes the mistakes that are to be mended.
+them. Documents of one title stay together, and three titles of ten are held out: each figure of the
+report is of questions about these. Three stages train a small update of the model (LoRA):
 
     SFT   short answers with the number of their source, "308 [2]", and the refusal of rag.py
     DPO   the right reply against a wrong one that the SFT model gave itself
@@ -53,7 +51,6 @@ SHORT = 60  # characters of the longest answer that is trained on
 SOURCES = 3  # before a question
 LAST = "queries_heldout"  # the file of `make` that is written last
 STAGES, REWARD = ("sft", "dpo", "rl"), "config/reward_reader.py"
-PARTS = ["heldout"] * 3 + ["later"] * 2 + ["sft"] * 5  # of ten titles
 FIGURES = ("F1", "EM", "cites right", "refuses, there", "refuses, not there")
 
 
@@ -69,7 +66,7 @@ class Config:
     chats: Count = 800  # to learn from in SFT; each asks all the questions of a document
     pairs: Count = 160  # to learn from in DPO
     questions: Count = 200  # of each kind that judge a stage
-    until: Literal["sft", "dpo", "rl"] = "dpo"  # the last stage; RL refuses too much as yet
+    until: Literal["sft", "dpo", "rl"] = "dpo"  # the last stage; RL refuses more
     seed: int = 0  # of the sources that are shown, their order and the training
 
 
@@ -90,8 +87,8 @@ def read_files(cfg: Config) -> tuple[list[dict], list[dict]]:
     return docs, asked
 
 
-def part(row: dict) -> str:
-    return PARTS[hash64("reader", row["title"] or row["id"]) % 10]
+def is_held_out(row: dict) -> bool:
+    return hash64("reader", row["title"] or row["id"]) % 10 < 3
 
 
 def fill(index: Index, docs: list[dict], cut: Cut) -> None:
@@ -166,17 +163,19 @@ def make(cfg: Config, data: Path) -> None:
     docs, lines = read_files(cfg)
     asked = [Question(row["query"], row["answers"], row["doc_id"]) for row in lines]
     settings = rag.Config(chunk_tokens=cfg.chunk_tokens, semantic=cfg.semantic)
-    cut, part_of = rag.cutter(settings, None), {row["id"]: part(row) for row in docs}
+    cut, away = rag.cutter(settings, None), {row["id"] for row in docs if is_held_out(row)}
     os.makedirs(data, exist_ok=True)
     files: dict[str, list[dict]] = {}
-    with tempfile.TemporaryDirectory() as folder, Index(folder, True) as index:
-        for name in ("sft", "later", "heldout"):  # near misses are of documents known by then
-            fill(index, [row for row in docs if part_of[row["id"]] == name], cut)
-            mine = [q for q in asked if part_of[q.doc] == name
-                    and (name == "heldout" or len(q.answers[0]) <= SHORT)]
-            if not mine:
-                raise ValueError(f"{cfg.corpus}: too few titles: no question falls to {name}")
-            if name == "sft":
+    for held_out in (False, True):  # near misses may be of all documents that are known by then
+        with tempfile.TemporaryDirectory() as folder, Index(folder, True) as index:
+            fill(index, [row for row in docs if held_out or row["id"] not in away], cut)
+            mine = [q for q in asked if (q.doc in away) == held_out
+                    and (held_out or len(q.answers[0]) <= SHORT)]
+            cases = [row for q in mine for there in (True, False)
+                     if (row := case(index, q, there, cfg))]
+            Random(cfg.seed).shuffle(cases)
+            files["prompts" + "_heldout" * held_out] = cases
+            if not held_out:
                 by_doc = defaultdict(list)
                 for q in mine:
                     by_doc[q.doc].append(q)
@@ -184,14 +183,10 @@ def make(cfg: Config, data: Path) -> None:
                 chosen = r.choices(groups, [len(group) for group in groups], k=cfg.chats)
                 files["chat"] = [chat for group in chosen
                                  if (chat := conversation(index, group, cfg, r))["messages"]]
-                continue
-            cases = [row for q in mine for there in (True, False)
-                     if (row := case(index, q, there, cfg))]
-            files[f"prompts_{name}"] = Random(cfg.seed).sample(cases, len(cases))
     files["chat_heldout"] = [
         {"messages": [*row["prompt"], {"role": "assistant", "content": right_reply(row)}],
          "lang": cfg.lang} for row in files["prompts_heldout"][:100]]
-    files[LAST] = [row for row in lines if part_of[row["doc_id"]] == "heldout"]
+    files[LAST] = [row for row in lines if row["doc_id"] in away]
     for name, rows in files.items():
         write_rows(data / f"{name}.jsonl", rows)
 
@@ -223,12 +218,11 @@ def figures(rows: list[dict], said: list[str]) -> dict[str, float]:
 
 
 def make_pairs(cfg: Config, data: Path, where: str) -> None:
-    """Ask the SFT model what it has not seen, with chance, and pair its mistakes with what is
-    right. As often as the refusal is the right reply, it is the wrong one in another pair: else the
-    model learns to refuse everything."""
+    """Ask the SFT model what it was trained to know, with chance, and pair its mistakes with what
+    is right. As often as the refusal is the right reply, it is the wrong one in another pair: else
+    the model learns that to refuse is always right."""
     reward = run_config(REWARD)["reward"][0]
-    rows = read_rows(data / "prompts_later.jsonl")
-    rows = (rows * (1 + 3 * cfg.pairs // len(rows)))[:3 * cfg.pairs]  # each several times
+    rows = read_rows(data / "prompts.jsonl")[:3 * cfg.pairs]
     wrong: dict[bool, list[tuple[dict, str]]] = {True: [], False: []}  # by whether it is there
     for row, reply in zip(rows, say(where, rows, 1.0, cfg.seed)):
         if reward(row["prompt"], reply, row) < reward(row["prompt"], right_reply(row), row):
@@ -261,7 +255,7 @@ def main() -> None:
         if stage == "dpo" and not (data / "pairs.jsonl").exists():
             make_pairs(cfg, data, before)
         train, *judged = {"sft": ("chat", "chat_heldout"), "dpo": ("pairs",),
-                          "rl": ("prompts_later", "prompts_heldout")}[stage]
+                          "rl": ("prompts", "prompts_heldout")}[stage]
         run(f"train_{stage}.py", f"config/{stage}_reader.py", f"--init_from={before}",
             f"--data={data}/{train}.jsonl", *(f"--val_data={data}/{name}.jsonl" for name in judged),
             f"--out_dir={out}/{stage}", f"--seed={cfg.seed}", "--resume")
