@@ -139,9 +139,9 @@ class Server:
             try:
                 texts.append(self.text(prompt, asked, number, partial(tell, number)))
             except Refused:
-                with let_go(texts):
-                    raise
-
+                for text in texts:
+                    text.cancelled = True
+                raise
         return texts, api.pieces_of(texts, events, self.tok, stops)
 
     async def look_up(self, messages: list[dict], asked: dict

@@ -84,7 +84,7 @@ def test_logits_and_perplexity_are_those_of_transformers(smol, ours):
         smol[1] / "hf", dtype=torch.float32).eval()
     model, tok = ours
     path = SHARED / "eval_ppl_wikitext2.jsonl"
-    text = path.read_text() if path.exists() else "The capital of France is Paris, not 1984. " * 99
+    text = path.read_text() if path.exists() else "The capital of France is Paris, not 1984. " * 200
     ids = torch.tensor(tok.encode_ordinary(text)[:2048]).view(4, 512)
     with torch.inference_mode():
         mine, other = model(ids), theirs(ids).logits
