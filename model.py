@@ -183,7 +183,7 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # 2 n_layer branches are added to x: so their sum is as large at any depth (GPT-2)
+                # 2 n_layer branches are added to x; scaled so, their sum is as large at any depth
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02
                 nn.init.normal_(p, std=std)
@@ -274,7 +274,7 @@ class RewardModel(nn.Module):
 def token_logps(hidden: Tensor, head: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
     """log P(target) of each token, (B, T) in fp32, and 0 where the target is IGNORE (-100): as
     -F.cross_entropy(hidden @ head.T, …), but the (B, T, V) logits, the largest tensor of a run,
-    exist only a portion at a time. Reduction "sum" gives their sum and computes them once, not
-    twice. hidden (B, T, C): last states; head (V, C): `lm_head.weight`; targets (B, T)."""
+    exist only a portion at a time. Reduction "sum" gives the sum, and saves one matrix product.
+    hidden (B, T, C): last states; head (V, C): `lm_head.weight`; targets (B, T)."""
     nats = token_nats(hidden.flatten(0, 1), head, targets.flatten(), reduction == "sum")
     return -nats if reduction == "sum" else -nats.float().view_as(targets)

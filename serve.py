@@ -139,9 +139,8 @@ class Server:
             try:
                 texts.append(self.text(prompt, asked, number, partial(tell, number)))
             except Refused:
-                for text in texts:
-                    text.cancelled = True
-                raise
+                with let_go(texts):  # those that have begun end, too
+                    raise
         return texts, api.pieces_of(texts, events, self.tok, stops)
 
     async def look_up(self, messages: list[dict], asked: dict

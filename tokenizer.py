@@ -90,7 +90,7 @@ def slow_bpe(counts: Counter[bytes], n_tokens: int) -> list[bytes]:
             break
         for ids, _ in pieces:
             for i in range(len(ids) - 1):
-                if tuple(ids[i:i + 2]) == best:  # no pair is left at the end of what was joined
+                if tuple(ids[i:i + 2]) == best:  # joins shorten ids: past their end is none
                     ids[i:i + 2] = [len(tokens)]
         tokens.append(tokens[best[0]] + tokens[best[1]])
     return tokens

@@ -168,23 +168,22 @@ def judge_chats(world: Path, models: Models, n: int) -> list[str]:
 
 def judge_answers(world: Path, models: Models, n: int,
                   seed: int) -> tuple[list[str], list[Gate]]:
-    """n questions about held-out names, answered greedily, for the values, and sampled, for the
-    styles; and up to n more that the context does not answer. Of these one in forty goes wrong: a
-    hundred would leave it to chance whether 95 % are right. (lines, gates)."""
-    held_out = read_rows(world / "prompts_heldout.jsonl")
-    rows = held_out[:n]
-    more = [row for row in held_out[n:] if row["fact"][2] == UNKNOWN[0]][:n]
+    """(lines, gates) of n questions about held-out names, answered greedily, for the values, and
+    sampled, for the styles; and of up to n more that the context does not answer."""
+    rows = read_rows(world / "prompts_heldout.jsonl")
+    rows, more = rows[:n], [row for row in rows[n:] if row["fact"][2] == UNKNOWN[0]][:n]
     figures: dict[str, dict] = {}
     for stage, (model, tok) in models.items():
-        greedy, sampled, others = ([grade(a, read_fact(row), row["lang"]) for a, row in zip(answers(
-            model, tok, [row["prompt"] for row in some], temperature, seed), some)]
-            for some, temperature in ((rows, 0.0), (rows, 1.0), (more, 0.0)))
+        def graded(some: list[dict], temperature: float) -> list[tuple[float, str | None]]:
+            said = answers(model, tok, [row["prompt"] for row in some], temperature, seed)
+            return [grade(a, read_fact(row), row["lang"]) for a, row in zip(said, some)]
+        greedy, sampled = graded(rows, 0.0), graded(rows, 1.0)
+        both = [*zip(rows, greedy), *zip(more, graded(more, 0.0))]
         figures[stage] = {"gold": [g for g, _ in sampled], "styles": [s for _, s in sampled],
                           "right": [g >= 0 for g, _ in greedy],
                           "right sampled": [g >= 0 for g, _ in sampled]}
         for lang in LANGS:
-            known, absent = ([g for (g, _), row in zip([*greedy, *others], [*rows, *more])
-                              if row["lang"] == lang
+            known, absent = ([g for row, (g, _) in both if row["lang"] == lang
                               and (row["fact"][2] == UNKNOWN[0]) == unknown]
                              for unknown in (False, True))
             figures[stage] |= {f"right {lang}": [g >= 0 for g in known],

@@ -1,6 +1,6 @@
 """
 A reader of your documents: a model that answers from numbered sources, names the one that it used,
-and says so if none holds the answer. It starts from a model that can chat, in about 40 minutes.
+and says so if none holds the answer. It starts from a model that can chat, within an hour.
 
     python -m demo.reader --init_from=out/smol --corpus=corpus.jsonl --queries=queries.jsonl
 

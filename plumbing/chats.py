@@ -35,8 +35,8 @@ def read_prompt(record: dict) -> Messages:
 
 
 def read_comparison(record: dict) -> tuple[Messages, list[str], float]:
-    """Of a pair or ranking the prompt, the replies, best first, and the margin by which each should
-    be better than the next. Raises LineError."""
+    """Of a pair or ranking the prompt, the replies, best first, and the margin by which the better
+    of two should score higher. Raises LineError."""
     margin = record.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, (int, float)):
         raise LineError("margin", "field of a wrong type", "'margin' must be a number")

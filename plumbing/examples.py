@@ -137,11 +137,11 @@ def in_batches(examples: Sequence, size: int) -> Iterator[Sequence]:
         yield examples[at:at + size]
 
 
-def micro_batches(rows: Rows, chosen: list[int], size: int, rank: int, world: int
+def micro_batches(rows: Rows, picked: list[int], size: int, rank: int, world: int
                   ) -> list[list[int]]:
     """The examples of an optimizer step for one process, `size` at a time and of like length, so
     that little is padding."""
-    ordered = sorted(chosen, key=lambda i: (rows.longest(i), i))
+    ordered = sorted(picked, key=lambda i: (rows.longest(i), i))
     return [list(some) for some in in_batches(ordered, size)][rank::world]
 
 

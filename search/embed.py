@@ -18,6 +18,7 @@ learnt the language cannot tell apart.
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -95,15 +96,13 @@ def openai_style(url: str) -> Embed:
 def vectors_in(reply: Any, n: int) -> np.ndarray:
     """The n vectors of a server's reply {"data": [{"index": 0, "embedding": [0.1, …]}, …]}, in the
     order of their indexes if it gives any. Raises ValueError for any other reply."""
-    try:
+    with suppress(TypeError, KeyError, ValueError):
         rows = reply["data"]
         if all("index" in row for row in rows):
             rows = sorted(rows, key=lambda row: row["index"])
         found = np.array([row["embedding"] for row in rows], np.float32)
         if found.ndim == 2 and len(found) == n:
             return found
-    except (TypeError, KeyError, ValueError):
-        pass
     raise ValueError(f'wanted {{"data": [{{"embedding": [0.1, …]}}, …]}} with {n} vectors, got '
                      + json.dumps(reply, ensure_ascii=False)[:200])
 

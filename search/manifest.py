@@ -147,10 +147,11 @@ class Files(AbstractContextManager):
         while path.exists() and path.read_bytes() != raw:
             raw = path.read_bytes()
             try:
-                self.manifest = deepcopy(EMPTY) | read_manifest(path, raw)
+                self.manifest, self.segments = deepcopy(EMPTY) | read_manifest(path, raw), []
                 self._check_files()
-                self.segments = [Segment(**np.load(self.folder / name))
-                                 for name in self.manifest["segments"]]
+                for name in self.manifest["segments"]:
+                    with np.load(self.folder / name) as arrays:
+                        self.segments.append(Segment(**arrays))
                 break
             except ValueError:
                 if path.read_bytes() == raw:  # else a commit has just replaced files: again

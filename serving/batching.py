@@ -93,8 +93,8 @@ class Batch:
 
     def write(self) -> None:
         while not self.over:
-            room = not self.reading and len(self.texts) < self.store.size(2)
-            if room and (not self.texts or self.waiting.qsize()):
+            free = not self.reading and len(self.texts) < self.store.size(2)
+            if free and (not self.texts or self.waiting.qsize()):
                 self.reading = self.waiting.get()  # waits for a text, or for None of `stop`
                 continue
             start = time.perf_counter()

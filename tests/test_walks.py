@@ -69,7 +69,7 @@ def walks(tiny, folder: Path) -> dict[str, list[str]]:
     return found
 
 
-# at most so many functions and modules of plumbing, and files of the root and of search
+# functions, with a module of plumbing for one; files of the root and of search
 MOST = {"batch": (13, 3), "prompt": (14, 3), "question": (26, 7)}
 
 
