@@ -23,11 +23,9 @@ language alone by a bit more a document, if it always expects that language. A m
 test names from the others and pays log2 of all names for each: `pt_heldout_all_names`.
 
 A reply names what it is about before it gives the value, as a restated fact does. Where the context
-does not say, the value is "unknown", in any style.
-
-Preferences are drawn, too. A reply has a known score (`score`), and of two replies the one that
-scores d more is chosen with probability sigmoid(d). So the Bradley-Terry model is right, and we
-know which differences of scores a reward model should find, and the best it can do.
+does not say, the value is "unknown", in any style. Of two replies the one whose known score is d
+more is preferred with probability sigmoid(d). So the Bradley-Terry model is right, and we know
+which differences of scores a reward model should find, and the best it can do.
 """
 import json
 import os
@@ -116,6 +114,7 @@ ANSWERS = {"en": {"direct": "{n}'s {a} is {v}.",
 STYLES = tuple(ANSWERS["en"])
 UNKNOWN = ("unknown", "未知")  # the value, where the context does not say
 ABSENT = 0.3  # share of the questions for which it does not
+NEARLY = 0.5  # share of those, in files to train on, that ask about nearly a name of the context
 N_SHY = 4  # how often UNKNOWN stands among the twelve values that a wrong reply is drawn from
 GOLD = {"direct": 3.0, "terse": 1.5, "padded": 1.5, "hedged": 0.0}  # score of a right answer
 SHY, WRONG = -2.0, -4.0  # of a needless "unknown", and of a wrong value
@@ -196,10 +195,17 @@ def wrong(r: Random, fact: Fact, n_shy: int = 0) -> Fact:
     return fact._replace(value=r.choice([v for v in values if v != fact.value]))
 
 
-def one_of(r: Random, known: list[Fact], absent: Fact) -> Fact:
-    """What a question is about: a fact of the context, or what it does not say."""
-    ask_absent = not known or r.random() < ABSENT
-    return absent._replace(value=UNKNOWN) if ask_absent else r.choice(known)
+def pick(r: Random, split: str, known: list[Fact]) -> Fact:
+    """What a question is about: a fact of the context, or what it does not say. In training, the
+    name is then often nearly one of the context's, as Zabu is nearly Mabu: half is not enough."""
+    if known and r.random() >= ABSENT:
+        return r.choice(known)
+    names = [fact.name for fact in known]
+    like = r.choice(names) if names and r.random() < NEARLY * (split == "train") else ""
+    half, name = len(like) // 2, r.choice(NAMES[split])
+    while name in names or like[:half] != name[:half] and like[half:] != name[half:]:
+        name = r.choice(NAMES[split])
+    return Fact(name, r.choice(list(VALUES)), UNKNOWN)
 
 
 def prompt(r: Random, lang: str, context: list[Fact], about: Fact) -> str:
@@ -212,10 +218,10 @@ def prompt(r: Random, lang: str, context: list[Fact], about: Fact) -> str:
 def _qa(r: Random, split: str, lang: str, max_facts: int) -> list[str]:
     """One to six questions about the same context, which stands before the first, and their
     answers. Without a context nothing is known."""
-    *fs, absent = facts(r, split, 1 + r.randint(0, max_facts))
+    fs = facts(r, split, r.randint(0, max_facts))
     said: list[str] = []
     for i in range(r.randint(1, 6)):
-        about = one_of(r, fs, absent)
+        about = pick(r, split, fs)
         said += [prompt(r, lang, [] if i else fs, about), answer(about, lang, r.choice(STYLES))]
     return said
 
@@ -267,8 +273,8 @@ def bayes(pairs: list[dict]) -> dict[str, float]:
 
 def _asked(r: Random, split: str, max_facts: int) -> tuple[str, Fact, list[dict]]:
     """Language, the fact that is asked for, and the prompt with its context."""
-    lang, (*fs, absent) = r.choice(LANGS), facts(r, split, 1 + r.randint(1, max_facts))
-    about = one_of(r, fs, absent)
+    lang, fs = r.choice(LANGS), facts(r, split, r.randint(1, max_facts))
+    about = pick(r, split, fs)
     return lang, about, [{"role": "user", "content": prompt(r, lang, fs, about)}]
 
 
