@@ -246,6 +246,8 @@ def main() -> None:
         fail(f"--dtype={cfg.dtype} is not written there")
     if takes and checkpoint.list_checkpoints(cfg.out_dir):  # the newest would be taken for ours
         fail(f"{cfg.out_dir} holds a model already: give another --out_dir")
+    if cfg.to in ("int8", "int4") and checkpoint.list_checkpoints(cfg.out):  # it keeps the newest
+        fail(f"{cfg.out} holds a model already: give another --out")
     where = cfg.input or cfg.checkpoint
     try:
         take_in(cfg) if takes else give_out(cfg)

@@ -12,10 +12,9 @@ A task is a file of JSON lines, all of one kind:
     {"prompt": [messages], "answer": "18"}             is this the last number of the reply?
     {"query": "…", "answers": ["…", "…"]}              exact match and F1 of the reply
 
-or what lm-evaluation-harness writes with --log_samples, whose figures these are: `acc` takes the
-choice with the highest log P, `acc_norm` divides it by the characters of the choice first. Beside
-them stand chance and what "always the longest" gets, and in brackets 95 % intervals (of accuracies
-after Wilson, 1927). Each task is a JSON line of --out, too; one that stands there is not run again.
+or what lm-evaluation-harness logs with --log_samples, whose figures these are: `acc` takes the
+choice with the highest log P, `acc_norm` divides it by its characters first. Beside them stand 95 %
+intervals (Wilson, 1927), chance and "always the longest". A task is a line of --out, and run once.
 """
 from plumbing.terminal import run, say, stop_imports
 stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds
@@ -44,6 +43,7 @@ from plumbing.corpus import find_files
 from plumbing.examples import evenly_spaced, in_batches
 from plumbing.jobs import Progress
 from plumbing.loading import Precision, load_writer, newest_checkpoint
+from plumbing.log import whole_records
 from tokenizer import render
 
 Figures = dict[str, Any]
@@ -65,9 +65,8 @@ class Config:
 # ---------------------------------------------------------------------------- log P
 
 def batches(sizes: list[int], at_once: int) -> Iterator[list[int]]:
-    """Numbers of rows of like size, at most so many tokens when padded to the longest; the longest
-    come first, so that too little memory shows at once; without empty ones. [1, 5, 0, 5], 10 ->
-    [1, 3], [0]"""
+    """Numbers of rows of like size, at most so many tokens when padded; the longest come first, so
+    that too little memory shows at once. [1, 5, 0, 5], 10 -> [1, 3], [0]"""
     chosen: list[int] = []
     for i in sorted((i for i, size in enumerate(sizes) if size), key=lambda i: -sizes[i]):
         if chosen and (len(chosen) + 1) * sizes[chosen[0]] > at_once:
@@ -192,8 +191,11 @@ class Judge:
         prompts = [render(self.tok, row["prompt"], True)[0] if self.model.kind != "pt" else
                    [*self.tok.begin, *self.tok.encode_ordinary(row["prompt"][-1]["content"])]
                    for row in rows]
-        room = min(self.cfg.max_tokens, self.model.config.max_seq_len - 1)
-        prompts = [ids[-(self.model.config.max_seq_len - room):] for ids in prompts]
+        longest, limit = max(map(len, prompts)), self.model.config.max_seq_len
+        room = min(self.cfg.max_tokens, max(limit - longest, limit // 2))
+        if cut := sum(len(ids) > limit - room for ids in prompts):
+            say(f"{self.name}: the beginning of {cut:,} prompts does not fit into {limit:,} tokens")
+        prompts = [ids[-(limit - room):] for ids in prompts]
         order, texts = sorted(range(len(rows)), key=lambda i: len(prompts[i])), {}
         for chosen in in_batches(order, 8):
             texts |= zip(chosen, complete(self.model, self.tok, [prompts[i] for i in chosen], room,
@@ -237,8 +239,7 @@ def main() -> None:
     judge = Judge(cfg)
     about = {"checkpoint": Path(judge.model.path).name, "dtype": cfg.dtype, "limit": cfg.limit,
              "window": judge.window, "max_tokens": cfg.max_tokens}
-    done = [json.loads(line) for line in out.read_text("utf-8").splitlines()
-            if line.endswith("}")] if out.exists() else []  # a crash can leave half a line
+    done = whole_records(out)
     say(f"{judge.model.path}: {len(files)} tasks; figures go to {out}")
     lines = [line for name, path in zip(names_of(files), files)
              for line in run_task(judge, name, path, about, done)]

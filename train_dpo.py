@@ -35,7 +35,7 @@ from configurator import Count, FilePath, Natural, NotNegative, Positive, Share,
 from data import IGNORE, hash64
 from generate import replies
 from model import Transformer, token_logps
-from plumbing import runtime, sharding
+from plumbing import checkpoint, runtime, sharding
 from plumbing.costs import count_frozen, flops_per_token, memory_line, peak_line
 from plumbing.evaluation import print_samples
 from plumbing.examples import (Row, Rows, evenly_spaced, in_batches, micro_batches, pad_right,
@@ -194,10 +194,9 @@ def train(cfg: Config, dist: Dist) -> None:
         raise ValueError(f"label_smoothing {cfg.label_smoothing} means nothing with loss "
                          f"{cfg.loss}: it belongs to sigmoid")
     model, tok = load_to_train(cfg)
-    config = model.config
     pairs, val, order, max_steps, accumulate = open_pairs(cfg, "pair", model, tok, dist)
     prompts = prompts_with_room(val, evenly_spaced(range(len(val)), cfg.eval_samples),
-                                config.max_seq_len, cfg.answer_tokens)
+                                model.config.max_seq_len, cfg.answer_tokens)
     (_, longest), (_, longest_val) = pairs.largest(), val.largest()
     print0(memory_line(
         cfg, dist, model, 2 * cfg.batch_size, longest, accumulate,
@@ -221,9 +220,10 @@ def train(cfg: Config, dist: Dist) -> None:
                     "samples": answer_prompts(model, reference, tok, prompts, val, cfg, dist)}
 
     start = validate(cfg.eval_pairs)
-    optimizers, data_id = make_optimizers(model, cfg), pairs.data_id
+    optimizers = make_optimizers(model, cfg)
+    data_id = hash64(pairs.data_id, checkpoint.hash_of(model.path))
     first = sharding.resume(cfg, KIND, model, optimizers, tok, data_id)
-    flops = flops_per_token(config, longest, frozen=count_frozen(model))
+    flops = flops_per_token(model.config, longest, frozen=count_frozen(model))
     log = Log(cfg, dist, first, max_steps, 0, flops, ("margin", "accuracy", "chosen"))
     guard, signals, stopping = runtime.GradientGuard(), runtime.StopSignals(), False
 

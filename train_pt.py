@@ -29,7 +29,7 @@ from plumbing import checkpoint, runtime, sharding
 from plumbing.adapters import open_whole
 from plumbing.costs import count_parameters, flops_per_token, memory_line, peak_line
 from plumbing.evaluation import Scores, documents, score_line, score_text
-from plumbing.loading import load_model
+from plumbing.loading import load_model, plain
 from plumbing.log import Log, describe_run
 from plumbing.optim import make_optimizers, set_learning_rate
 from plumbing.runtime import Dist, all_sum, print0
@@ -128,7 +128,7 @@ def load_weights(where: str, model: Transformer, tok: Tokenizer) -> None:
     if state["kind"] == "rm":
         raise ValueError(f"{path}: is a checkpoint of stage rm, not of {KIND}")
     checkpoint.fits(path, state, tok.text, sharding.shape_of(model))
-    sharding.load_model(model, state["model"])
+    sharding.load_model(model, plain(model.config, state["model"]).state_dict())
     print0(f"loaded {path}")
 
 

@@ -37,7 +37,7 @@ from configurator import Count, FilePath, Natural, NotNegative, Positive, Share,
 from data import IGNORE, Order, hash64
 from generate import replies
 from model import Transformer, token_logps
-from plumbing import runtime, sharding
+from plumbing import checkpoint, runtime, sharding
 from plumbing.costs import count_frozen, count_parameters, flops_per_token, memory_line, peak_line
 from plumbing.evaluation import print_samples, rl_line, rl_warnings, row_logps
 from plumbing.examples import Row, Rows, evenly_spaced, pad_right
@@ -220,7 +220,7 @@ def train(cfg: Config, dist: Dist) -> None:
                          f"{length} tokens that the models read")
     prompts, val = load_splits(cfg, "prompt", tok, length - cfg.answer_tokens, dist, least=2)
     order = Order(len(prompts), cfg.seed, prompts.name)
-    data_id = hash64(prompts.data_id, judge.sha256)
+    data_id = hash64(prompts.data_id, judge.sha256, checkpoint.hash_of(model.path))
     if model.kind == "pt":
         print0(f"WARNING: {model.path} has not learnt to answer: start from an SFT model")
     n_replies = cfg.prompts_per_step * cfg.group  # in a rollout, of all processes

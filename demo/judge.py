@@ -85,6 +85,10 @@ def read_rows(path: Path) -> list[dict]:
         return [json.loads(line) for line in f]
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+
+
 def answers(model: Transformer, tok: Tokenizer, prompts: list[list[dict]],
             temperature: float = 0.0, seed: int = 0) -> list[str]:
     """The reply to each prompt; one that does not end within 48 tokens gets a … at its end."""

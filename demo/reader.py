@@ -18,7 +18,6 @@ them, in random order. In half of the prompts one holds the answer and two are n
 that share the most words with the question; in the others all three are. So a model that always
 cites [1] is right once in three times.
 """
-import json
 import os
 import tempfile
 import time
@@ -27,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean as mean
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 
@@ -35,11 +34,10 @@ import rag
 from bench.rag import read_records
 from configurator import Count, FilePath, configure
 from demo.__main__ import keep_settings, run, stop
-from demo.judge import answers, read_rows, table
+from demo.judge import answers, read_rows, table, write_rows
 from plumbing import terminal
 from plumbing.answers import score_answer
 from plumbing.configfile import run_config
-from plumbing.files import write_text
 from plumbing.loading import load_model
 from plumbing.order import hash64
 from search.citations import location, shown, split_answer
@@ -49,6 +47,7 @@ from search.segment import Budget, Chunk
 
 SHORT = 60  # characters of the longest answer that is trained on
 SOURCES = 3  # before a question
+LEAST = 64  # pairs that DPO needs for a few steps, and for some that are held out
 LAST = "queries_heldout"  # the file of `make` that is written last
 STAGES, REWARD = ("sft", "dpo", "rl"), "config/reward_reader.py"
 FIGURES = ("F1", "EM", "cites right", "refuses, there", "refuses, not there")
@@ -64,7 +63,7 @@ class Config:
     chunk_tokens: Budget = 64  # most words, Han characters and signs of a source
     semantic: bool = False  # end sources where the topic changes, too
     chats: Count = 800  # to learn from in SFT; each asks all the questions of a document
-    pairs: Count = 160  # to learn from in DPO
+    pairs: Annotated[int, f"at least {LEAST}", lambda n: n >= LEAST] = 160  # to learn from in DPO
     questions: Count = 200  # of each kind that judge a stage
     until: Literal["sft", "dpo", "rl"] = "dpo"  # the last stage; RL refuses more
     seed: int = 0  # of the sources that are shown, their order and the training
@@ -191,10 +190,6 @@ def make(cfg: Config, data: Path) -> None:
         write_rows(data / f"{name}.jsonl", rows)
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
-
-
 def say(where: str, rows: list[dict], temperature: float, seed: int) -> list[str]:
     """The reply of a checkpoint's model to each prompt."""
     model, tok = load_model(where, torch.device("cpu"), torch.int8)
@@ -232,6 +227,8 @@ def make_pairs(cfg: Config, data: Path, where: str) -> None:
     chosen = invented + refused + wrong[True][:cfg.pairs - 2 * len(invented)]
     print(f"of {len(rows):,} replies {len(wrong[False]):,} are invented and {len(wrong[True]):,} "
           f"wrong; {len(chosen):,} pairs")
+    if len(chosen) < LEAST:
+        terminal.fail(f"DPO needs {LEAST} pairs or more: raise --pairs, or end with --until=sft")
     write_rows(data / "pairs.jsonl", [
         {"prompt": row["prompt"], "chosen": right_reply(row), "rejected": reply, "lang": cfg.lang}
         for row, reply in Random(cfg.seed).sample(chosen, len(chosen))])

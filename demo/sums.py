@@ -9,7 +9,6 @@ learns just that. Two numbers that are asked about in a validation are together 
 neither order. The control has the same questions with the answers of other questions: nothing may
 rise. Each stage is a command of this project, which is printed first.
 """
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,9 @@ import torch
 
 from configurator import Count, FilePath, configure
 from demo.__main__ import run
-from demo.judge import answers, read_rows, table
+from demo.judge import answers, read_rows, table, write_rows
 from plumbing import terminal
 from plumbing.answers import last_number
-from plumbing.files import write_text
 from plumbing.loading import load_model
 from plumbing.order import hash64
 
@@ -78,7 +76,7 @@ def make(folder: Path, seed: int) -> None:
         "prompts_heldout": [question(pair, r) for pair in r.sample(val, 200)]}
     os.makedirs(folder)
     for name, rows in files.items():
-        write_text(folder / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+        write_rows(folder / f"{name}.jsonl", rows)
 
 
 def report(out: Path) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from os.path import commonprefix
 from pathlib import Path
 
+from plumbing.answers import last_number
 from plumbing.chats import read_prompt
 from plumbing.corpus import LineError, good_records, language
 from tokenizer import Tokenizer
@@ -54,6 +55,8 @@ def read_row(row: dict) -> dict:
         raise LineError("choices", "field of a wrong type", "'choices' must hold two strings or "
                         "more, 'gold' the number of the right one, from 0")
     if kind == "answer":
+        if "answers" not in row and last_number(row["answer"]) is None:
+            raise LineError("answer", "no number in it", "words belong into a list, 'answers'")
         row = row | {"prompt": read_prompt({"prompt": row["prompt"]})}
     text = "".join([row.get("query", ""), row.get("context", ""), row.get("text", ""),
                     *row.get("choices", []), *(m["content"] for m in row.get("prompt", []))])

@@ -87,7 +87,7 @@ def save(out_dir: str, step: int, state: dict, keep: int = 2,
     for old in list_checkpoints(out_dir):
         if valid < keep and damage(old) is None:
             valid += 1
-        elif valid >= keep:
+        elif valid >= keep and old != path:
             old.unlink(missing_ok=True)
     return path
 
@@ -165,13 +165,13 @@ def load(where: str) -> tuple[dict, Path]:
                      else f"{where}: none of its {len(paths)} checkpoints is valid")
 
 
-def hash_of(path: Path) -> str:
+def hash_of(path: Path | str) -> str:
     """`digest`, for which the name of a file may stand."""
-    match = NAME.fullmatch(path.name)
+    match = NAME.fullmatch(os.path.basename(path))
     return match[2] if match else digest(path)
 
 
-def digest(path: Path) -> str:
+def digest(path: Path | str) -> str:
     """The first 16 digits of the sha256 of a file's contents."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]

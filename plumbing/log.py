@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import timeit
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -50,7 +51,9 @@ class Log:
         self.since, self.steps, self.seen = time.perf_counter(), 0, 0
 
     def write(self, **record) -> None:
-        """Add a record to log.jsonl."""
+        """Add a record to log.jsonl. The time of a validation, which has "val", is no step's."""
+        if "val" in record:
+            self.start_clock()
         if self.file:
             self.file.write(json.dumps(record) + "\n")
 
@@ -77,11 +80,23 @@ class Log:
 def drop_later_records(path: Path, step: int) -> Path:
     """Leave in log.jsonl only whole lines of steps before `step`, and its last validation."""
     os.makedirs(path.parent, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
-    kept = [line for line in whole if json.loads(line)["step"] < step + ('"val"' in line)]
-    write_text(path, "".join(line + "\n" for line in kept))
+    kept = [record for record in whole_records(path) if record["step"] < step + ("val" in record)]
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return path
+
+
+def whole_records(path: Path) -> list[dict]:
+    """The lines of a file of JSON objects, if there is one. The part of a line that a crash left is
+    passed over, and ended, so that the next record stands on a line of its own."""
+    lines = path.read_text("utf-8", "replace").split("\n") if path.exists() else [""]
+    if lines[-1]:
+        with open(path, "a") as f:
+            f.write("\n")
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def eta(seconds: float) -> str:

@@ -29,6 +29,7 @@ from torch import Tensor
 from model import RewardModel
 from plumbing import sharding
 from plumbing.chats import read_prompt
+from plumbing.checkpoint import hash_of
 from plumbing.configfile import run_config
 from plumbing.evaluation import row_scores
 from plumbing.examples import Row, in_batches
@@ -42,11 +43,12 @@ Verdict = tuple[Tensor, Tensor, dict[str, Tensor]]  # (B,) scores and r; {"passe
 
 class ModelReward:
     """r = (score - mean) / std of a reward model, clipped to +-5."""
-    unit, sha256, each = " sd", "", 1  # each: replies to a prompt in a validation
+    unit, each = " sd", 1  # each: replies to a prompt in a validation
 
     def __init__(self, model: RewardModel, batch_size: int, dist: Dist):
         self.model, self.batch_size, self.dist = model, batch_size, dist
         self.held, self.reads = {"reward model": model}, model.backbone.config.max_seq_len
+        self.sha256 = hash_of(model.backbone.path)
 
     def __call__(self, rows: list[Row], records: list[str], ended: Tensor) -> Verdict:
         with sharding.unsharded(self.model, self.dist):

@@ -74,6 +74,8 @@ class Dist:
         return self.device if self.device.type == "cuda" else torch.device("cpu")
 
     def autocast(self) -> torch.autocast:
+        """Where the products of a batch are computed. Who begins one does not hang."""
+        RankState.heard = RankState.heard and time.monotonic()
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
 
@@ -212,12 +214,14 @@ def finish(dist: Dist) -> None:
 
 @contextmanager
 def first_rank_first(dist: Dist) -> Iterator[None]:
-    """The others wait until rank 0 has done the work, and then find it done."""
-    if dist.rank and dist.world > 1:
-        torch.distributed.barrier()
+    """The others wait until rank 0 has done the work, which may take hours, and find it done."""
+    if dist.world > 1:
+        patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+    if dist.rank:
+        torch.distributed.barrier(patient)
     yield
-    if not dist.rank and dist.world > 1:
-        torch.distributed.barrier()
+    if dist.world > 1 and not dist.rank:
+        torch.distributed.barrier(patient)
 
 
 def print0(*args) -> None:

@@ -156,8 +156,8 @@ def resume(cfg: Settings, kind: str, model: nn.Module, optimizers: list[torch.op
         if getattr(cfg, key, value) != value and key not in ("resume", "device"):
             print0(f"  {key} was {value!r}, now {getattr(cfg, key)!r}")
     if state.get("data", data_id) != data_id:
-        print0("WARNING: the training data, or the file of the reward, is not what this run began "
-               "with: examples may repeat")
+        print0("WARNING: the training data, the reference or the reward is not what this run began "
+               "with: examples may repeat, and KL or reward have another zero")
     print0(f"loaded {path}")
     adapters.check_same(cfg, model, state)
     load(model, optimizers, state)
@@ -185,13 +185,16 @@ def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[d
 
 def load(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict) -> None:
     """Give a model and its optimizers, sharded or not, a checkpoint's weights, or those that LoRA
-    trained, and their moments. Every rank has opened the file."""
+    trained, and their moments. Rates and decay stay as this run was told. Every rank has opened the
+    file."""
     load_model(model, state.get("adapter") or state["model"], strict="adapter" not in state)
     for optimizer, saved in zip(optimizers, state["optimizer"]):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         moments = {i: {key: split(value, params[i]) for key, value in of_one.items()}
                    for i, of_one in saved["state"].items()}
-        optimizer.load_state_dict({**saved, "state": moments})
+        groups = [told | {"lr": was["lr"]} for told, was in zip(
+            optimizer.state_dict()["param_groups"], saved["param_groups"])]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def load_model(model: nn.Module, state: dict[str, Tensor], strict: bool = True) -> None:

@@ -40,6 +40,13 @@ def test_the_newest_two_valid_files_are_kept(tmp_path):
     assert paths[0] not in checkpoint.list_checkpoints(tmp_path)
 
 
+def test_what_was_just_saved_is_never_the_one_to_go(tmp_path):
+    """Seen to fail: a step before two others was written and deleted."""
+    later = [checkpoint.save(tmp_path, s, state(s)) for s in (8, 9)]
+    early = checkpoint.save(tmp_path, 0, state(0))
+    assert checkpoint.list_checkpoints(tmp_path) == [*later[::-1], early]
+
+
 def test_every_mutation_is_detected_and_named(tmp_path, capsys):
     """400 flipped bits, cut ends and zeroed pages; torch.load alone accepts most of the flips."""
     good = checkpoint.save(tmp_path, 1, state(1, 5000))
@@ -184,8 +191,10 @@ def test_a_model_from_elsewhere_does_not_come_to_lie_beside_another(tiny, monkey
     generate.py went on with the old model, and a second conversion left two models of step 0."""
     import convert
     before = sorted(Path(tiny.pt).iterdir())
-    monkeypatch.setattr(sys, "argv", ["convert.py", "--input=model.gguf", f"--out_dir={tiny.pt}"])
-    with pytest.raises(SystemExit) as stop:
-        convert.main()
-    assert stop.value.code == 2 and "holds a model already" in capsys.readouterr().err
-    assert sorted(Path(tiny.pt).iterdir()) == before
+    for words in (["--input=model.gguf", f"--out_dir={tiny.pt}"],
+                  [f"--checkpoint={tiny.pt}", "--to=int8", f"--out={tiny.pt}"]):
+        monkeypatch.setattr(sys, "argv", ["convert.py", *words])
+        with pytest.raises(SystemExit) as stop:
+            convert.main()
+        assert stop.value.code == 2 and "holds a model already" in capsys.readouterr().err
+        assert sorted(Path(tiny.pt).iterdir()) == before

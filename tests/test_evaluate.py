@@ -124,6 +124,33 @@ def test_every_kind_of_task_and_what_is_done_is_not_done_again(tiny, tmp_path, c
     assert ask(capsys, monkeypatch, *settings)[1] == table
 
 
+def test_half_a_line_is_passed_over_and_nothing_is_written_behind_it(tiny, tmp_path, capsys,
+                                                                     monkeypatch):
+    """Seen to fail: the next record went on in the same line, and no later run could read it."""
+    path, out = write(tmp_path / "t.jsonl", ROWS["cloze"]), tmp_path / "out.log"
+    settings = f"--checkpoint={tiny.pt}", f"--tasks={path}", f"--out={out}"
+    out.write_bytes('{"task": "中'.encode()[:-1])
+    for _ in range(2):
+        code, _, said = ask(capsys, monkeypatch, *settings)
+        assert code == 0, said
+    _, whole, end = out.read_bytes().split(b"\n")
+    assert json.loads(whole)["task"] == "t" and end == b""
+
+
+def test_a_small_window_is_left_to_the_prompt(tiny, monkeypatch, capsys):
+    """Seen to fail: of a model that reads 256 tokens one was left to the question, for the answer
+    might have 256. What fits is whole; of more, half a window, and that is said."""
+    judge = evaluate.Judge(evaluate.Config(checkpoint=tiny.pt))
+    limit, seen = judge.model.config.max_seq_len, []
+    monkeypatch.setattr(evaluate, "complete", lambda model, tok, prompts, room, **_: (
+        seen.append((max(map(len, prompts)), room)), [""] * len(prompts))[1])
+    for n, said in ((limit // 4, ""), (2 * limit, "the beginning of 1 prompts does not fit")):
+        judge.answer([{"prompt": [{"role": "user", "content": "a" * n}], "answer": "1"}], "")
+        assert said in capsys.readouterr().err
+    (short, _), (long, room) = seen
+    assert limit // 4 <= short < limit // 2 and (long, room) == (limit - limit // 2, limit // 2)
+
+
 def test_two_files_of_one_name_are_two_tasks(tiny, tmp_path, capsys, monkeypatch):
     """Seen to fail: the second got the figures of the first. So did a file that had changed."""
     paths = [tmp_path / lang / "x.jsonl" for lang in ("one", "two")]
@@ -166,7 +193,8 @@ def test_samples_of_the_harness(tmp_path):
     ([{"text": 1}], "'text' must be a string"),
     ([{"text": "a"}, {"context": "a", "target": "b"}], "a task has one kind"),
     ([{"arguments": [], "target": 0}], "wanted multiple choice"),
-    ([{"prompt": "a"}], "not a row of a task")])
+    ([{"prompt": "a"}], "not a row of a task"),
+    ([{"prompt": "a", "answer": "Paris"}], "words belong into a list")])
 def test_a_bad_task_is_one_line(tiny, tmp_path, capsys, monkeypatch, rows, said):
     path = write(tmp_path / "t.jsonl", rows)
     code, out, err = ask(capsys, monkeypatch, f"--checkpoint={tiny.pt}", f"--tasks={path}",

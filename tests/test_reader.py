@@ -9,7 +9,7 @@ import pytest
 
 import rag
 from demo import reader
-from demo.judge import read_rows
+from demo.judge import read_rows, write_rows
 from demo.reader import Config, figures, is_held_out, right_reply
 from search.citations import split_answer
 
@@ -33,7 +33,7 @@ def made(tmp_path_factory) -> tuple[Config, Path]:
                    "answers": [f"{1000 + 40 * k + n}"], "lang": "en", "source": "towns"}
                   for k, who in enumerate(PEOPLE)]
     for what, rows in (("corpus", docs), ("queries", asked)):
-        reader.write_rows(folder / f"{what}.jsonl", rows)
+        write_rows(folder / f"{what}.jsonl", rows)
     cfg = Config(corpus=str(folder / "corpus.jsonl"), queries=str(folder / "queries.jsonl"),
                  out_dir=str(folder / "out"), chunk_tokens=40, chats=120)
     reader.make(cfg, folder / "data")
@@ -123,6 +123,10 @@ def test_pairs_set_what_is_right_against_mistakes_only(made, monkeypatch, capsys
     rows = read_rows(data / "prompts.jsonl")[:3 * 20]
     said = [right_reply(row) if i % 2 else "a house [1]" for i, row in enumerate(rows)]
     monkeypatch.setattr(reader, "say", lambda *_: said)
+    with pytest.raises(SystemExit):  # after 25 minutes of SFT DPO would have ended in an error
+        reader.make_pairs(replace(cfg, pairs=20), data, "")
+    assert "needs 64 pairs or more: raise --pairs" in capsys.readouterr().err
+    monkeypatch.setattr(reader, "LEAST", 20)
     reader.make_pairs(replace(cfg, pairs=20), data, "")
     assert "of 60 replies" in capsys.readouterr().out
     pairs = read_rows(data / "pairs.jsonl")
@@ -167,7 +171,8 @@ def test_each_stage_begins_with_the_one_before(made, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("change, said", [
     ({"--lang": "fr"}, "no fr question has its answer in"),
     ({"--queries": "gone.jsonl"}, "gone.jsonl"),
-    ({"--init_from": ""}, "--init_from")])
+    ({"--init_from": ""}, "--init_from"),
+    ({"--pairs": "63"}, "'pairs' must be int at least 64, got 63")])
 def test_what_a_user_can_mend_is_one_line(made, tmp_path, change, said):
     words = {"--init_from": "base", "--corpus": made[0].corpus, "--queries": made[0].queries,
              "--out_dir": str(tmp_path / "out")} | change

@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lab import STAGES, Lab, newest, same_run
+from lab import STAGES, Lab, instead, newest, places, same_run
 
-from plumbing import checkpoint, terminal
+from plumbing import checkpoint, splits, terminal
 from tokenizer import HAN_PATTERN, dump
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
@@ -101,9 +102,35 @@ def test_changed_settings_and_data_are_said_and_gone_on_with(lab, done, tmp_path
         changes["data"].write_text("".join(file.read_text().splitlines(True)[:30]))
     code, said = resume(lab, stage, out, **changes)
     assert code == 0 and "\n  learning_rate was 0.001, now 0.002\n" in said
-    assert "\nWARNING: the training data, or the file of the reward, is not what this run" in said
+    assert "\nWARNING: the training data, the reference or the reward is not what this run" in said
     code, said = resume(lab, stage, out, max_steps=5, **changes)
     assert code == 0 and "learning_rate was" not in said and "WARNING: the training" not in said
+
+
+@pytest.mark.parametrize("stage, setting", [
+    ("dpo", "init_from"), ("rl", "init_from"), ("rl", "reward_from")])
+def test_a_reference_or_reward_that_was_trained_on_is_said(lab, tmp_path, stage, setting):
+    """The settings name a folder, whose newest checkpoint is another one by now. Seen to fail: the
+    run went on without a word, with the margins, KL and rewards of another model."""
+    where, out = tmp_path / "where", tmp_path / "out"
+    shutil.copytree(lab.folder / ("reward" if setting == "reward_from" else "base"), where)
+    lab.start(stage, out, max_steps=2, **{setting: where}).well()
+    state, _ = checkpoint.load(str(where))
+    for step, said_so in ((3, False), (4, True)):
+        code, said = resume(lab, stage, out, max_steps=step, **{setting: where})
+        assert code == 0 and ("the reference or the reward is not what" in said) == said_so, said
+        checkpoint.save(str(where), state["step"] + 1, state | {"step": state["step"] + 1})
+
+
+def test_others_wait_for_the_first_as_long_as_it_prepares_the_data(lab, tmp_path):
+    """Seen to fail: past --dist_timeout they gave up, and so did the next try."""
+    def slow(real, *args, **more):
+        time.sleep(8 * (os.environ["RANK"] == "0"))
+        return real(*args, **more)
+    both = [lab.start("sft", tmp_path / "out", instead(splits, "load_examples", slow),
+                      environ=place, max_steps=1, warmup_steps=0, dist_timeout=6.0)
+            for place in places(2)]
+    assert [run.wait() for run in both] == [0, 0], both[0].text + both[1].text
 
 
 def test_an_out_dir_that_is_a_file_is_refused(lab, done, tmp_path):

@@ -55,6 +55,7 @@ def test_log_drops_what_a_resumed_run_does_again(tmp_path):
         log.write(step=step, loss=0.1 * step)
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 4, "lo')  # killed while writing
+    log.file.write(', "val": {"en": {"loss": 6.2}}\n')  # such a part ends like a whole line
     del log  # else it would still hold the folder
     Log(cfg, ALONE, 2, 9, 64, 10).write(step=2, loss=9.0)
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
@@ -63,6 +64,25 @@ def test_log_drops_what_a_resumed_run_does_again(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such locks")
+def test_a_validation_takes_no_time_of_the_steps(tmp_path, capsys):
+    """Seen to fail: the first line of a run had the validation before it among its milliseconds."""
+    log = Log(runtime.Settings(out_dir=str(tmp_path), log_every=1), ALONE, 0, 9, 64, 10)
+    log.since -= 1000  # as long as a validation might take
+    log.write(step=0, val={"en": 1})
+    log.step(0, 1.0, 0.1, 1.0)
+    ms = int(capsys.readouterr().out.split(" ms")[0].split("| ")[-1].replace(",", ""))
+    assert ms < 1000
+
+
+def test_who_begins_a_batch_does_not_hang(monkeypatch):
+    """Seen to fail: more than --dist_timeout of work between two exchanges, as the log P of all
+    pairs before DPO, ended every process, each time."""
+    for heard, moves in ((5.0, True), (None, False)):  # None: nothing was exchanged yet
+        monkeypatch.setattr(runtime.RankState, "heard", heard)
+        with ALONE.autocast():
+            assert (runtime.RankState.heard != heard) == moves
+
+
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
     """The same command typed in two windows: neither found a checkpoint, both trained, the log of
     the first was lost and the folder held two runs."""

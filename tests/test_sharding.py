@@ -20,10 +20,11 @@ import train_rl
 import train_rm
 import train_sft
 from demo.world import pt_document
-from plumbing import checkpoint, runtime
+from plumbing import checkpoint, runtime, sharding
 from plumbing.costs import training_memory
 from plumbing.jobs import Progress
 from plumbing.loading import load_model
+from plumbing.optim import make_optimizers
 
 ALONE = runtime.Dist(0, 1, torch.device("cpu"), torch.float32)
 SHAPE = dict(vocab_size=96, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, head_dim=16, n_hidden=96,
@@ -129,6 +130,24 @@ def results(runs, world: int, name: str, **arguments) -> list[tuple]:
     """What the ranks returned for the jobs of this name, with these among their arguments."""
     return [found for (job, given), found in runs.found[world]
             if job == name and arguments.items() <= given.items()]
+
+
+def test_a_resumed_run_learns_at_the_rate_it_is_told():
+    """Seen to fail: --resume --learning_rate=… was printed and logged, and the optimizers kept the
+    rate, the decay and the betas of the checkpoint."""
+    model, optimizers, _ = in_processes.example(ALONE, SHAPE, "muon", shard=False)
+    state = {"model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers]}
+    told = train_pt.Config(optimizer="muon", learning_rate=3e-5, muon_lr=0.5, weight_decay=0.7,
+                           adam_beta2=0.5)
+    now = make_optimizers(model, told)
+    sharding.load(model, now, state)
+    adam, muon = (o.param_groups for o in now)
+    assert [(g["base"], g["weight_decay"], g["betas"]) for g in adam] == [
+        (3e-5, 0.7, (0.9, 0.5)), (3e-5, 0.0, (0.9, 0.5))]
+    assert [(g["base"], g["weight_decay"]) for g in muon] == [(0.5, 0.7)]
+    for new, old in zip(now, optimizers):
+        for p, moments in old.state.items():
+            assert all(torch.equal(new.state[p][name], value) for name, value in moments.items())
 
 
 @pytest.mark.parametrize("stage", STAGES)

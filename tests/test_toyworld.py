@@ -131,7 +131,7 @@ def test_chat_replies_are_what_a_reader_of_the_question_says(data):
 
     dictionary, styles, turns = dict(WORDS) | ENGLISH, Counter(), Counter()
     absent, alike = {True: Counter(), False: Counter()}, {"chat": [], "chat_heldout": []}
-    for file, row in [(file, row) for file in alike for row in data[file]]:
+    for file, row in [(name, row) for name in alike for row in data[name]]:
         said, lang = [m["content"] for m in row["messages"]], row["lang"]
         user, reply = said[:2]
         listed = re.split("[：:?？] ?", user)[-1].split(COMMA[lang])

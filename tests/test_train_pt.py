@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import convert
 import data
 import train_pt
 from demo.world import pt_document
@@ -296,6 +297,15 @@ def test_a_mistake_is_one_line_before_any_work(cfg, change, message):
     with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error:
         train_pt.train(replace(cfg, **change), ALONE)
     assert message in str(error.value) and not os.path.exists(cfg.out_dir)
+
+
+def test_pre_training_begins_from_8_bits_too(tiny, tmp_path):
+    """Seen to fail with a traceback."""
+    convert.give_out(convert.Config(checkpoint=tiny.pt, to="int8", out=str(tmp_path / "int8")))
+    model = Transformer(tiny.model.config)
+    train_pt.load_weights(str(tmp_path / "int8"), model, tiny.tok)
+    for name, own in tiny.model.state_dict().items():
+        assert (model.state_dict()[name] - own).abs().max() <= own.abs().max() / 200, name
 
 
 def test_runs_are_not_mixed(cfg, data_dir, tmp_path):
