@@ -113,9 +113,8 @@ ANSWERS = {"en": {"direct": "{n}'s {a} is {v}.",
                   "padded": "嗯，让我想一想，{n}的{a}应该是{v}。"}}
 STYLES = tuple(ANSWERS["en"])
 UNKNOWN = ("unknown", "未知")  # the value, where the context does not say
-ABSENT = 0.3  # share of the questions for which it does not
+ABSENT = 0.4  # share of the questions for which it does not
 NEARLY = 0.5  # share of those, in files to train on, that ask about nearly a name of the context
-N_SHY = 4  # how often UNKNOWN stands among the twelve values that a wrong reply is drawn from
 GOLD = {"direct": 3.0, "terse": 1.5, "padded": 1.5, "hedged": 0.0}  # score of a right answer
 SHY, WRONG = -2.0, -4.0  # of a needless "unknown", and of a wrong value
 PAIRS = {"style": 40, "tie": 10, "value": 50}  # per cent: what the two replies of a pair differ in
@@ -189,9 +188,9 @@ def asked(r: Random, lang: str, about: Fact) -> str:
     return _fill(r.choice(QUESTIONS[lang]), lang, about)
 
 
-def wrong(r: Random, fact: Fact, n_shy: int = 0) -> Fact:
-    """The fact with another value of its attribute, or UNKNOWN, which stands for `n_shy` values."""
-    values = (*VALUES[fact.attribute], *[UNKNOWN] * n_shy)
+def wrong(r: Random, fact: Fact, shy: bool = False) -> Fact:
+    """The fact with another value of its attribute, or, as likely as any of them, UNKNOWN."""
+    values = (*VALUES[fact.attribute], *[UNKNOWN] * shy)
     return fact._replace(value=r.choice([v for v in values if v != fact.value]))
 
 
@@ -298,7 +297,7 @@ def pair(r: Random, split: str, max_facts: int) -> dict:
             styles = r.sample(STYLES, 2)
     else:
         styles = [r.choice(STYLES), r.choice(STYLES)]
-        other = wrong(r, about, N_SHY)
+        other = wrong(r, about, shy=True)
     both = [(answer(fact, lang, style), score(fact, about, style))
             for fact, style in zip((one, other), styles)]
     r.shuffle(both)
@@ -314,7 +313,7 @@ def ranking(r: Random, split: str, max_facts: int) -> dict:
     more stands first with probability sigmoid(d), as in `pair` (Luce 1959)."""
     lang, about, messages = _asked(r, split, max_facts)
     drawn = [(about, style) for style in r.sample(STYLES, 3)]
-    drawn.append((wrong(r, about, N_SHY), r.choice(STYLES)))
+    drawn.append((wrong(r, about, shy=True), r.choice(STYLES)))
     scored = [(score(fact, about, style), answer(fact, lang, style)) for fact, style in drawn]
     scored.sort(key=lambda s: log(-log(r.random() or 1e-300)) - s[0])
     return {"prompt": messages, "ranking": [text for _, text in scored], "lang": lang,
