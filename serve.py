@@ -34,6 +34,7 @@ from typing import Any, Literal
 import rag
 from configurator import Count, FilePath, configure
 from generate import Sampling, sample
+from plumbing.files import whole
 from plumbing.loading import Precision, load_writer, newest_checkpoint
 from plumbing.terminal import fail, run, say
 from serving import api
@@ -46,7 +47,7 @@ try:
     from starlette.applications import Starlette
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-    from starlette.routing import Route
+    from starlette.routing import Mount, Route, Router
 except ImportError:
     if __name__ == "__main__":
         fail("serve.py needs the extra `serve`: pip install starlette uvicorn")
@@ -80,16 +81,6 @@ def let_go(texts: list[Text]) -> Iterator[None]:
             text.cancelled = True
 
 
-class Stream(StreamingResponse):
-    """Server-sent events of texts that are being written."""
-    media_type = "text/event-stream"
-    texts: list[Text]
-
-    async def __call__(self, *channel: Any) -> None:
-        with let_go(self.texts):
-            await super().__call__(*channel)
-
-
 class Server:
     """The model, its batch, and the routes."""
 
@@ -106,6 +97,7 @@ class Server:
         self.index = rag.open_index(self.rag) if cfg.index else None
         self.embed = rag.embed.load(cfg.embed, cfg.device)
         self.batch = Batch(self.model, sample, cfg.rows, self.window, cfg.waiting)
+        self.adding = asyncio.Lock()  # a note to the index
         self.name, self.answered, self.refused = Path(self.model.path).parent.name, 0, 0
         Thread(target=self.batch.run, daemon=True).start()
 
@@ -115,7 +107,7 @@ class Server:
         room = self.window - len(prompt)
         if not prompt or room < 1:
             raise Refused(400, f"a prompt has 1 to {self.window - 1:,} tokens, not {len(prompt):,}")
-        wanted, seed = asked["max_completion_tokens"] or asked["max_tokens"] or room, asked["seed"]
+        wanted, seed = asked["max_tokens"] or room, asked["seed"]
         text = Text(prompt, min(wanted, room), on_token, self.tok.stop,
                     secrets.randbits(31) if seed is None else (seed + number) % 2**63,
                     {f.name: asked[f.name] for f in fields(Sampling) if f.name in asked}, quoting,
@@ -159,30 +151,30 @@ class Server:
             raise Refused(400, str(error)) from None
         loop, said, tokens = asyncio.get_running_loop(), asyncio.Queue(), queue.Queue()
         most = min(self.rag.max_tokens, self.window // 4)
-        text = self.text(prompt, asked | {"temperature": 0.0, "logprobs": False,
-                                          "repetition_penalty": self.rag.repetition_penalty,
-                                          "max_tokens": min(asked["max_tokens"] or most, most)},
-                         0, lambda token, *_: tokens.put([token]), quoting=True)
+        asked |= {"temperature": 0.0, "repetition_penalty": self.rag.repetition_penalty,
+                  "max_tokens": min(asked["max_tokens"] or most, most)}
+        text = self.text(prompt, asked, 0, lambda token, *_: tokens.put([token]), quoting=True)
 
         async def pieces() -> AsyncIterator[Piece]:
             def check() -> None:  # rag.checked reads tokens as they come, so it has its own thread
                 def tell(piece: str | None) -> None:
-                    loop.call_soon_threadsafe(said.put_nowait, piece)
+                    with suppress(RuntimeError):  # the server has ended
+                        loop.call_soon_threadsafe(said.put_nowait, piece)
                 rag.checked(rag.texts_of(iter(tokens.get, [None]), self.tok), len(hits), tell)
                 tell(None)
-            work = asyncio.create_task(asyncio.to_thread(check))
+            Thread(target=check, daemon=True).start()  # asyncio's threads are too few to wait in
             while (piece := await said.get()) is not None:
                 yield Piece(0, piece)
-            await work
             yield Piece(0, finish=text.ended or "stop")
         return [text], pieces(), [api.source(n, hit.chunk, rag.location(hit), rag.shown)
                                   for n, hit in enumerate(hits, 1)]
 
-    async def completions(self, request: Request) -> Response:
+    async def completions(self, request: Request) -> Callable:
         """/v1/chat/completions and /v1/completions."""
         body, chat = await api.read_body(request), "chat" in request.url.path
-        asked, stops, sources = api.read_numbers(body), api.read_strings(body, "stop"), None
-        if chat and self.index:
+        cited = chat and self.index is not None
+        asked = api.read_numbers(body, api.OF_DOCUMENTS if cited else api.WITHOUT_EFFECT)
+        if cited:
             texts, pieces, sources = await self.look_up(api.read_messages(body), asked)
         elif chat:
             how = body.get("chat_template_kwargs")
@@ -191,13 +183,17 @@ class Server:
         else:
             prompts = [[*self.tok.begin, *self.tok.encode_ordinary(text)]
                        for text in api.read_strings(body, "prompt") or [""]]
-        if sources is None:
-            texts, pieces = self.write(prompts, asked, stops)
-        form = Form(chat, self.name, texts, sources)
+        if not cited:
+            texts, pieces = self.write(prompts, asked, api.read_strings(body, "stop"))
+        form = Form(chat, self.name, texts, {"sources": sources} if cited else {})
         if body.get("stream") is True:
-            stream = Stream(form.events(pieces, body.get("stream_options")))
-            stream.texts = texts
-            return stream
+            stream = StreamingResponse(form.events(pieces, body.get("stream_options")),
+                                       media_type="text/event-stream")
+
+            async def reply(*channel: Any) -> None:
+                with let_go(texts):
+                    await stream(*channel)
+            return reply
         found = []
         with let_go(texts):
             async for piece in pieces:
@@ -221,16 +217,28 @@ class Server:
         if not self.cfg.upload or not text.strip():
             raise Refused(400, "the note is empty" if self.cfg.upload else
                           "this server was started without --upload")
+        raw = text.encode("utf-8", "replace")
 
         def add() -> None:
-            folder = Path(self.cfg.upload)
-            folder.mkdir(parents=True, exist_ok=True)
-            name = sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
-            (folder / f"note-{name}.md").write_text(text, "utf-8", "replace")
-            rag.change("add", [self.cfg.upload], self.rag)
+            path = Path(self.cfg.upload).resolve() / f"note-{sha256(raw).hexdigest()[:16]}.md"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            chunks, _ = rag.documents.read_document(path, raw, rag.cutter(self.rag, self.embed))
+            how = f"{self.rag.chunk_tokens} {self.rag.semantic}\0".encode()  # as in rag.py add
+            with (rag.Index(self.rag.index, True, self.embed, self.rag.embed) as index,
+                  whole(path) as file):  # if it cannot be indexed, there is no note
+                file.write_bytes(raw)
+                index.put(str(path), sha256(how + raw).hexdigest(), chunks)
+                known, stamp = index.manifest, {str(path): file.stat().st_mtime_ns}
+                index.note(known["folders"], {*known["refused"]}.difference(stamp),
+                           known["stamps"] | stamp)
+                index.commit()
             self.index = rag.open_index(self.rag)
 
-        await asyncio.to_thread(add)
+        try:
+            async with self.adding:
+                await asyncio.to_thread(add)
+        except ValueError as error:  # `rag.py add` is at work
+            raise Refused(503, str(error)) from None
         return JSONResponse({"index": self.index.size() if self.index else ""})
 
     async def about(self, request: Request) -> Response:
@@ -250,48 +258,41 @@ class Server:
             "Content-Security-Policy": "default-src 'self' 'unsafe-inline'"})
 
     async def failed(self, request: Request, error: Exception) -> Response:
-        status = 499 if isinstance(error, ClientDisconnect) else getattr(
-            error, "status", getattr(error, "status_code", 500))
+        status = getattr(error, "status_code", 499 if isinstance(error, ClientDisconnect) else 500)
         self.refused += 1
         message = "an error of the server, see its terminal" if status == 500 else str(error)
         return JSONResponse(api.error(status, message), status)
 
     def app(self) -> Callable:
         """What uvicorn runs."""
-        get = {"/": self.page, "/health": self.about, "/metrics": self.about,
-               "/v1/models": self.about}
-        post = {"/v1/chat/completions": self.completions, "/v1/completions": self.completions,
-                "/v1/embeddings": self.embeddings, "/upload": self.upload}
-        routes = [Route(path, job, methods=[method]) for method, jobs in (
-            ("GET", get), ("POST", post)) for path, job in jobs.items()]
-        app = Starlette(routes=routes, exception_handlers=dict.fromkeys(
+        jobs: list[tuple[Any, ...]] = [
+            ("GET", self.page, "/"), ("GET", self.about, "/health", "/metrics", "/v1/models"),
+            ("POST", self.completions, "/v1/chat/completions", "/v1/completions"),
+            ("POST", self.embeddings, "/v1/embeddings"), ("POST", self.upload, "/upload")]
+        routes = [Route(at, job, methods=[method]) for method, job, *paths in jobs for at in paths]
+        gate: Any = api.Gate(Router(routes), self.key, 1024 * self.cfg.max_body_kb)
+        return Starlette(routes=[Mount("/", gate)], exception_handlers=dict.fromkeys(
             (Refused, ClientDisconnect, 404, 405, 500), self.failed))
-        return api.Gate(app, self.key, 1024 * self.cfg.max_body_kb)
 
 
 def main() -> None:
     cfg = configure(Config, show=False)
-    try:
-        with socket.socket() as probe:  # uvicorn would say it in many lines
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((cfg.host, cfg.port))
+    inet, host = ((socket.AF_INET6, f"[{cfg.host}]") if ":" in cfg.host
+                  else (socket.AF_INET, cfg.host))
+    at = f"http://{host}:{cfg.port}"
+    try:  # uvicorn would say it in many lines
+        socket.create_server((cfg.host, cfg.port), family=inet).close()
         server = Server(cfg)
-    except (ValueError, RuntimeError, OSError) as error:
-        fail(f"{cfg.host}:{cfg.port}: {error}" if isinstance(error, OSError) else f"{error}")
-    at = f"http://{cfg.host}:{cfg.port}"
+    except (ValueError, RuntimeError, OSError, OverflowError) as error:
+        fail(f"{at}: {error}" if isinstance(error, OSError | OverflowError) else f"{error}")
     say(f"{server.model.path}: {at} is the page, {at}/v1 the API; Ctrl-C ends it")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn raises it once more when all has ended
     listener = uvicorn.Server(uvicorn.Config(
         server.app(), cfg.host, cfg.port, log_level="warning", server_header=False,
         timeout_keep_alive=5, timeout_graceful_shutdown=1, h11_max_incomplete_event_size=32768))
-    leave = listener.handle_exit
-
-    def end_texts_and_leave(sig: int, frame: Any) -> None:
-        server.batch.stop()
-        leave(sig, frame)
-
-    listener.handle_exit = end_texts_and_leave  # type: ignore
+    leave = listener.handle_exit  # but end all texts first
+    listener.handle_exit = lambda *sent: (server.batch.stop(), leave(*sent))  # type: ignore
     listener.run()
 
 

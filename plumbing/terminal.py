@@ -1,6 +1,5 @@
 """
-How a script meets its terminal: it starts, is stopped, and ends a mistake in one line. The rest may
-be skipped.
+How a script meets its terminal: starts, is stopped, ends a mistake in one line. Skip the rest.
 
     from plumbing.terminal import run, stop_imports
     stop_imports(__name__)      # before `import torch`, which takes seconds
@@ -151,7 +150,8 @@ class Talk:
 
 def only_talk() -> None:
     """From now on stdout is talk too: the result of the script is a file."""
-    sys.stdout = Talk(sys.stdout, BrokenPipeError)  # but a full disk is said
+    if not isinstance(sys.stdout, Talk):  # a stream in a stream in a stream … cannot be written to
+        sys.stdout = Talk(sys.stdout, BrokenPipeError)  # but a full disk is said
 
 
 def ask() -> str:

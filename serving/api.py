@@ -31,7 +31,7 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
-        self.status = status
+        self.status_code = status
 
 
 # numbers that a request may hold: type, least, most, and what holds without them
@@ -46,12 +46,13 @@ WITHOUT_EFFECT: dict[str, tuple] = {
     "tools": ([],), "functions": ([],), "response_format": ({"type": "text"},), "echo": (False,),
     "best_of": (1,), "suffix": ("",), "logit_bias": ({},), "presence_penalty": (0,),
     "frequency_penalty": (0,)}
+OF_DOCUMENTS = WITHOUT_EFFECT | {"n": (1,), "stop": ([],), "logprobs": (False,)}  # their answers
 
 
-def read_numbers(body: dict) -> dict[str, Any]:
+def read_numbers(body: dict, without_effect: dict[str, tuple]) -> dict[str, Any]:
     """The numbers of a request. Raises Refused for one out of range, and for a setting that this
     server does not have and that would change the reply."""
-    for name, harmless in WITHOUT_EFFECT.items():
+    for name, harmless in without_effect.items():
         if body.get(name) is not None and body[name] not in harmless:
             raise Refused(400, f"{name} is not supported")
     found = {}
@@ -62,6 +63,7 @@ def read_numbers(body: dict) -> dict[str, Any]:
             raise Refused(400, f"{name} must be {'an integer' if kind is int else 'a number'} from "
                                f"{least:g} to {most:g}, got {value!r:.40}")
         found[name] = default if value is None else kind(value)
+    found["max_tokens"] = found.pop("max_completion_tokens") or found["max_tokens"]  # its old name
     wanted: Any = body.get("logprobs")  # true in a chat; in /v1/completions how many to report
     if wanted is not None and not (isinstance(wanted, int) and 0 <= wanted <= 20):
         raise Refused(400, f"logprobs must be true, false or a number up to 20, got {wanted!r:.40}")
@@ -109,7 +111,7 @@ class Reply:
         if found:
             self.ended = True
             return text[:min(found)]
-        keep = max((n for stop in self.stops for n in range(1, len(stop))
+        keep = max((n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1))
                     if token is not None and text.endswith(stop[:n])), default=0)
         self.held = text[len(text) - keep:]
         return text[:len(text) - keep]
@@ -159,7 +161,7 @@ class Form:
     chat: bool
     model: str
     texts: list[Text]
-    sources: list[dict] | None = None  # documents, beside what OpenAI's form has
+    more: dict = field(default_factory=dict)  # beside what OpenAI's form has: {"sources": […]}
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -184,23 +186,23 @@ class Form:
                 "top_logprobs": [{y["token"]: y["logprob"] for y in x["top_logprobs"]}
                                  for x in found]}
 
-    def choice(self, index: int, pieces: list[Piece], holder: str) -> dict:
-        """What all pieces of one choice say."""
+    def choice(self, index: int, pieces: list[Piece], holder: str, begins: bool = True) -> dict:
+        """What all pieces of one choice say. Its role is said once, for clients join what comes."""
         text, thought = "".join(p.text for p in pieces), "".join(p.thought for p in pieces)
         found: dict[str, Any] = {"index": index, "finish_reason": pieces[-1].finish,
                                  "logprobs": self.logprobs(pieces)}
         if not self.chat:
             return found | {"text": text}
-        said = {"role": "assistant", "content": text}
+        said = ({"role": "assistant"} if begins else {}) | {"content": text}
         return found | {holder: said | ({"reasoning_content": thought} if thought else {})}
 
     async def events(self, pieces: AsyncIterator[Piece], options: object) -> AsyncIterator[bytes]:
         """A stream: an event for each piece, and at the end the usage if it is asked for."""
-        more = {} if self.sources is None else {"sources": self.sources}
+        more, begun = self.more, set()
         async for piece in pieces:
-            choice = self.choice(piece.index, [piece], "delta")
+            choice = self.choice(piece.index, [piece], "delta", piece.index not in begun)
             yield sse(self.head(True) | {"choices": [choice]} | more)
-            more = {}
+            more, begun = {}, begun | {piece.index}
         if isinstance(options, dict) and options.get("include_usage") is True:
             yield sse(self.head(True) | {"choices": []} | self.usage())
         yield sse("[DONE]")
@@ -209,8 +211,7 @@ class Form:
         """The replies in one object."""
         choices = [self.choice(i, [piece for piece in pieces if piece.index == i], "message")
                    for i in range(max(1, len(self.texts)))]
-        more = {} if self.sources is None else {"sources": self.sources}
-        return self.head() | self.usage() | {"choices": choices} | more
+        return self.head() | self.usage() | {"choices": choices} | self.more
 
 
 def logprob(tok: Tokenizer, token: int, logp: float, likeliest: dict[int, float]) -> dict:
@@ -228,9 +229,8 @@ def source(number: int, chunk: Any, location: str, shown: Callable[[str], str]) 
 
 def embeddings(vectors: Any, model: str, form: object) -> dict:
     """Vectors as lists, or as base64 of fp32, which the official client asks for."""
-    rows = [np.asarray(vector, "<f4") for vector in vectors]
     data = [base64.b64encode(row.tobytes()).decode() if form == "base64" else row.tolist()
-            for row in rows]
+            for row in np.asarray(vectors, "<f4")]
     return {"object": "list", "model": model, "usage": {"prompt_tokens": 0, "total_tokens": 0},
             "data": [{"object": "embedding", "index": i, "embedding": row}
                      for i, row in enumerate(data)]}
@@ -267,7 +267,8 @@ async def read_body(request: Any) -> dict:
 
 class Gate:
     """Lets in who may come in, and no more than `most` bytes of a request. Without a key the Host
-    must be this computer: else a page of another site could reach us through a name of its own."""
+    must be this computer: else a page of another site could reach us through a name of its own.
+    Raises Refused."""
 
     def __init__(self, app: Callable, key: str, most: int):
         self.app, self.key, self.most = app, key, most
@@ -278,12 +279,12 @@ class Gate:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "").rsplit(":", 1)[0].strip("[]")
         sent = headers.get(b"authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
-        status, message, read = 0, "", 0
+        read = 0
         if self.key and scope["path"].startswith(("/v1", "/upload", "/metrics")) and not (
                 hmac.compare_digest(sent, self.key.encode())):
-            status, message = 401, "a wrong API key, or none"
-        elif not self.key and host not in AT_HOME:
-            status, message = 403, f"the Host must be one of {', '.join(AT_HOME)}"
+            raise Refused(401, "a wrong API key, or none")
+        if not self.key and host not in AT_HOME:
+            raise Refused(403, f"the Host must be one of {', '.join(AT_HOME)}")
 
         async def limited() -> dict:
             nonlocal read
@@ -293,9 +294,4 @@ class Gate:
                 raise Refused(413, f"a request may have {self.most:,} bytes")
             return part
 
-        if not status:
-            return await self.app(scope, limited, send)
-        body = json.dumps(error(status, message)).encode()
-        await send({"type": "http.response.start", "status": status, "headers": [
-            (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]})
-        await send({"type": "http.response.body", "body": body})
+        await self.app(scope, limited, send)

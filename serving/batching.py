@@ -65,6 +65,7 @@ class Batch:
         self.reading: Text | None = None  # the next, while its prompt is read
         self.waiting: queue.SimpleQueue[Text | None] = queue.SimpleQueue()
         self.room = rows + waiting  # most texts that may be written, read or waiting
+        self.wanted: list[Text] = []  # those texts, as the last `submit` found them
         self.past: deque[tuple[list[int], Tensor]] = deque(maxlen=rows)  # ended: ids, their kv
         self.over = False
         self.tokens_read = self.copied = self.written = 0
@@ -72,8 +73,10 @@ class Batch:
 
     def submit(self, text: Text) -> bool:
         """Hand in a text; False if too many wait, or nothing is written any more."""
-        if self.over or self.waiting.qsize() + len(self.texts) >= self.room:
+        self.wanted = [t for t in self.wanted if not (t.ended or t.cancelled)]
+        if self.over or len(self.wanted) >= self.room:
             return False
+        self.wanted.append(text)
         self.waiting.put(text)
         return True
 

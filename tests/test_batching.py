@@ -139,6 +139,18 @@ def test_a_full_queue_refuses(model):
     assert [batch.submit(Waiting([1], 1)) for _ in range(4)] == [True, True, True, False]
 
 
+def test_who_hangs_up_while_waiting_leaves_the_queue_at_once(model):
+    """64 clients that were gone kept the next from coming in until a row was free."""
+    batch = Batch(model, sample, rows=1, window=96, waiting=2)  # nobody runs it
+    texts = [Waiting([1], 1) for _ in range(5)]
+    assert [batch.submit(text) for text in texts[:3]] == [True, True, True]
+    texts[1].cancelled = True
+    assert [batch.submit(text) for text in texts[3:]] == [True, False]
+    batch.stop()
+    batch.run()
+    assert all(text.wait() == [] for text in texts[:4])  # who is gone is told of the end, too
+
+
 def test_a_batch_that_is_stopped_ends_all_texts(model):
     batch = Batch(model, sample, rows=1, window=96)
     texts = [Waiting([30 + i], 90) for i in range(3)]
@@ -184,14 +196,14 @@ def test_log_p_and_the_likeliest_tokens(batch, model):
 def test_a_signal_may_stop_the_batch_at_any_moment(model):
     """SIGTERM, or a second one, could come while the main thread was inside `submit` or `stop`,
     whose lock the handler then waited for: the server never ended."""
-    for work in ("submit", "stop"):
+    for work, first in [("stop", 0), *(("submit", first) for first in range(5))]:
         batch = Batch(model, sample, rows=1, window=96)
         arguments, moments = [Waiting([1], 1)] if work == "submit" else [], []
 
         def look(frame, event, argument):
-            if event == "line" and (work == "stop" or moments):  # the first line is the `if`
-                batch.stop()
             moments.append(event == "line")
+            if event == "line" and sum(moments) > first:  # lines that have begun
+                batch.stop()
             return look
 
         def interrupted() -> None:

@@ -1,4 +1,5 @@
 """serve.py, asked by the official client and by hostile ones. Needs the extra `serve`."""
+import asyncio
 import json
 import os
 import random
@@ -11,15 +12,18 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import make_dataclass
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from notes import NOTES
 
-from generate import replies
+import rag
+from generate import replies, sample
+from search.index import Index
 from serving import api
+from serving.batching import Batch
 from tokenizer import render
 
 pytest.importorskip("uvicorn", reason="the extra `serve`")
@@ -39,7 +43,7 @@ def start(*settings: str, **environ: str) -> SimpleNamespace:
         stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"} | environ)
     said = process.stderr.readline()
     assert "is the page" in said, said + process.stderr.read()
-    server = SimpleNamespace(process=process, url=f"http://127.0.0.1:{port}", port=port)
+    server = SimpleNamespace(process=process, url=re.search(r"http\S+", said)[0], port=port)
     for _ in range(200):
         try:
             urllib.request.urlopen(server.url + "/health").close()
@@ -107,6 +111,10 @@ def test_the_official_client(server, tiny):
     cut = client.chat.completions.create(**ask, stop=[stop, "never said"])
     assert cut.choices[0].message.content == expected[:expected.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
+    with client.chat.completions.stream(**ask, n=2, stop=stop) as stream:
+        joined = stream.get_final_completion().choices
+    assert [(choice.message.role, choice.message.content) for choice in joined] == [
+        ("assistant", cut.choices[0].message.content)] * 2  # each event said "assistant" once more
     both = client.completions.create(model="any", prompt=["Once", "从前"], max_tokens=5, seed=1)
     again = client.completions.create(model="any", prompt=["Once", "从前"], max_tokens=5, seed=1)
     assert [c.text for c in both.choices] == [c.text for c in again.choices]
@@ -124,6 +132,24 @@ def test_a_sampler_of_your_own_needs_no_line_here(monkeypatch):
     asked = {name: default for name, (*_, default) in api.NUMBERS.items()} | {"logprobs": False}
     text = serve.Server.text(server, [1], asked, 0, print)
     assert text.sampling["top_p"] == 1.0 and "top_a" not in text.sampling
+
+
+def test_what_may_begin_a_stop_string_is_held_back():
+    """Against the text as a whole. A stop string of 100,000 characters took seconds for each token,
+    in which nobody was answered: each of its beginnings was compared, though the text was short."""
+    r = random.Random(2)
+    letters = SimpleNamespace(push="ab".__getitem__, flush=lambda: "")
+    for _ in range(300):
+        tokens = r.choices((0, 1), k=12)
+        stops = ["".join(r.choices("ab", k=r.randrange(3, 7))) for _ in range(2)]
+        reply = api.Reply(letters, stops)
+        said = "".join(map(reply.push, [*tokens, None]))
+        text = "".join("ab"[token] for token in tokens)
+        ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+        whole = text[:min(ends, default=None)] if ends else text  # what was read when it ended
+        assert said == whole[:min((whole.find(s) for s in stops if s in whole), default=None)]
+    reply, begin = api.Reply(letters, ["b" * 100_000]), time.monotonic()
+    assert [reply.push(0) for _ in range(20)] == ["a"] * 20 and time.monotonic() - begin < 1
 
 
 def test_langchain_works_unchanged(server, tiny):
@@ -276,6 +302,139 @@ def test_answers_from_documents_name_their_sources(librarian):
     assert re.fullmatch(r"note-[0-9a-f]{16}\.md", *names)
 
 
+def test_what_an_answer_from_documents_does_not_have_is_refused(librarian):
+    """n, stop and logprobs were dropped in silence, and max_completion_tokens had no limit."""
+    def ask(**more) -> tuple[int, dict]:
+        body = {"messages": [{"role": "user", "content": "Where is the spare key?"}]} | more
+        return call(librarian, "/v1/chat/completions", body, Authorization="Bearer secret")
+    for name, value in {"n": 2, "stop": "x", "logprobs": True}.items():
+        status, reply = ask(**{name: value})
+        assert (status, reply["error"]["message"]) == (400, f"{name} is not supported")
+    for most, limit in ((10**6, 64), (3, 3)):  # never more than a quarter of 256 tokens
+        status, reply = ask(n=1, stop=None, logprobs=False, max_completion_tokens=most)
+        assert status == 200 and reply["usage"]["completion_tokens"] <= limit
+
+
+class Note:
+    """A request to take in a note."""
+    headers = {"content-type": "application/json"}
+
+    def __init__(self, text: str):
+        self.text = text
+
+    async def body(self) -> str:
+        return json.dumps({"text": self.text})
+
+
+def shelf(folder: Path, **settings) -> SimpleNamespace:
+    """A server without a model, that answers from an index of `docs` and takes notes to `notes`."""
+    import serve
+    cfg = rag.Config(index=str(folder / "index"), max_file_mb=1)
+    rag.change("add", [str(folder / "docs")], replace(cfg, **settings))
+    server = serve.Server.__new__(serve.Server)
+    vars(server).update(cfg=SimpleNamespace(upload=str(folder / "notes"), waiting=11), rag=cfg,
+                        embed=None, index=rag.open_index(cfg), adding=asyncio.Lock(), answered=0)
+    return server
+
+
+def content(index: Index) -> dict[str, list[str]]:
+    """The texts of the chunks of each document, by its name."""
+    return {Path(name).name: [index.chunk(i).text for i in range(first, first + n)]
+            for name, (_, first, n) in index.manifest["documents"].items()}
+
+
+def test_a_note_costs_no_other_document(tmp_path, capsys):
+    """The whole index was brought up to date with the server's settings: cut anew, without what is
+    larger than its --max_file_mb, and with what had been removed from the folder of the notes."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/large.md").write_text("The treasure lies under the oak.\n" * 40_000)
+    (tmp_path / "docs/small.md").write_text(" ".join(f"Sentence {i} is here." for i in range(60)))
+    (tmp_path / "docs/secret.md").write_text("My pin is 4417.")
+    server = shelf(tmp_path, max_file_mb=2, chunk_tokens=64)
+    server.cfg.upload = str(tmp_path / "docs")
+    rag.change("remove", [str(tmp_path / "docs/secret.md")], server.rag)
+    before = content(rag.open_index(server.rag))
+    assert set(before) == {"large.md", "small.md"} and len(before["small.md"]) > 3
+    for text in ("Vera won at chess.", "Vera lost at chess.", "Vera won at chess."):
+        assert asyncio.run(server.upload(Note(text))).status_code == 200
+    after = content(server.index)
+    notes = {name: after.pop(name) for name in list(after) if name.startswith("note-")}
+    assert after == before
+    assert sorted(notes.values()) == [["Vera lost at chess."], ["Vera won at chess."]]
+
+
+def test_a_note_is_a_document_like_any_other(tmp_path, capsys):
+    """`rag.py add` finds it unchanged, and what `rag.py remove` forgot can be sent again."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/a.md").write_text("The key hangs in the kitchen.")
+    server = shelf(tmp_path)
+    asyncio.run(server.upload(Note("Vera won at chess.")))
+    note, = (tmp_path / "notes").iterdir()
+    capsys.readouterr()
+    rag.change("add", [str(tmp_path / "notes")], server.rag)
+    assert ": 2 unchanged; 2 chunks of 2 documents" in capsys.readouterr().out
+    rag.change("remove", [str(note)], server.rag)
+    asyncio.run(server.upload(Note("Vera won at chess.")))
+    assert server.index.search("Who won at chess?", 1)[0].chunk.doc == str(note)
+    os.utime(note, (1, 1))
+    capsys.readouterr()
+    rag.open_index(server.rag)
+    assert "changed: 1; new files in their folders: 0" in capsys.readouterr().err
+
+
+def test_notes_that_come_at_once_are_all_taken_in_or_leave_nothing(tmp_path, monkeypatch):
+    """Two at once, or one while `rag.py add` ran, were an error of the server, and stayed in the
+    folder."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/a.md").write_text("The key hangs in the kitchen.")
+    server = shelf(tmp_path)
+
+    async def send(n: int) -> list:
+        return await asyncio.gather(*(server.upload(Note(f"Note number {i}.")) for i in range(n)))
+    assert [reply.status_code for reply in asyncio.run(send(4))] == [200] * 4
+    there = sorted((tmp_path / "notes").iterdir())
+    assert len(there) == 4 and len(content(server.index)) == 5
+    with Index(server.rag.index, writable=True), pytest.raises(api.Refused) as refused:
+        asyncio.run(server.upload(Note("One more.")))
+    assert (refused.value.status_code, sorted((tmp_path / "notes").iterdir())) == (503, there)
+    assert "another process is writing" in str(refused.value)
+
+    def fails(self: Index) -> int:
+        raise ValueError("the embedder speaks English")
+    monkeypatch.setattr(Index, "commit", fails)
+    with pytest.raises(api.Refused, match="speaks English"):
+        asyncio.run(server.upload(Note("又一条笔记。")))
+    assert sorted((tmp_path / "notes").iterdir()) == there
+
+
+def test_as_many_answers_from_documents_as_there_are_places(tmp_path, tiny):
+    """Each held a thread of asyncio's, of which there are 6 on 2 cores, as long as it was written:
+    the seventh client was not searched for, and nobody got status 429."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/a.md").write_text("The key hangs in the kitchen.")
+    server = shelf(tmp_path)
+    batch = Batch(tiny.model, sample, rows=1, window=256, waiting=11)  # nobody runs it
+    vars(server).update(model=tiny.model, tok=tiny.tok, window=256, batch=batch)
+    asked = api.read_numbers({}, api.OF_DOCUMENTS)
+
+    async def ask() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        try:
+            for _ in range(12):
+                _, pieces, _ = await asyncio.wait_for(server.look_up(
+                    [{"role": "user", "content": "Where is the key?"}], asked), 10)
+                begun.append(asyncio.ensure_future(anext(pieces)))
+                await asyncio.sleep(0.05)
+            with pytest.raises(api.Refused, match="11 texts are waiting already"):
+                await server.look_up([{"role": "user", "content": "Where is the key?"}], asked)
+        finally:
+            batch.stop()
+            batch.run()  # ends all
+        assert len({piece.text for piece in await asyncio.gather(*begun)}) == 1
+    begun: list[asyncio.Future] = []
+    asyncio.run(ask())
+
+
 def test_the_key(librarian):
     body = {"messages": HI}
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \xff"}):
@@ -300,11 +459,23 @@ def test_sigterm_ends_a_stream_and_then_the_server(tiny):
 
 @pytest.mark.parametrize("settings, said", [
     (["--host=0.0.0.0"], "give an --api_key"), (["--upload=up"], "--upload needs an --index"),
-    (["--port=0"], "at least 1"), (["--checkpoint=nowhere"], "nowhere")])
+    (["--port=0"], "at least 1"), (["--port=70000"], "0-65535"),
+    (["--checkpoint=nowhere"], "nowhere")])
 def test_a_mistake_is_one_line(tiny, settings, said):
     done = subprocess.run([sys.executable, "serve.py", f"--checkpoint={tiny.pt}", *settings],
                           cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and said in done.stderr
+
+
+def test_the_other_address_of_this_computer(tiny):
+    """It was let through, and could never be listened at: the port was tried for IPv4."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    server = start(f"--checkpoint={tiny.pt}", "--host=::1")
+    assert call(server, "/health") == (200, {"over": False}) and "[::1]" in server.url
+    end(server)
 
 
 def test_without_the_extra_it_names_it():

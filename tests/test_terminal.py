@@ -115,6 +115,14 @@ def test_work_whose_result_is_a_file_goes_on_when_nobody_reads_what_it_says():
     assert (done.returncode, done.stdout, done.stderr) == (7, b"0\n", b"")
 
 
+def test_that_stdout_is_talk_may_be_said_any_number_of_times():
+    """Each note that a server took in said it once more, and put a stream around the stream: after
+    the 498th every print was a RecursionError."""
+    done = script("from plumbing.terminal import only_talk; [only_talk() for i in range(2_000)]; "
+                  "print('a')")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"a\n", b"")
+
+
 def test_ctrl_c_is_no_traceback():
     done = script("print('a'); raise KeyboardInterrupt")
     assert (done.returncode, done.stdout, done.stderr) == (130, b"a\n", b"")
