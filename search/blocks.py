@@ -131,9 +131,7 @@ def sections(text: str, name: str = "") -> list[tuple[list[str], list[Part]]]:
     above = None  # where the headings start that have no text below them yet
     for block, end in zip(found, [b.start for b in found[1:]] + [len(text)]):
         if block.level:
-            while path and path[-1].level >= block.level:
-                path.pop()
-            path.append(block)
+            path = [*(b for b in path if b.level < block.level), block]
         if block.kind == "heading":
             above = block.start if above is None else above
             continue

@@ -97,13 +97,12 @@ def read_document(path: Path, raw: bytes, cut: Cut) -> tuple[list[Chunk], Counte
             row = parse_object(line)
         except LineError as error:
             raise ValueError(f"line {number}: {': '.join(filter(None, error.args[1:3]))}") from None
-        if not isinstance(row.get("text"), str):
+        body, title = row.get("text"), row.get("title") or str(path)
+        if not isinstance(body, str):
             raise ValueError(f'line {number}: not an object with a "text"')
-        title = row.get("title") or str(path)
         if not isinstance(title, str):
             raise ValueError(f'line {number}: "title" must be a string')
-        body = cleaned(row["text"])
-        chunks += [replace(c, doc=str(path), line=number) for c in cut(body, title)]
+        chunks += [replace(c, doc=str(path), line=number) for c in cut(cleaned(body), title)]
     return chunks, met
 
 
@@ -131,20 +130,19 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
     for a path that is not there; OSError when the index cannot be written: it stays as it was."""
     files, gone, skipped = find_again(index, paths, max_file_mb)
     print("".join(f"{line}\n" for line in skipped), end="")
-    known, progress = index.manifest["documents"], Progress(sys.stderr)
-    counts, stamps = Counter(dict.fromkeys(FATES, 0)), dict(index.manifest["stamps"])
+    counts, progress = Counter(dict.fromkeys(FATES, 0) | {"gone": len(gone)}), Progress(sys.stderr)
+    refused = set(filter(os.path.exists, index.manifest["refused"]))
+    stamps = dict(index.manifest["stamps"])
     folders = [os.path.realpath(path) for path in map(os.path.expanduser, paths)]
     folders = list(filter(os.path.isdir, folders + index.manifest["folders"]))
-    refused = set(filter(os.path.exists, index.manifest["refused"])).difference(map(str, files))
     index.note(folders, refused, stamps)
     for name in gone:
         print(f"forgotten: {printable(name)}")
         index.remove(name)
-        counts["gone"] += 1
     try:
         for i, path in enumerate(files):
             progress.show(f"{i:,}/{len(files):,} files, {len(index):,} chunks")
-            name, before = str(path), known.get(str(path))
+            name, before = str(path), index.manifest["documents"].get(str(path))
             try:
                 stamps[name] = path.stat().st_mtime_ns
                 raw = path.read_bytes()
@@ -153,15 +151,19 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
                     counts["unchanged"] += 1
                     continue
                 chunks, met = read_document(path, raw, cut)
+                if raw and not chunks:
+                    raise ValueError("no text in it")
             except (OSError, ValueError) as error:
                 progress.end()
                 print(Found(name, getattr(error, "strerror", None) or str(error)))
                 index.remove(name)
                 refused.add(name)
+                stamps.setdefault(name, 0)  # it may be well another time: see `unread`
                 counts["unreadable"] += 1
                 continue
             counts.update(met)
             counts["changed" if before else "new"] += 1
+            refused.discard(name)
             index.put(name, sha, chunks)
             if len(index.new) >= COMMIT_CHUNKS:
                 counts["chunks embedded"] += index.commit()
@@ -176,32 +178,34 @@ def update(index: Index, paths: list[str], cut: Cut, how: str = "", max_file_mb:
 
 def find_again(index: Index, paths: list[str],
                max_file_mb: int) -> tuple[list[Path], list[str], list[str]]:
-    """(the files at the paths and those that came in earlier, from anywhere; the names of those
-    that are gone; a line for whatever is passed over)"""
+    """(the files at the paths, and those that came in earlier or could not be read, from anywhere;
+    the names of those that are gone; a line for whatever is passed over)"""
     earlier = [name for name, (sha, *_) in index.manifest["documents"].items() if sha]
     paths = [path for path in paths if os.path.exists(os.path.expanduser(path))
              or not within(path, earlier)]  # else it is gone, and to be forgotten
     files, skipped = find_documents(paths, max_file_mb, str(index.folder))
-    others = set(earlier).difference(map(str, files))
+    others = {*earlier, *unread(index)}.difference(map(str, files))
     more, passed = find_documents(sorted(filter(os.path.isfile, others)), max_file_mb)
-    return files + more, sorted(others.difference(map(str, more))), skipped + passed
+    return files + more, sorted(set(earlier).difference(map(str, files + more))), skipped + passed
 
 
 def remove(index: Index, paths: list[str]) -> int:
     """Forget the documents at these paths and in these folders, whether they are still there or
     not. Returns how many. Raises ValueError for a path at which the index has none."""
-    before = len(index.manifest["documents"])
+    gone = 0
     for path in paths:
-        there = within(path, index.manifest["documents"])
+        there = {*within(path, [*index.manifest["documents"], *unread(index)])}
         folders = within(path, index.manifest["folders"])
         if not there and not folders:
             raise ValueError(f"{path}: the index has nothing of it; see python rag.py info")
         for name in there:
             index.remove(name)
+        gone += len(there)
         index.note({*index.manifest["folders"]}.difference(folders),
-                   index.manifest["refused"] + there, index.manifest["stamps"])
-    index.commit()
-    return before - len(index.manifest["documents"])
+                   there.union(index.manifest["refused"]),
+                   {name: at for name, at in index.manifest["stamps"].items() if name not in there})
+    index.compact()  # no text of theirs stays on the disk
+    return gone
 
 
 def within(path: str, documents: Iterable[str]) -> list[str]:
@@ -211,21 +215,25 @@ def within(path: str, documents: Iterable[str]) -> list[str]:
 
 
 def forget_gone(index: Index, max_file_mb: int = 50) -> tuple[int, int, int]:
-    """How many documents are gone and how many changed since the index was written, and how many
-    files came into the folders that were added. No search finds the documents that are gone, until
-    the index is opened again."""
-    stamps, gone, changed = index.manifest["stamps"], [], 0
-    for name in (name for name, row in index.manifest["documents"].items() if row[0]):
+    """How many documents are gone since the index was written, how many files changed, readable or
+    not, and how many came into the folders that were added. No search finds the documents that are
+    gone, until the index is opened again."""
+    known, stamps, gone, changed = index.manifest["documents"], index.manifest["stamps"], 0, 0
+    for name in [*(name for name, row in known.items() if row[0]), *unread(index)]:
         try:
             now = os.stat(name).st_mtime_ns
             changed += now != stamps.get(name, now)
         except (FileNotFoundError, NotADirectoryError):
-            gone.append(name)
+            gone += name in known
+            index.remove(name)
         except OSError:  # it cannot be told
             pass
-    for name in gone:
-        index.remove(name)
-    return len(gone), changed, len(newcomers(index, max_file_mb))
+    return gone, changed, len(newcomers(index, max_file_mb))
+
+
+def unread(index: Index) -> list[str]:
+    """Files that could not be read. What was removed on purpose bears no time, and is none."""
+    return [name for name in index.manifest["refused"] if name in index.manifest["stamps"]]
 
 
 def newcomers(index: Index, max_file_mb: int = 50) -> list[str]:

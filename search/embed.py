@@ -96,10 +96,8 @@ def openai_style(url: str) -> Embed:
 def vectors_in(reply: Any, n: int) -> np.ndarray:
     """The n vectors of a server's reply {"data": [{"index": 0, "embedding": [0.1, …]}, …]}, in the
     order of their indexes if it gives any. Raises ValueError for any other reply."""
-    with suppress(TypeError, KeyError, ValueError):
-        rows = reply["data"]
-        if all("index" in row for row in rows):
-            rows = sorted(rows, key=lambda row: row["index"])
+    with suppress(AttributeError, TypeError, KeyError, ValueError):
+        rows = sorted(reply["data"], key=lambda row: row.get("index", 0))
         found = np.array([row["embedding"] for row in rows], np.float32)
         if found.ndim == 2 and len(found) == n:
             return found

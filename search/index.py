@@ -13,7 +13,6 @@ and vectors if there is an embedder.
 tf is how often d holds t, df how many of the N chunks do (Robertson and Zaragoza 2009). N, df and
 the mean length are counted when a question is asked, and nothing that depends on the whole
 collection is stored. So adding costs what is added, and scores do not depend on the history.
-manifest.py keeps the files safe.
 """
 import json
 import math
@@ -68,8 +67,6 @@ def blend(lexical: np.ndarray, cosines: np.ndarray, alive: np.ndarray) -> np.nda
     def scaled(scores: np.ndarray) -> np.ndarray:
         low = scores[alive].min(initial=np.inf)
         return (scores - low) / max(scores[alive].max(initial=-np.inf) - low, 1e-9)
-    if not alive.any():
-        return np.zeros(len(alive))
     return np.where(alive, 1e-6 + (scaled(lexical) + scaled(cosines)) / 2, 0.0)
 
 
@@ -81,31 +78,28 @@ class Index(Files):
     def __init__(self, folder: str, writable: bool = False, embed: Embed | None = None,
                  embed_name: str = "", only_remove: bool = False):
         self.embed: Any = embed
-        self.embed_name, self.only_remove = embed_name, only_remove
+        self.embed_name, self.only_remove, self._changed = embed_name, only_remove, False
         super().__init__(folder, writable)
 
     def _open(self, writable: bool) -> None:
         super()._open(writable)
+        self.new: list[Chunk] = []  # that were put and not yet committed
+        self._kept: dict[str, np.ndarray] = {}  # vectors of new and of removed chunks, by their id
         self._map()
         self._check_embedder()
 
     def _map(self) -> None:
         """Make what is committed ready for reading."""
-        self.new: list[Chunk] = []  # that were put and not yet committed
-        self._kept: dict[str, np.ndarray] = {}  # vectors of removed chunks, by their id
-        self._changed = False
         n, known = self.manifest["chunks"], self.manifest["embed"]
         self.alive = np.ones(n, bool)
         self.alive[self.manifest["dead"]] = False
         self.lengths = np.concatenate([s.lengths for s in self.segments] or [np.zeros(0, np.int32)])
-        self.vectors = None
         if n:
             with open(self._path("chunks", ".jsonl"), "rb") as f:
                 self._text = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
             self._starts = np.memmap(self._path("starts", ".u64"), np.uint64, "r", 0, (n,))
-        if n and known:
-            self.vectors = np.memmap(self._path("vectors", ".f32"), np.float32, "r", 0,
-                                     (n, known["dim"]))
+        self.vectors = np.memmap(self._path("vectors", ".f32"), np.float32, "r", 0,
+                                 (n, known["dim"])) if n and known else None
 
     def _check_embedder(self) -> None:
         known, name = self.manifest["embed"], self.embed_name
@@ -164,34 +158,44 @@ class Index(Files):
         self.alive[first:first + n] = False
 
     def note(self, folders: Iterable[str], refused: Iterable[str], stamps: dict[str, int]) -> None:
-        """Remember which folders are indexed, which files in them are no documents, and the time
-        that each document bore when it was read. An index without documents is not written for
-        that."""
-        now = {"folders": sorted(set(folders)), "refused": sorted(set(refused)),
+        """Remember which folders are indexed, which files are no documents, and the times of files
+        when they were read or failed. An index without documents is not written for that."""
+        refused = set(refused)
+        now = {"folders": sorted(set(folders)), "refused": sorted(refused),
                "stamps": {name: stamp for name, stamp in sorted(stamps.items())
-                          if name in self.manifest["documents"]}}
-        changed = any(self.manifest[key] != value for key, value in now.items())
-        self._changed |= changed and bool(self.manifest["documents"])
+                          if name in self.manifest["documents"] or name in refused}}
+        self._changed |= bool(self.manifest["documents"]) and self.manifest | now != self.manifest
         self.manifest |= now
 
     def commit(self) -> int:
         """Write what was put and removed; all anew, once 30 % of the chunks are dead. Returns how
-        many were embedded. Raises OSError if the disk fails: the files stay as they were."""
+        many were embedded. Raises OSError if the disk fails: the files stay as they were. Whatever
+        ends it, Ctrl-C too, another commit writes what this one did not."""
         if not self._changed:
             return 0
+        fresh = {c.id: c.full for c in self.new if self.embed and c.id not in self._kept}
+        if texts := [*fresh.values()]:  # takes minutes, perhaps: nothing is written yet
+            self._check_languages(texts)
+            self._kept |= zip(fresh, self._vectors(texts, "passage"))
+        files, names = dict(self.manifest["files"]), list(self.manifest["segments"])
+        before = self.manifest | {"files": files, "segments": names}, list(self.segments)
         try:
-            return self._write()
-        except OSError as error:
-            with suppress(OSError):
-                self._roll_back()
-            raise OSError(error.errno, error.strerror or str(error),
-                          error.filename or str(self.folder)) from None
+            self._write()
+            self.new, self._kept, self._changed = [], {}, False
+        except BaseException as error:
+            self.manifest, self.segments = before
+            if isinstance(error, OSError):
+                with suppress(OSError):
+                    self._roll_back()
+                error.strerror = error.strerror or str(error)
+                error.filename = error.filename or str(self.folder)
+            raise
+        if len(self.manifest["dead"]) > 0.3 * self.manifest["chunks"]:
+            self.compact()
+        return len(fresh)
 
-    def _write(self) -> int:
+    def _write(self) -> None:
         n, chunks = self.manifest["chunks"], self.new
-        fresh = [c.full for c in chunks if c.id not in self._kept] if self.embed else []
-        if fresh:
-            self._check_languages(fresh)
         if chunks:
             lines = [json.dumps(asdict(c), ensure_ascii=False).encode() + b"\n" for c in chunks]
             path = self._path("chunks", ".jsonl")
@@ -201,31 +205,26 @@ class Index(Files):
             self._append(self._path("starts", ".u64"), starts.astype(np.uint64).tobytes())
             self._add_segment(make_segment(n, [terms(c.full) for c in chunks]))
         if chunks and self.manifest["embed"]:
-            made = iter(self._vectors(fresh, "passage") if fresh else ())
-            rows = [self._kept[c.id] if c.id in self._kept else next(made) for c in chunks]
-            self._append(self._path("vectors", ".f32"), np.array(rows, np.float32).tobytes())
+            rows = np.array([self._kept[c.id] for c in chunks], np.float32)
+            self._append(self._path("vectors", ".f32"), rows.tobytes())
         self.manifest["chunks"] = n + len(chunks)
         self._replace_manifest()
         self._map()
-        if len(self.manifest["dead"]) > 0.3 * self.manifest["chunks"]:
-            self.compact()
-        return len(fresh)
 
     def size(self) -> str:
         return f"{len(self):,} chunks of {len(self.manifest['documents']):,} documents"
 
     def compact(self) -> None:
         """Write the living chunks to new files, without the dead."""
-        documents = sorted(self.manifest["documents"].items())
-        chunks = [[self.chunk(i) for i in range(first, first + n)]
-                  for _, (_, first, n) in documents]
-        for name, _ in documents:
-            self.remove(name)
-        self.manifest |= {"generation": self.manifest["generation"] + 1, "chunks": 0, "files": {},
-                          "dead": [], "segments": []}
-        self.segments = []
-        for (name, (sha, _, _)), part in zip(documents, chunks):
-            self.put(name, sha, part)
+        documents, living = {}, []
+        for name, (sha, first, n) in sorted(self.manifest["documents"].items()):
+            documents[name] = [sha, len(living), n]
+            living += range(first, first + n)
+        new = [self.chunk(i) for i in living]
+        kept = {} if self.vectors is None else dict(zip((c.id for c in new), self.vectors[living]))
+        self.manifest, self.segments, self.new, self._kept, self._changed = self.manifest | {
+            "generation": self.manifest["generation"] + 1, "chunks": 0, "files": {}, "segments": [],
+            "dead": [], "documents": documents}, [], new, kept, True  # which Ctrl-C cannot part
         self.commit()
 
     def __len__(self) -> int:
@@ -234,8 +233,8 @@ class Index(Files):
 
     def chunk(self, i: int) -> Chunk:
         """Chunk number i, dead or alive."""
-        self._text.seek(int(self._starts[i]))
-        return Chunk(**json.loads(self._text.readline()))
+        start = int(self._starts[i])  # and no seek, which threads would share
+        return Chunk(**json.loads(self._text[start:self._text.find(b"\n", start)]))
 
     def postings(self, text: str) -> list[Posting]:
         """One for each different term of a text."""
@@ -262,8 +261,7 @@ class Index(Files):
 
     def cosines(self, question: str) -> np.ndarray:
         """(chunks,) of question and chunk; the dead have -1."""
-        scores = self.vectors @ self._vectors([question], "query")[0]
-        return np.where(self.alive, scores, -1.0)
+        return np.where(self.alive, self.vectors @ self._vectors([question], "query")[0], -1.0)
 
     def rank(self, postings: list[Posting], question: str) -> np.ndarray:
         """(chunks,) scores; `search` never returns a chunk that has 0 or less."""

@@ -68,11 +68,9 @@ class Segment(NamedTuple):
 def make_segment(first: int, texts: list[list[str]]) -> Segment:
     """From the terms of each chunk."""
     counted = [Counter(map(term_key, words)) for words in texts]
-    sizes = [len(c) for c in counted]
-    keys = np.fromiter((k for c in counted for k in c), np.uint64, sum(sizes))
-    counts = np.fromiter((min(n, 65535) for c in counted for n in c.values()), np.uint16,
-                         sum(sizes))
-    chunks = np.repeat(np.arange(first, first + len(texts), dtype=np.int32), sizes)
+    keys = np.fromiter((k for c in counted for k in c), np.uint64)
+    counts = np.fromiter((min(n, 65535) for c in counted for n in c.values()), np.uint16)
+    chunks = np.repeat(np.arange(first, first + len(texts), dtype=np.int32), [*map(len, counted)])
     lengths = np.array([len(words) for words in texts], np.int32)
     return _sorted(first, lengths, keys, chunks, counts)
 
@@ -132,12 +130,11 @@ class Files(AbstractContextManager):
             raise
 
     def __exit__(self, *error) -> None:
-        self.close()
-
-    def close(self) -> None:
         if self.lock:
             self.lock.close()
         self.lock = None
+
+    close = __exit__
 
     def _path(self, name: str, suffix: str) -> Path:
         return self.folder / f"{name}-{self.manifest['generation']}{suffix}"

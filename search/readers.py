@@ -15,13 +15,12 @@ import logging
 import posixpath
 import re
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
 MOST = 500 << 20  # bytes that a file may unpack to
-NOISE = ("script", "style", "template", "noscript", "nav", "svg", "iframe", "form")  # no content
+NOISE = "script style template noscript nav svg iframe input select button textarea".split()
 Parts = list[tuple[int, str]]
 
 
@@ -77,7 +76,8 @@ def markdown(source: str | bytes) -> str:
     soup = BeautifulSoup(source, "html.parser")
     for tag in soup(NOISE):
         tag.decompose()
-    body = soup.find("main") or soup.find("article") or soup.body or soup
+    found = soup("main") or soup("article")
+    body = found[0] if len(found) == 1 else soup.body or soup  # each of several holds a part
     text = MarkdownConverter(heading_style="ATX", strip=["img", "a"]).convert_soup(body)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     title = soup.title.get_text(" ", strip=True) if soup.title else ""
@@ -90,8 +90,7 @@ def check_size(archive: zipfile.ZipFile) -> None:
 
 
 PLACES = {".pdf": ":p{}", ".epub": ":ch{}", ".docx": "", ".html": "", ".htm": ""}  # for path:line
-READERS: dict[str, Callable[[bytes], Parts]] = {
-    ".pdf": pdf, ".docx": docx, ".html": html, ".htm": html, ".epub": epub}
+READERS = {".pdf": pdf, ".docx": docx, ".html": html, ".htm": html, ".epub": epub}
 
 
 def parts(name: str, raw: bytes) -> Parts:
@@ -117,7 +116,7 @@ FREQUENT = frozenset(  # the 200 characters that make up half of any Chinese tex
     "所然家种事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实日军者意无力"
     "它与长把机十民第公此已工使情明性知全三又关点正业外将两高间由问很最重并物手应战向头文体政美相见被利什二等产"
     "或新己制身果加西斯月话合回特代内信表化老给世位次度门任常先海通教儿原东声提立及比员")
-OTHER = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\u3040-\u30ff\ue000-\uf8ff]")  # not in Chinese text
+OTHER = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\u3040-\u30ff\ue000-\uf8ff\ufffd]")  # not in Chinese
 
 
 def decode(raw: bytes) -> tuple[str, str]:
@@ -148,10 +147,7 @@ def decode(raw: bytes) -> tuple[str, str]:
 def is_chinese(raw: bytes) -> bool:
     """Is this GB18030? Nearly any bytes are valid GB18030. But in Big5 or in French that is misread
     so, the most frequent characters of Chinese are rare. Korean looks like it and has a test."""
-    try:
-        text = raw.decode("gb18030")
-    except UnicodeDecodeError:
-        return False
+    text = raw.decode("gb18030", "replace")
     letters = re.sub("[\0-\x7f、。《》（），！？：；“”‘’]+", "", text)
     korean = re.findall("[\uac00-\ud7a3]", raw.decode("euc_kr", "replace"))
     frequent = sum(letter in FREQUENT for letter in letters)

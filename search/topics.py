@@ -136,8 +136,7 @@ def semantic_cuts(vectors: np.ndarray, sizes: Sequence[int], max_size: int,
     `sizes`, but a larger vector alone. The penalty is the gain that a cut must bring. O(n m d) time
     with m vectors per max_size."""
     n = len(vectors)
-    sums = np.zeros((n + 1, vectors.shape[1]))
-    np.cumsum(vectors, axis=0, dtype=np.float64, out=sums[1:])
+    sums = np.cumsum(np.pad(vectors, ((1, 0), (0, 0))), axis=0, dtype=np.float64)
     ends = np.concatenate([[0], np.cumsum(sizes)])
     penalty = automatic_penalty(vectors) if penalty is None else penalty
     best, cut = np.zeros(n + 1), np.zeros(n + 1, dtype=np.int64)
@@ -146,11 +145,10 @@ def semantic_cuts(vectors: np.ndarray, sizes: Sequence[int], max_size: int,
         scores = best[i:j] + np.linalg.norm(sums[j] - sums[i:j], axis=1) - penalty
         cut[j] = i + int(np.argmax(scores))  # of equal ones the longest segment
         best[j] = scores[cut[j] - i]
-    cuts, j = [], int(cut[n])
-    while j > 0:
-        cuts.append(j)
-        j = int(cut[j])
-    return cuts[::-1]
+    cuts = [n]
+    while cuts[-1] > 0:
+        cuts.append(int(cut[cuts[-1]]))
+    return cuts[-2:0:-1]
 
 
 def automatic_penalty(vectors: np.ndarray, shuffles: int = 8) -> float:

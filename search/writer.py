@@ -35,17 +35,24 @@ def post(url: str, path: str, body: dict, silence: float) -> Iterator[HTTPRespon
 
 
 def written(url: str, messages: list[dict], max_tokens: int) -> Iterator[str]:
-    """The pieces of a reply, greedily written. Raises ValueError in one line."""
+    """The pieces of a reply, greedily written. Raises ValueError in one line, also for a reply that
+    breaks off: a whole one ends with [DONE], or with the reason why it does."""
     body = {"model": url.partition("#")[2] or "default", "messages": messages,
             "max_tokens": max_tokens, "temperature": 0, "stream": True}
+    whole, line = False, b""
     with post(url, "/chat/completions", body, SILENCE) as reply:
-        for line in reply:
+        for line in filter(bytes.strip, reply):
             data = line.removeprefix(b"data:").strip()
+            whole |= data == b"[DONE]"
             if not line.startswith(b"data:") or data == b"[DONE]":
                 continue
             try:
-                said = [choice["delta"].get("content") for choice in json.loads(data)["choices"]]
+                choices = json.loads(data)["choices"]
+                said = [choice["delta"].get("content") for choice in choices]
+                whole |= any(choice.get("finish_reason") for choice in choices)
             except (KeyError, TypeError, AttributeError):
-                raise ValueError("not a stream of OpenAI's chat completions: "
-                                 f"{data.decode(errors='replace')[:200]}") from None
+                break
             yield "".join(filter(None, said))
+        if not whole:
+            raise ValueError("not a stream of OpenAI's chat completions, or one that broke off: "
+                             f"{line.decode(errors='replace').strip()[:200]}")

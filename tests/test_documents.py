@@ -134,6 +134,43 @@ def test_an_interrupted_run_keeps_what_was_read(folder, tmp_path, monkeypatch, c
         assert counts(index, folder) == {"new": 8, "unchanged": 4}
 
 
+def test_ctrl_c_while_a_commit_embeds_harms_nothing(folder, tmp_path, monkeypatch, capsys):
+    """Embedding takes minutes, so Ctrl-C comes there; what was read is written afterwards, once.
+    To fail: its chunks were there twice, and each search, for ever, was an IndexError."""
+    monkeypatch.setattr("search.documents.COMMIT_CHUNKS", 3)
+    calls = []
+
+    def embed(texts, kind):
+        calls.append(kind)
+        if len(calls) == 3:  # after the probe and a first commit
+            raise KeyboardInterrupt
+        return [[float(len(text)), 1.0, 0.5] for text in texts]
+
+    with Index(str(tmp_path / "ix"), True, embed) as index:
+        stopped = update(index, [str(folder)], cut)["new"]
+        assert len(calls) == 4 and 3 < stopped < 12 and "goes on" in capsys.readouterr().err
+    with Index(str(tmp_path / "ix"), True, embed) as index:
+        assert counts(index, folder)["new"] == 12 - stopped
+    with Index(str(tmp_path / "anew"), True) as anew:
+        update(anew, [str(folder)], cut)
+    found = [Index(str(tmp_path / name)) for name in ("ix", "anew")]
+    for question in ("Where is the spare key?", "备用电池放在哪里？"):
+        one, two = ([(hit.chunk, hit.score) for hit in index.search(question)] for index in found)
+        assert one == two and one
+
+
+def test_a_file_that_gives_no_text_is_named(folder, tmp_path, capsys):
+    """It counted as taken in, with 0 chunks. An empty file has nothing to miss."""
+    (folder / "blank.md").write_text(" \n\n")
+    (folder / "empty.md").write_text("")
+    with Index(str(tmp_path / "ix"), True) as index:
+        assert counts(index, folder) == {"new": 13, "unreadable": 1}
+        assert "blank.md: no text in it\n" in capsys.readouterr().out
+        (folder / "b" / "bike.md").write_text("\n")  # it had text: that is not found any more
+        assert counts(index, folder) == {"unchanged": 12, "unreadable": 2}
+        assert index.search("spare key calendar", 1) == []
+
+
 def test_pieces():
     assert count_pieces("Two words, 三个字！x_1") == 2 + 1 + 3 + 1 + 1 + 1 + 1
     assert count_pieces("====") == 1 and count_pieces("=-=") == 3 and count_pieces("=" * 40) == 3

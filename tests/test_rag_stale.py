@@ -154,6 +154,62 @@ def test_remove_forgets_files_and_folders_there_or_not(tmp_path, run):
     assert "1 new, 1 unchanged" in run("add", tmp_path / "notes")[1]  # asked for again
 
 
+@pytest.mark.parametrize("added", ["notes", "notes/b.md"])
+def test_a_file_that_could_not_be_read_is_tried_again(tmp_path, run, monkeypatch, added):
+    """Once refused, `add` without a path passed over it for ever, mended or not. What was removed
+    on purpose stays away, readable or not."""
+    write(tmp_path / "notes/a.md", "The bins are emptied on Tuesday.")
+    (tmp_path / "notes/b.md").write_bytes(b"The spare key hangs in the k\xfftchen.")
+    run("add", tmp_path / "notes/a.md", tmp_path / added)
+    assert run("ask", "When are the bins emptied?")[2] == ""
+    write(tmp_path / "notes/b.md", "The spare key hangs in the kitchen.")
+    os.utime(tmp_path / "notes/b.md", (1e9, 1e9))
+    assert "changed: 1" in run("ask", "When are the bins emptied?")[2]
+    assert "1 new, 1 unchanged" in run("add")[1]
+    assert "kitchen. [1]" in run("ask", "Where is the spare key?")[1]
+    write(tmp_path / "notes/c.md", "The lamp is red.")
+    real = Path.stat
+    with monkeypatch.context() as patch:  # it is away for a moment
+        patch.setattr(Path, "stat", lambda path, **how: real(
+            path / "no folder" if path.name == "c.md" else path, **how))
+        assert "2 unchanged, 1 unreadable" in run("add", tmp_path / "notes/c.md")[1]
+    assert "1 new, 2 unchanged" in run("add")[1]
+    (tmp_path / "notes/b.md").write_bytes(b"\0")
+    run("add")
+    assert "1 forgotten" in run("remove", tmp_path / "notes/b.md")[1]
+    write(tmp_path / "notes/b.md", "Nobody shall read this.")
+    assert run("ask", "When are the bins emptied?")[2] == ""
+    assert "2 unchanged; 2 chunks of 2 documents" in run("add")[1]
+
+
+def test_a_file_is_read_once_its_parser_is_there(tmp_path, run, monkeypatch):
+    """The file is as it was, so that no time of it tells."""
+    pytest.importorskip("markdownify", reason="the extra `documents`")
+    write(tmp_path / "notes/a.md", "The bins are emptied on Tuesday.")
+    write(tmp_path / "notes/b.html", "<p>The spare key hangs in the kitchen.")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "markdownify", None)
+        assert "b.html: needs pip install" in run("add", tmp_path / "notes")[1]
+    assert "1 new, 1 unchanged" in run("add")[1]
+
+
+@pytest.mark.parametrize("others", [0, 9])
+def test_nothing_of_a_removed_note_stays_on_the_disk(tmp_path, run, others):
+    """Its text was still in the index: an empty one was not written anew, and one with others not
+    before 30 % of its chunks were dead."""
+    write(tmp_path / "notes/a.md", "The alarm code of the workshop is 4417.")
+    for n in range(others):
+        write(tmp_path / f"notes/other{n}.md", f"Shelf {n} holds paint.")
+    run("add", tmp_path / "notes")
+    files = lambda: (tmp_path / "ix").iterdir()
+    held = lambda: [path.name for path in files() if b"4417" in path.read_bytes()]
+    assert held() == ["chunks-0.jsonl"]
+    run("remove", tmp_path / "notes/a.md")
+    assert held() == [] and f"{others} chunks of {others} documents" in run("info")[1]
+    said = run("add", tmp_path / "notes")[1]
+    assert "1 new" in said and f"{others + 1} chunks of {others + 1} documents" in said
+
+
 def everything(index):
     """Documents, and what three questions find, whatever the numbers of the chunks."""
     return set(index.manifest["documents"]), [

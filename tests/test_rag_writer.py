@@ -80,11 +80,25 @@ def test_a_server_answers_with_our_prompt_our_check_and_our_refusal(index, monke
     (says(status=404, raw=b'{"error": "no model"}'), "404"),
     (says(raw=b"data: {}\n\n"), "not a stream of OpenAI's"),
     (says(raw=b'data: {"choices": [{"delta": 3}]}\n\n'), "not a stream of OpenAI's"),
-    (says(raw=b"data: nonsense\n\n"), "Expecting value")])
+    (says(raw=b"data: nonsense\n\n"), "Expecting value"),
+    (says("The key does not", raw=b""), "broke off: data: .*The key does not"),
+    (says("The key", raw=b'data: {"error": "out of memory"}\n\n'), "out of memory"),
+    (says(raw=b'{"choices": [{"message": {"content": "All of it"}}]}\n'), "no stream|All of it"),
+    (says(raw=b"<html>\nLog in\n"), "not a stream of OpenAI's .*Log in"), (says(raw=b""), "not a")])
 def test_a_server_that_fails_is_one_line(answer, said):
     with server(answer) as (url, _), pytest.raises(ValueError, match=said) as error:
         list(written(url, [], 5))
     assert url in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_reply_is_whole_with_done_or_with_a_reason_to_end():
+    """Some servers send one of them only. An answer that broke off, which sends none, was shown as
+    a whole one, and what is no stream as an empty one: see the failures above."""
+    end = b'data: {"choices": [{"delta": {}, "finish_reason": "length"}]}\n\n'
+    usage = b'data: {"choices": [], "usage": {"total_tokens": 9}}\n\n'
+    for raw in (b"data: [DONE]\n\n", end, end + usage, end + b"data: [DONE]\n\n", b"data:[DONE]"):
+        with server(says("The key ", "hangs.", raw=raw)) as (url, _):
+            assert "".join(written(url, [], 5)) == "The key hangs."
 
 
 def test_no_server_is_one_line_and_the_first_line_says_where_the_sources_go(index):

@@ -114,6 +114,19 @@ def test_headings_and_tables():
         (1, "# Start\n\nIt begins."), (2, "# End\n\nThe fox wins.")]
 
 
+@pytest.mark.parametrize("page, text", [
+    ("<article><h2>A</h2>1</article><article><h2>B</h2>2</article>", "## A\n\n1\n\n## B\n\n2"),
+    ("<p>around</p><article>one</article>", "one"),
+    ("<p>around</p><main><article>one</article><article>two</article></main>", "one\n\ntwo"),
+    ("<form action='.'><h1>T</h1><p>All of an ASP.NET page <input value=x>"
+     "<select><option>red</option></select><button>Go</button></p><textarea>a</textarea></form>",
+     "# T\n\nAll of an ASP.NET page")])
+def test_no_text_of_a_page_is_lost(page, text):
+    """Of a blog only the first article was indexed, and nothing of a page that is all one form."""
+    (_, found), = readers.parts("a.html", f"<html><body>{page}</body></html>".encode())
+    assert found == text
+
+
 def test_answers_name_page_and_chapter(tmp_path, capsys, monkeypatch):
     """From the files to `rag.py ask`; a second `add` finds them unchanged."""
     for name, raw in {"a.pdf": pdf("Nothing here.", "The key is under the mat."),
