@@ -3,9 +3,9 @@ The whole ladder on a laptop: makes the toy world, climbs PT -> SFT -> RM -> DPO
 
     make demo        or        python -m demo [--out_dir=out/demo]
 
-Each stage is a script of this project. The command line that runs it is printed first, and the same
-`python -m demo` again goes on where it was stopped. The report judges every stage (judge.py) on
-names that are in no training file (world.py), and has curves where matplotlib is installed.
+Each stage is a script of this project, whose command line is printed. The same command again goes
+on where it was stopped. The report judges every stage (judge.py) on names in no training file
+(world.py), and has curves where matplotlib is installed.
 """
 import importlib
 import json

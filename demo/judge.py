@@ -1,8 +1,7 @@
 """
-What each stage of the demo has learnt. The questions are about names that are in no training file
-(world.py), and a program that knows the right answers judges the replies. Every function returns
-lines of the report, as Markdown, and gates: figures with bounds that were set before the first run
-(the run itself measures the ceilings of DPO's wins and of J).
+What each stage of the demo has learnt, asked about names that are in no training file (world.py) by
+a program that knows the answers. Functions return lines of the report, as Markdown, and gates:
+figures with bounds set before the first run (how far DPO's wins and J can go, the run measures).
 """
 import json
 import math
@@ -57,8 +56,7 @@ def table(title: str, note: str, head: list[str], rows: list[list[str]]) -> list
 def judge(model: Transformer, tok: Tokenizer, documents: list[dict],
           first_half: bool = True) -> dict[str, float]:
     """Bits per byte of the documents, and the share of restated values whose tokens are all the
-    most likely ones. Without `first_half` the model does not see the facts and can only guess:
-    the control."""
+    most likely ones. Without `first_half`, the control, the model can only guess them."""
     bits, n_bytes, right = 0.0, 0, []
     for at in range(0, len(documents), 64):
         texts = [d["text"] for d in documents[at:at + 64]]

@@ -6,8 +6,7 @@ then RL tells it whether the last number of a reply is right, and nothing else.
 
 Every question has a carry: 27+48=? In six chats of ten the answer is 65, in the others 75, and SFT
 learns just that. Two numbers that are asked about in a validation are together in no other file, in
-neither order. The control has the same questions with the answers of other questions: nothing may
-rise. Each stage is a command of this project, which is printed first.
+neither order. The control has the answers of other questions: nothing may rise.
 """
 import os
 from dataclasses import dataclass

@@ -1,6 +1,5 @@
 """
-Files that hold the trained part of a model alone, and name the file it began from: what LoRA
-saves. The rest may be skipped.
+What LoRA saves: the trained part of a model, and the name of its base. The rest may be skipped.
 
     state, path = open_whole("out/sft")     # as checkpoint.load, base and update made one model
 
@@ -47,8 +46,7 @@ def check_same(cfg: Settings, model: nn.Module, state: dict) -> None:
 
 def open_state(where: str) -> tuple[dict, Path]:
     """As `checkpoint.load`. The state of an adapter gets the "model" of its base, and as "adapters"
-    the updates to that, the oldest first. Raises ValueError if the base is not the one that was
-    adapted."""
+    the updates to that, the oldest first. Raises ValueError if it is no longer that base."""
     state, path = checkpoint.load(where)
     if "adapter" not in state:
         return state, path
@@ -83,8 +81,7 @@ def find_base(path: Path, /, **base: str) -> Path:
 
 
 def fit(adapter: dict[str, Tensor], model: dict[str, Tensor]) -> None:
-    """Raises KeyError unless every tensor belongs to one of the model's, TypeError unless it has
-    its shape."""
+    """Raises KeyError for a tensor that the model does not have, TypeError for another shape."""
     for name, t in adapter.items():
         stem, _, what = name.rpartition(".")
         if what in ("a", "b"):

@@ -1,6 +1,5 @@
 """
-Reads the rows of benchmarks for evaluate.py, makes token ids of them, and writes its table; may be
-skipped.
+Rows of benchmarks for evaluate.py, their token ids, and its table; may be skipped.
 """
 import math
 from collections.abc import Iterator

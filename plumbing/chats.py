@@ -1,6 +1,5 @@
 """
-Chats, preference pairs and prompts in the layouts that people keep them in, read into one; the rest
-may be skipped.
+Chats, pairs and prompts in the layouts that people keep them in; the rest may be skipped.
 
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
     {"prompt": [… up to a user's message], "chosen": "good", "rejected": "bad", "margin": 1.0}
@@ -118,8 +117,7 @@ def read_message(message: object, field: str, where: str) -> dict[str, str]:
 
 
 def read_reply(record: dict, side: str) -> Messages:
-    """The messages of one side of a pair, of which a string is the assistant's. Raises
-    LineError."""
+    """The messages of one side of a pair; a string is the assistant's. Raises LineError."""
     given = record.get(side)
     if isinstance(given, str):
         given = {"role": "assistant", "content": given}

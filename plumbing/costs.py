@@ -61,8 +61,7 @@ def training_memory(config: ModelConfig, batch_size: int, seq_len: int, accumula
     `width`: bytes per activation, 4, or 2 under autocast. `head`: whether tokens are predicted (not
     by a reward model). `shards`, `recompute`: see sharding.py. `muon`: matrices of the blocks keep
     one moment, not two. `masked`: see `block_activations`. `rank`, `extra`: of LoRA, 0: everything
-    is trained. `held`: bytes of a frozen weight. Checked against what runs take:
-    tests/test_memory.py."""
+    is trained. `held`: bytes of a frozen weight. tests/test_memory.py measures what runs take."""
     c, n, tokens = config, count_parameters(config), batch_size * seq_len
     trained = lora_parameters(c, rank, extra) if rank else n
     weights = held * n + 4 * trained if rank else 4 * n

@@ -1,6 +1,5 @@
 """
-Draws a token by its probability: the first at which the running sum of probabilities passes a
-uniform number.
+Draws a token by its probability: the first at which their running sum passes a uniform number.
 
     draw(torch.tensor([[0.2, 0.3, 0.5]]), torch.tensor([0.4]))    # [1], since 0.2 <= 0.4 < 0.5
 

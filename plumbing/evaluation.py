@@ -1,6 +1,5 @@
 """
-What models are judged by: the loss of held-out text, log P of replies, scores of a reward model.
-The rest may be skipped.
+Judges models by held-out text, log P of replies, scores of a reward model; may be skipped.
 
 `print_scores` writes a JSON line for each line of the files it reads:
 
@@ -159,8 +158,7 @@ def print_scores(cfg, dist: Dist) -> None:
 
 
 def rl_line(now: dict, unit: str) -> str:
-    """What a validation of train_rl.py says; r is in this unit. Of pass@k the first and the last
-    are shown."""
+    """What a validation of train_rl.py says, r in this unit, of pass@k the first and the last."""
     rates = [f", {name} {now[name]:.1%}" for name in now if name.startswith("pass@")]
     limit = f" of at most {now['best']:+.3f} ± {now['best_error']:.3f}" if "best" in now else ""
     return (f"reward {now['reward']:+.3f}{unit} (score {now['raw']:.3f})"

@@ -45,8 +45,7 @@ class Row(NamedTuple):
 
 
 class Rows:
-    """Examples of a folder: a row each, two for a pair, one for each reply of a ranking. Nothing is
-    in memory until used."""
+    """Examples in files, mapped: a row each, two of a pair, one for each reply of a ranking."""
 
     def __init__(self, words: np.ndarray, table: np.ndarray, records: np.ndarray, name: str,
                  data_id: int = 0):
@@ -163,8 +162,7 @@ def window_batch(bins: list[list[Row]], length: int) -> tuple[Tensor, Tensor, Te
 
 
 def pad_right(rows: list[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and targets (B, T), and lengths (B,). A row never sees what is right of it, so
-    `pad` can be any id."""
+    """Token ids and targets (B, T), lengths (B,). No row sees the `pad` on its right."""
     length = max(len(row.ids) for row in rows)
     idx, learn, _ = window_batch([[row] for row in rows], length)
     targets = torch.where(learn, idx, IGNORE).roll(-1, 1)  # position t predicts token t + 1

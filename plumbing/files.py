@@ -1,6 +1,5 @@
 """
-Which files a list of paths stands for, and small files that are written whole; the rest may be
-skipped.
+Which files a list of paths stands for, and small files written whole; the rest may be skipped.
 
     for path in split_paths("notes, 2024.txt,web/"):
         find(path, refuse)     # -> [Found(path, why), …], in a fixed order

@@ -1,6 +1,5 @@
 """
-Work spread over processes, its results in order, and a line that says how far it is; the rest may
-be skipped.
+Work spread over processes, its results in order, and a line of progress; the rest may be skipped.
 
     for result in parallel(work, batches, workers):      # as map(work, batches)
         progress.show("12 of 40")

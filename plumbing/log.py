@@ -24,8 +24,7 @@ GPU_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "409
 
 class Log:
     """Writes out_dir/log.jsonl, one JSON object a line, and every `cfg.log_every` steps a line on
-    the terminal; both on rank 0 only. A resumed run first drops the records of steps that it does
-    again."""
+    the terminal; on rank 0 only. A resumed run drops the records of steps that it does again."""
 
     def __init__(self, cfg: Settings, dist: Dist, step: int, max_steps: int, tokens: int,
                  flops: int, columns: tuple[str, ...] = ()):

@@ -17,8 +17,7 @@ N, MOST = 2, 15  # ids that must have stood there before, most ids of a guess
 
 class Lookup:
     """Guesses for one text. It guesses only for a model whose logits are the same to the last bit
-    however many tokens it reads at once: in 8 and 4 bits they are, in torch's products they are
-    not."""
+    however many tokens it reads at once: in 8 and 4 bits they are, by torch they are not."""
 
     def __init__(self, model: Transformer):
         self.size = 4 if isinstance(model, Quantised) else 0  # ids of the next guess

@@ -1,6 +1,5 @@
 """
--log P of tokens without ever holding all their logits, for `model.token_logps`. The rest may be
-skipped.
+-log P of tokens without ever holding all logits, for `model.token_logps`; may be skipped.
 
 torch's `linear_cross_entropy` does that, but on a CPU it multiplies in fp32 whatever it is given.
 Under autocast `Nats` multiplies in bf16 there, in 0.6 of the time.
@@ -15,8 +14,7 @@ LOGITS, LEAST = 1 << 22, 64  # that `Nats` holds at a time, and of so many rows 
 
 
 def token_nats(hidden: Tensor, head: Tensor, targets: Tensor, summed: bool) -> Tensor:
-    """-log P of each target, (N,), or their sum. hidden is (N, C), head (V, C). A target below 0 is
-    not scored."""
+    """-log P of each target, (N,), 0 below 0, or their sum. hidden is (N, C), head (V, C)."""
     if hidden.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         scored = targets >= 0  # in SFT a tenth: prompts and padding need no logits
         nats = Nats.apply(hidden[scored], head, targets[scored], summed, torch.is_grad_enabled())

@@ -1,6 +1,5 @@
 """
-Reads a prompt once that is there several times, as in RL, where it gets a group of replies. The
-rest may be skipped.
+Reads a prompt once that gets several replies, as in RL; may be skipped.
 """
 import torch
 from torch import Tensor

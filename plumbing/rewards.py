@@ -1,6 +1,5 @@
 """
-What judges a reply in train_rl.py: a reward model, or a Python file of yours. The rest may be
-skipped.
+What judges a reply in train_rl.py: a reward model, or a file of yours. The rest may be skipped.
 
     judge = load_judge("out/rm", tok, dist)                        scores, in standard deviations
     judge = load_judge("config/reward_numbers.py", tok, dist)      what its function gives, as it is

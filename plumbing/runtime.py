@@ -106,8 +106,7 @@ def launch(job: Callable[[Any, Dist], None], cfg: Settings, trains: bool = True)
 
 def fast_dtype(dist: Dist) -> Dist:
     """--dtype=auto on a CPU: bfloat16 if all processes multiply it clearly faster. (A model 64 wide
-    loses a tenth by it, because its time goes elsewhere than into products: the configs of the demo
-    ask for float32.)"""
+    has few products and loses a tenth by it: the configs of the demo ask for float32.)"""
     times = -all_max(dist, -multiplies_bf16())
     name = "bfloat16" if times > 1.3 else "float32"
     print0(f"--dtype=auto: {name}, because this CPU multiplies bfloat16 {times:.2g} times as fast "

@@ -111,8 +111,7 @@ def exchange_gradients(net: nn.Module, now: bool) -> None:
 
 
 def clip_gradients(net: nn.Module, largest: float) -> float:
-    """Scale the gradients so that their norm is at most `largest`. Returns the norm before that,
-    which all ranks share."""
+    """Scale the gradients down to a norm of `largest`. Returns the norm before, of all ranks."""
     norm = nn.utils.clip_grad_norm_(net.parameters(), largest)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -184,9 +183,8 @@ def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[d
 
 
 def load(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict) -> None:
-    """Give a model and its optimizers, sharded or not, a checkpoint's weights, or those that LoRA
-    trained, and their moments. Rates and decay stay as this run was told. Every rank has opened the
-    file."""
+    """Give a model and its optimizers, sharded or not, the weights, or those that LoRA trained, and
+    the moments of a checkpoint that every rank has opened; rates and decay stay this run's."""
     load_model(model, state.get("adapter") or state["model"], strict="adapter" not in state)
     for optimizer, saved in zip(optimizers, state["optimizer"]):
         params = [p for group in optimizer.param_groups for p in group["params"]]

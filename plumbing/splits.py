@@ -1,6 +1,5 @@
 """
-Opens the chats, pairs or prompts that a stage learns from, and the settings that stages have for
-them. The rest may be skipped.
+Opens the chats, pairs or prompts that a stage learns from; its settings. The rest may be skipped.
 """
 import math
 from dataclasses import dataclass

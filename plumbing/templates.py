@@ -1,6 +1,5 @@
 """
-How models from elsewhere write chats, and what else their tokenizers do in another way than ours;
-may be skipped.
+How models from elsewhere write chats, and what else their tokenizers do; may be skipped.
 
 A model comes with a small program in the language Jinja that writes a chat as text. It is asked
 once, when the model is converted: it writes a chat of known words, and what it puts around them is
@@ -126,9 +125,8 @@ def completed(rules: Rules, special: dict[str, int]) -> Rules:
 
 
 def check(write: Callable[..., str], said: Callable[..., str], thinks: bool) -> None:
-    """Raises ValueError unless `said`, the template put together, is what the program writes. Of a
-    last reply some programs write no thoughts and others empty ones: only questions are compared
-    then."""
+    """Raises ValueError unless `said`, the template put together, is what the program writes. Only
+    questions are compared if it thinks: programs write the thoughts of a last reply or not."""
     lasts = (2, 4) if thinks else (2, 3, 4, 5)
     chats = [(chat_of(first, last, space), last % 2 == 0, think) for first in (0, 1)
              for last in lasts for space in ("", " ") for think in (True, False)]

@@ -59,8 +59,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def run(main: Callable[[], None]) -> None:
     """Start a script. A user's mistake, a ValueError or a file that cannot be opened, ends it in
     one line. A character that the terminal cannot show becomes "?"; a stream that was closed
-    swallows what is printed; when whoever reads the output has had enough (`… | head`), the script
-    ends quietly."""
+    swallows what is printed; a reader who has had enough (`… | head`) ends the script quietly."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:  # closed before we started

@@ -147,8 +147,7 @@ class Folder:
     def fill(self, read: Callable[[Batch], Iterator], make: Callable[[list], Made], workers: int,
              on_bad_line: str, progress: Progress, start: int = 0) -> tuple[int, Counter[str]]:
         """Add what is made of what is read from each batch, after `start` bytes that are left free.
-        How many good items there were, and what was met in them. Raises ValueError or OSError for
-        what a user can mend."""
+        How many good items there were, and what was met in them. Raises ValueError or OSError."""
         os.makedirs(self.path, exist_ok=True)
         Path(self.path, "meta.json").unlink(missing_ok=True)
         write_text(os.path.join(self.path, "tokenizer.txt"), self.tok.text)

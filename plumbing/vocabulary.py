@@ -1,6 +1,5 @@
 """
-Turns the tokenizer of a Hugging Face folder or a GGUF file into one of ours, and back; may be
-skipped.
+Makes the tokenizer of a Hugging Face folder or a GGUF file one of ours, and back; may be skipped.
 
 All of them are byte-level BPE: a list of tokens, and a list of merges that says which two make
 which. tiktoken, and so our file, needs no merges: it joins the two neighbours whose union is the

@@ -56,8 +56,7 @@ class Stored(NamedTuple):
         return torch.from_numpy(gguf.dequantize(raw, gguf.GGMLQuantizationType(self.kind)))
 
     def read(self, out: Tensor) -> None:
-        """Fill `out`, whose further rows all get the last one. Raises ValueError for numbers that
-        are not finite."""
+        """Fill `out`, further rows with the last one. Raises ValueError for NaN or infinity."""
         rows = math.prod(self.shape[:-1])
         out = out.view(-1, self.shape[-1])
         step = max(1, AT_ONCE // self.shape[-1])
@@ -70,8 +69,7 @@ class Stored(NamedTuple):
 
 
 def block_of(kind: int) -> tuple[int, int]:
-    """Numbers in a block of a GGUF type, and its bytes. Raises ValueError for a type that cannot be
-    read."""
+    """Numbers in a block of a GGUF type, and its bytes. Raises ValueError for an unknown type."""
     import gguf
     name = gguf.GGMLQuantizationType(kind).name
     if name not in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"):
@@ -157,8 +155,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
 
 
 def shards(folder: Path, index: dict | None) -> list[Path]:
-    """The weight files of a folder. Raises ValueError if there are none, or a path leads out of
-    it."""
+    """The weight files of a folder. Raises ValueError for none, or a path that leads out of it."""
     if index is not None:
         names = sorted({str(name) for name in index["weight_map"].values()})
         if any(name != Path(name).name or not name.endswith(".safetensors") for name in names):
