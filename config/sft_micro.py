@@ -14,7 +14,6 @@ data = "out/demo/world/chat.jsonl"
 out_dir = "out/demo/sft"
 
 batch_tokens = 2048
-batch_size = 8
 max_steps = 2400
 optimizer = "muon"
 learning_rate = 6e-3
