@@ -1,6 +1,7 @@
 """What README and docs say is true: commands run as typed, from the state that a demo leaves;
 names, files and links exist; and the two READMEs show the same commands."""
 import importlib
+import itertools
 import json
 import os
 import re
@@ -55,7 +56,9 @@ def commands(path: Path) -> list[str]:
 
 
 def words_of(line: str) -> list[str]:
-    return shlex.split(line, comments=True)
+    """The words of a command, without the variables set in front of it."""
+    words = shlex.split(line, comments=True)
+    return [*itertools.dropwhile(re.compile(r"[A-Z_]+=").match, words)]
 
 
 def module_of(words: list[str]) -> tuple[str, list[str]]:
