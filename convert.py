@@ -246,7 +246,9 @@ def main() -> None:
         fail(f"--dtype={cfg.dtype} is not written there")
     if takes and checkpoint.list_checkpoints(cfg.out_dir):  # the newest would be taken for ours
         fail(f"{cfg.out_dir} holds a model already: give another --out_dir")
-    if cfg.to in ("int8", "int4") and checkpoint.list_checkpoints(cfg.out):  # it keeps the newest
+    there = Path(cfg.out)
+    if gives and (there.is_file() or any(there.glob("*.safetensors*"))
+                  or checkpoint.list_checkpoints(cfg.out)):
         fail(f"{cfg.out} holds a model already: give another --out")
     where = cfg.input or cfg.checkpoint
     try:

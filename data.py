@@ -195,8 +195,7 @@ def encode(documents: list[Document], tokenizer: str, val_fraction: float) -> Ma
 
 
 def prepare(cfg: Config, progress: Progress) -> None:
-    """Write the token files of a folder. Raises ValueError or OSError for what a user can
-    put right."""
+    """Write the token files of a folder. Raises ValueError or OSError for a user's mistake."""
     tok = load_tokenizer(cfg.tokenizer)
     out = Folder(cfg.out_dir, find_files(cfg.input), tok, cfg.val_fraction)
     if out.finished:

@@ -18,7 +18,7 @@ stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 import torch
@@ -35,6 +35,7 @@ from plumbing.thoughts import Answer
 from tokenizer import Tokenizer, render
 
 Part = Annotated[float, "above 0, at most 1", lambda x: 0 < x <= 1]
+AT_ONCE = 32  # prompts of a batch; their cache must fit into the memory
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Config(Sampling):
     checkpoint: FilePath = ""  # file, or folder: its newest valid one; none: the newest under out/
     prompt: str = ""  # text to continue, or message to answer; without one you are asked
     file: FilePath = ""  # read the prompt from this file; - is standard input
-    batch: bool = False  # every line of the file that is not empty is a prompt, all run together
+    batch: bool = False  # every line of the file that is not empty is a prompt, 32 run together
     interactive: bool = False  # ask for one prompt after another, each on its own
     chat: bool | None = None  # prompts are messages; None: if the model has learnt to answer
     system: str = ""  # what the assistant is told before the chat
@@ -211,6 +212,8 @@ def answer(model: Transformer, tok: Tokenizer, prompts: list[str], cfg: Config,
         for prompt in prompts]
     texts = list(prompts) if history is None else [""] * len(prompts)
     max_tokens = cfg.max_tokens or max(1, min(200, model.config.max_seq_len - max(map(len, ids))))
+    if len(ids) > 1 and not cfg.max_tokens and max_tokens < 200:
+        say(f"the longest of {len(ids)} prompts leaves each text {max_tokens} tokens")
     stop, stream = tok.stop if cfg.stop else (), len(ids) == 1 and cfg.stream is not False
     decoders = [Answer(tok, row, murmur if stream else str) for row in ids]
     shown, n, clock = 0, 0, [time.perf_counter()]
@@ -253,8 +256,7 @@ def converse(model: Transformer, tok: Tokenizer, line: str, history: list[dict] 
 
 
 def talk(model: Transformer, tok: Tokenizer, history: list[dict] | None, cfg: Config) -> None:
-    """Ask for one line after another. Ctrl-C ends a text; where none is being written it ends the
-    talk, as the end of the input does."""
+    """Ask for one line after another. Ctrl-C ends the text that is being written, or the talk."""
     while True:
         line = ""
         try:
@@ -285,9 +287,10 @@ def main() -> None:
         if not (prompts and cfg.checkpoint):
             say(f"{model.path} (stage {model.kind}) {'answers' if chat else 'continues'} what you "
                 f"type{'' if prompts else '; Ctrl-C ends it'}")
-        if prompts:
-            answer(model, tok, prompts, cfg, history)
-        else:
+        for i in range(0, len(prompts), AT_ONCE):
+            some = replace(cfg, seed=cfg.seed + i)
+            answer(model, tok, prompts[i:i + AT_ONCE], some, history)
+        if not prompts:
             talk(model, tok, history, cfg)
     except (ValueError, RuntimeError) as error:
         fail(f"{error}")

@@ -286,8 +286,7 @@ def bytes_in(counts: Counter[bytes]) -> int:
 
 
 def make(cfg: Config, progress: Progress) -> None:
-    """Train the tokenizer and write its file. Raises ValueError or OSError for what a user can put
-    right."""
+    """Train the tokenizer and write its file. Raises ValueError or OSError for a user's mistake."""
     pattern = KINDS[cfg.kind]
     check_place(cfg.out)
     by_lang = count_files(cfg, pattern, progress)

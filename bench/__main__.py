@@ -13,8 +13,7 @@ relative to the first contender.
 
 is counted for everybody's model when it trains; "looked up" are embeddings that are no output head.
 "mfu" is FLOP/s over those of a matrix product that took turns with the models. "of_bound" is
-tokens/s over those of a program that only reads the weights, as fast as an array whose sum took
-turns too.
+tokens/s over those of a program that only reads the weights, as fast as we summed an array.
 """
 import io
 import json

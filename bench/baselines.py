@@ -17,8 +17,7 @@ symbols. With h the last k symbols, h' all of them but the oldest, and c(hx) how
 
 Below the longest length c(hx) counts how many different symbols come before hx. Every D is at least
 0.1, and 0.5 where one of n_1 … n_4 is 0. m(h) is what the discounts took away, so each P_k sums to
-1. The score of the compressor, xz -9e, is what the validation text adds to the size of the training
-text.
+1. The score of the compressor, xz -9e, is what the validation text adds to its training text.
 """
 import lzma
 from concurrent.futures import ThreadPoolExecutor

@@ -41,16 +41,14 @@ class Config:
 def stage_memory(stage: str, config: ModelConfig, batch_size: int, cfg: Config, shards: int,
                  recompute: bool) -> int:
     """Bytes on each GPU at the fullest moment of a stage in bf16 with AdamW, training or writing.
-    Pairs are two rows. DPO holds a reference beside the model, RL a reward model too, of the same
-    size."""
+    Pairs are two rows. DPO holds a reference of the model's size, RL a reward model too."""
     rows, half = batch_size * (1 + (stage in ("rm", "dpo"))), cfg.written // 2
     writes = {"pt": 1, "rl": cfg.rollout_size}.get(stage, 32)
     parts = costs.stage_memory(
         Settings(shard=True, recompute=recompute),
         Dist(0, shards, torch.device("cuda"), torch.bfloat16), config, rows, config.max_seq_len, 2,
         judged=(rows, config.max_seq_len), written=(writes, half, cfg.written - half),
-        head=stage != "rm", masked=stage in ("sft", "lora"),
-        rank=cfg.lora_rank * (stage == "lora"))
+        head=stage != "rm", masked=stage in ("sft", "lora"), rank=cfg.lora_rank * (stage == "lora"))
     return sum(parts.values()) + {"dpo": 1, "rl": 2}.get(stage, 0) * parts["parameters"]
 
 

@@ -42,8 +42,9 @@ def bags_of(rows: Rows, tok: Tokenizer) -> Tensor:
         texts = (tok.decode(ids[mask.index(1):-1]) for ids, mask in rows.example(i))
         n, m = (Counter(crc32(term.encode()) % TERMS for term in terms(text)) for text in texts)
         found |= {(i, t): math.log1p(n[t]) - math.log1p(m[t]) for t in n | m}
-    return torch.sparse_coo_tensor(torch.tensor([*found]).t(), [*found.values()],
-                                   (len(rows), TERMS), check_invariants=True).coalesce()
+    return torch.sparse_coo_tensor(torch.tensor([*found], dtype=torch.long).view(-1, 2).t(),
+                                   [*found.values()], (len(rows), TERMS), check_invariants=True
+                                   ).coalesce()
 
 
 def fit(bags: Tensor, used: Tensor, penalty: float) -> Tensor:
@@ -73,8 +74,7 @@ def learn(rows: Rows, tok: Tokenizer) -> Tensor:
 
 
 def drawn(groups: np.ndarray) -> np.ndarray:
-    """(1001, n) how often each of n examples counts: once, and in 1,000 draws, with replacement, of
-    as many groups as there are."""
+    """(1001, n) how often each of n examples counts: once, and in 1,000 bootstraps of groups."""
     names, which = np.unique(groups, return_inverse=True)
     often = np.random.default_rng(0).multinomial(len(names), [1 / len(names)] * len(names), 1000)
     return np.concatenate((np.ones((1, len(which))), often[:, which]))

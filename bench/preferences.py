@@ -19,6 +19,7 @@ than a random one is the reply that the reward model likes most? --judge, a rewa
 from other pairs, says so, in its standard deviations. Its own favourite is the most to be gained.
 If it likes the longest reply as much, length may be all that the reward model knows.
 """
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,7 @@ from plumbing import checkpoint, runtime
 from plumbing.benchmarks import interval
 from plumbing.evaluation import row_scores
 from plumbing.examples import Row, evenly_spaced, in_batches, prompts_with_room
+from plumbing.files import split_paths
 from plumbing.jobs import Progress
 from plumbing.loading import load_model, load_reward_model
 from plumbing.splits import RowSettings, load_splits
@@ -116,7 +118,9 @@ def main() -> None:
     files = {"reward model": cfg.checkpoint if state["kind"] == "rm" else "", "judge": cfg.judge}
     judges = {name: open_judge(where, cfg.val_fraction, tok, dist)
               for name, where in files.items() if where}
-    if cfg.judge and checkpoint.load(cfg.judge)[0]["config"]["data"] == state["config"].get("data"):
+    learnt = [{*map(os.path.realpath, split_paths(of["config"].get("data", "")))}
+              for of in (state, checkpoint.load(cfg.judge or str(path))[0])]
+    if cfg.judge and learnt[0] & learnt[1]:
         raise ValueError(f"--judge={cfg.judge}: has learnt from the same --data as {path}")
     policy, own = load_model(cfg.policy, dist.device, torch.float32) if cfg.policy else (None, tok)
     if own.sha256 != tok.sha256:

@@ -63,9 +63,9 @@ def read_records(paths: str, what: str) -> list[dict]:
     def check(row: dict) -> dict:
         for field in FIELDS[what]:
             kind = list if field == "answers" else str
-            if not isinstance(row.get(field), kind):
+            if not isinstance(x := row.get(field), kind) or not all(isinstance(y, str) for y in x):
                 raise LineError(field, "field missing or of a wrong type",
-                                 f"'{field}' must be a {kind.__name__}")
+                                 f"'{field}' must be a {kind.__name__}{' of str' * (kind is list)}")
         return row
 
     return list(good_records(find_files(paths), check))
@@ -135,13 +135,13 @@ def measure(index: Index, queries: list[dict], cfg: Config, progress: Progress,
             gold = [i for i in gold if any(a in index.chunk(i).text for a in there)]
             cut += not gold
         start = time.perf_counter()
-        best = index.search(question, cfg.n_sources)[:1]
+        found = index.search(question, cfg.n_sources)
         spent += time.perf_counter() - start
         ranks.append(rank_of(index.rank(index.postings(question), question), gold))
-        seen.append(best[0].coverage if best else 0.0)
+        seen.append(max((hit.coverage for hit in found), default=0.0))
         index.alive[own] = False
-        best = index.search(question, 1)
-        unseen.append(best[0].coverage if best else 0.0)
+        found = index.search(question, cfg.n_sources)
+        unseen.append(max((hit.coverage for hit in found), default=0.0))
         index.alive[own] = True
     r = np.array(ranks)
     shares = {f"recall@{k}": (r <= k).mean() for k in (1, 5, 20)} | {

@@ -6,7 +6,7 @@ The reader's preferences: what is right against the mistakes of the model. 2 CPU
 nll_coef keeps the right replies as likely as they were: else both sides of a pair get less likely.
 """
 init_from = "out/reader/sft/merged"
-data = "out/reader/data/pairs.jsonl"
+data = "out/reader/data/pairs_160.jsonl"
 out_dir = "out/reader/dpo"
 
 lora_rank = 16

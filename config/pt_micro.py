@@ -1,13 +1,12 @@
 """
-The demo's pre-training: 0.3M parameters on the toy world. 2 CPU cores, about 2 minutes.
+The demo's pre-training: 0.3M parameters on the toy world. 2 CPU cores, about 4 minutes.
 
     python train_pt.py config/pt_micro.py --data_dir=out/demo/data --out_dir=out/demo/pt
 
 To copy a value, a model must first build a copying circuit: attention that finds the fact, and
 another head that repeats its value. A high rate and Muon build it quickly, and the rate must not
 fall while it forms. The vocabulary matters: with the demo's 768 tokens a Chinese name is two. With
-512 it is about five, and fewer values are restated right; with 1,024, too. Masks and heads change
-little (docs/results.md).
+512 it is about five, and fewer values are restated right; with 1,024, too (docs/results.md).
 """
 data_dir = "out/demo/data"
 out_dir = "out/demo/pt"

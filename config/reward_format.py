@@ -6,8 +6,7 @@ A reward for the form of a reply: 1 if all of it matches a pattern, else 0.
     {"prompt": [{"role": "user", "content": "23+45=?"}], "pattern": "Answer: \\\\d+"}
 
 "Answer: 68" gets 1, "68" gets 0. A row without "pattern" is judged by PATTERN: one line, ended by a
-full stop. Such a reward alone is hacked at once (any number will do): add it to one that judges
-what is said.
+full stop. Alone it is hacked at once (any number will do): add it to one that judges what is said.
 """
 import re
 

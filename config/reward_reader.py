@@ -1,6 +1,6 @@
 """
 A reward for a reader of numbered sources: the F1 of a short answer, plus a quarter if it cites the
-right source, minus a half if it stands in no source.
+right source, minus a half if it is neither right nor in a source.
 
     python train_rl.py config/rl_micro.py --reward_from=config/reward_reader.py --data=FILE
 
@@ -10,8 +10,7 @@ right source, minus a half if it stands in no source.
 "17 [2]" gets 1.25, "17" gets 1, "is 17 [1]" gets 0.67, "18 [2]" gets -0.25, and the refusal of
 rag.py -1. With "answers": [] the sources hold no answer: then the refusal gets 1 and all else -1.
 A wrong refusal costs as much as an invention: if it cost nothing, a model in doubt would do best to
-refuse. A reply passes if it is an answer word for word with its citation, or a refusal where it is
-due.
+refuse. A reply passes if it is an answer word for word with its citation, or a due refusal.
 """
 from plumbing.answers import score_answer
 from rag import REFUSAL
@@ -24,7 +23,9 @@ def reward(prompt: list[dict], reply: str, record: dict) -> float:
         return 1.0 if refuses == (not record["answers"]) else -1.0
     said, cited = split_answer(reply)
     f1 = score_answer(said, record["answers"], record["lang"])[1]
-    return f1 + 0.25 * (cited == [record["source"]]) - 0.5 * (said not in prompt[-1]["content"])
+    sources = prompt[-1]["content"].rpartition("\n")[0]  # the question is the last line
+    invented = f1 < 1 and (not said or said not in sources)
+    return f1 + 0.25 * (cited == [record["source"]]) - 0.5 * invented
 
 
 def passes(prompt: list[dict], reply: str, record: dict) -> bool:

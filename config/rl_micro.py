@@ -1,5 +1,5 @@
 """
-The demo's reinforcement learning: 16 questions a step, 8 replies each. 2 CPU cores, 2 minutes.
+The demo's reinforcement learning: 16 questions a step, 8 replies each. 2 CPU cores, 2 to 3 minutes.
 
     python train_rl.py config/rl_micro.py
 

@@ -1,5 +1,5 @@
 """
-The demo's reward model, from 24,000 rankings of four replies. 2 CPU cores, about 2 minutes.
+The demo's reward model, from 24,000 rankings of four replies. 2 CPU cores, 2 to 3 minutes.
 
     python train_rm.py config/rm_micro.py
 

@@ -1,13 +1,12 @@
 """
-The demo's fine-tuning: questions about facts in the context. 2 CPU cores, about 3 minutes.
+The demo's fine-tuning: questions about facts in the context. 2 CPU cores, about 6 minutes.
 
     python train_sft.py config/sft_micro.py
 
 Only the value in an answer teaches the model to read its context: one token of twenty. Each reply
 names what it is about before the value, as a document does that restates a fact, so the circuit of
 pre-training serves. Without the name (just "cat.") the model must carry it over from the question,
-which it learnt late and never well. Six questions to a context and a level rate near that of
-pre-training help, too.
+which it learnt late and never well. Six questions to a context and a high, level rate help, too.
 """
 init_from = "out/demo/pt"
 data = "out/demo/world/chat.jsonl"

@@ -67,14 +67,13 @@ def draw(out: Path) -> Path | None:
     if not find_spec("matplotlib"):
         print("no curves: pip install matplotlib, then python -m demo.curves")
         return None
-    import matplotlib
-    matplotlib.use("agg")  # a file, no window
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     found = panels(out)
     if not found:
         print(f"no curves: there is no log.jsonl of a stage in {out}")
         return None
-    figure, axes = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 3)
     for ax in axes.flat[len(found):]:
         ax.set_axis_off()
     for ax, (title, unit, curves, lines) in zip(axes.flat, found):
@@ -87,7 +86,6 @@ def draw(out: Path) -> Path | None:
         ax.legend(fontsize="small")
     path = out / "curves.png"
     figure.savefig(path, dpi=80)
-    pyplot.close(figure)
     return path
 
 

@@ -22,6 +22,7 @@ from demo.world import (ANSWERS, LANGS, SHY, SPACE, STYLES, UNKNOWN, VALUES, WRO
                         asked, fact_text, facts, restated_values, score, wrong)
 from generate import replies
 from model import Transformer
+from plumbing.benchmarks import interval
 from plumbing.evaluation import scores_of
 from plumbing.files import write_text
 from plumbing.loading import load_reward_model
@@ -32,6 +33,7 @@ from search.segment import Chunk, split
 from tokenizer import Tokenizer, render
 
 Models = dict[str, tuple[Transformer, Tokenizer]]  # by stage
+Judged = tuple[list[str], list["Gate"]]
 CHUNK_TOKENS = 64  # of the notes: a paragraph of three facts, seldom two
 UNREADABLE = -6.0  # score of a reply in none of the styles
 MIN_COVERAGE = 0.5  # of a question's idf in its note, below which nothing is answered
@@ -119,14 +121,13 @@ def grade(reply: str, fact: Fact, lang: str) -> tuple[float, str | None]:
     return UNREADABLE, None
 
 
-def plus_minus(values: list) -> str:
+def between(values: list) -> str:
     """The share of what is true (or half true), with its 95 % interval."""
-    share, n = mean(values), len(values)
-    return f"{share:.1%} ± {1.96 * math.sqrt(share * (1 - share) / n):.1%}"
+    share, low, high = interval(values)
+    return f"{share:.1f}% ({low:.1f} … {high:.1f})"
 
 
-def judge_pt(world: Path, model: Transformer, tok: Tokenizer,
-             seed: int) -> tuple[list[str], list[Gate]]:
+def judge_pt(world: Path, model: Transformer, tok: Tokenizer, seed: int) -> Judged:
     """(lines, gates) of pre-training."""
     floor = read_rows(world / "floor.json")[0]["pt_heldout_all_names"]
     documents = read_rows(world / "pt_heldout.jsonl")
@@ -140,7 +141,7 @@ def judge_pt(world: Path, model: Transformer, tok: Tokenizer,
         ratio, right = after["bits_per_byte"] / floor[lang], after["values"]
         rows.append([lang, f"{before['bits_per_byte']:.2f}", f"{after['bits_per_byte']:.3f}",
                      f"{floor[lang]:.3f}", f"{ratio:.2f}", f"{before['values']:.1%}",
-                     plus_minus([right] * after["n"]), f"{control['values']:.1%}"])
+                     between([right] * after["n"]), f"{control['values']:.1%}"])
         if lang == "all":
             gates.append(Gate("PT", "bits/byte over the floor", ratio, 1.0, 1.45,
                               "below 1 would be a leak"))
@@ -164,12 +165,11 @@ def judge_chats(world: Path, models: Models, n: int) -> list[str]:
         for lang in LANGS:
             right = [[a == chat["messages"][-1]["content"] for a, chat in zip(said, chats)
                       if (chat["lang"], chat["task"]) == (lang, task)] for task in tasks]
-            rows.append([stage, lang, *(plus_minus(r) if r else "–" for r in right)])
+            rows.append([stage, lang, *(between(r) if r else "–" for r in right)])
     return table("Other tasks, word for word right", "", ["stage", "language", *tasks], rows)
 
 
-def judge_answers(world: Path, models: Models, n: int,
-                  seed: int) -> tuple[list[str], list[Gate]]:
+def judge_answers(world: Path, models: Models, n: int, seed: int) -> Judged:
     """(lines, gates) of n questions about held-out names, answered greedily, for the values, and
     sampled, for the styles; and of up to n more that the context does not answer."""
     rows = read_rows(world / "prompts_heldout.jsonl")
@@ -205,9 +205,9 @@ def judge_answers(world: Path, models: Models, n: int,
         "unknown wrongly, -4 a wrong value, -6 neither. A win is a higher score than the SFT "
         "model's reply to the same question, a tie half of one.",
         ["stage", *columns, "right sampled", *STYLES, "score", "wins"],
-        [[stage, *(plus_minus(f[key]) for key in (*columns, "right sampled")),
+        [[stage, *(between(f[key]) for key in (*columns, "right sampled")),
           *(f"{mean([s == style for s in f['styles']]):.0%}" for style in STYLES),
-          f"{mean(f['gold']):.2f}", plus_minus(f["win"])] for stage, f in figures.items()])
+          f"{mean(f['gold']):.2f}", between(f["win"])] for stage, f in figures.items()])
     ceiling = mean([0.5 * (g == 3.0) + (g < 3.0) for g in sft["gold"]])
     gates = [Gate("SFT", f"answers right, {lang}", mean(sft[f"right {lang}"]), 0.9, 1.0,
                   f"before: {mean(figures['pt'][f'right {lang}']):.1%}") for lang in LANGS]
@@ -224,7 +224,7 @@ def judge_answers(world: Path, models: Models, n: int,
                                 f"before: {mean(sft['gold']):.2f}")]
 
 
-def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
+def judge_rm(out: Path, world: Path) -> Judged:
     """The reward model against the known scores: (lines, gates)."""
     rows = read_rows(world / "pairs_heldout.jsonl")
     bayes = read_rows(world / "floor.json")[0]["pairs_heldout_bayes"]
@@ -232,7 +232,6 @@ def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
     model, tok = load_reward_model(f"{out}/rm", dist)
     scores = [scores_of(row, model, tok, dist) for row in rows]
     log = [r for r in read_rows(out / "rm" / "log.jsonl") if "val" in r][-1]["val"]["all"]
-
     strict: dict[str, list[float]] = {}
     gaps: dict[float, list[float]] = {}
     for row, scored in zip(rows, scores):
@@ -247,7 +246,7 @@ def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
         "Reward model on held-out pairs",
         "Labels were drawn with probability sigmoid(difference of scores), so the best possible "
         "log-loss and the true gaps are known.", ["", "measured", "known or control"],
-        [[f"ordered as the known scores, {key}", plus_minus(credits), control.get(key, "")]
+        [[f"ordered as the known scores, {key}", between(credits), control.get(key, "")]
          for key, credits in strict.items()]
         + [[f"gap of scores where it should be {d}", f"{mean(values):.2f}", f"{d}"]
            for d, values in sorted(gaps.items())]
@@ -258,7 +257,7 @@ def judge_rm(out: Path, world: Path) -> tuple[list[str], list[Gate]]:
                         "50 % by chance")]
 
 
-def judge_rl(out: Path, beta: float) -> tuple[list[str], list[Gate]]:
+def judge_rl(out: Path, beta: float) -> Judged:
     """What reinforcement learning's own log says at the start and at the end. No policy has a J
     above J* (`best_possible` in train_rl.py), which the run itself estimates, at its start."""
     val = [r["val"] for r in read_rows(out / "rl" / "log.jsonl") if "val" in r]
@@ -294,8 +293,7 @@ def write_notes(folder: Path, lang: str, known: list[Fact]) -> None:
         write_text(str(folder / f"{lang}{at:03}.md"), "\n\n".join(lines[at:at + 5]) + "\n")
 
 
-def judge_rag(out: Path, n: int, model: tuple[Transformer, Tokenizer],
-              seed: int) -> tuple[list[str], list[Gate]]:
+def judge_rag(out: Path, n: int, model: tuple[Transformer, Tokenizer], seed: int) -> Judged:
     """Questions about the facts of n held-out names in notes, and about n names that are in no
     note, all through rag.answer: (lines, gates)."""
     cfg = rag.Config(template="short", n_sources=1, max_tokens=48, min_coverage=MIN_COVERAGE,
@@ -359,7 +357,7 @@ def judge_rag(out: Path, n: int, model: tuple[Transformer, Tokenizer],
         "Answers from notes",
         f"{n} names in each language that no training file holds, each with one fact in the notes, "
         "and as many that are in no note.", ["", *LANGS],
-        [[what, *map(plus_minus, both)] for what, both in shares.items()])
+        [[what, *map(between, both)] for what, both in shares.items()])
 
     def least(what: str, note: str) -> Gate:
         return Gate("RAG", what, min(map(mean, shares[what])), 0.8, 1.0, note)

@@ -19,6 +19,7 @@ that share the most words with the question; in the others all three are. So a m
 cites [1] is right once in three times.
 """
 import os
+import re
 import tempfile
 import time
 from collections import defaultdict
@@ -59,7 +60,7 @@ class Config:
     corpus: FilePath = ""  # documents, {"id", "title", "text", "lang", "source"} a line
     queries: FilePath = ""  # questions, {"query", "answers", "doc_id", "lang", "source"} a line
     out_dir: FilePath = "out/reader"  # all that is made goes here
-    lang: str = "en"  # of the documents and questions that are used
+    lang: Literal["en", "zh"] = "en"  # of the documents and questions that are used
     chunk_tokens: Budget = 64  # most words, Han characters and signs of a source
     semantic: bool = False  # end sources where the topic changes, too
     chats: Count = 800  # to learn from in SFT; each asks all the questions of a document
@@ -97,8 +98,9 @@ def fill(index: Index, docs: list[dict], cut: Cut) -> None:
 
 
 def holds(chunk: Chunk, question: Question) -> bool:
-    """Whether an answer stands in a chunk."""
-    return any(answer in chunk.text for answer in question.answers)
+    """Whether an answer stands in a chunk, as a word or number of its own: 4 is not in 1947."""
+    return any(re.search(rf"(?<![A-Za-z0-9]){re.escape(answer)}(?![A-Za-z0-9])", chunk.text)
+               for answer in question.answers if answer)
 
 
 def prompt(question: str, chunks: list[Chunk]) -> list[dict]:
@@ -114,13 +116,11 @@ def own_chunks(index: Index, question: Question) -> list[Chunk]:
 
 def near_misses(index: Index, question: Question) -> list[Chunk]:
     """The chunks that share the most with a question and do not hold its answer."""
-    hits = index.search(question.text, 20)
-    return [hit.chunk for hit in hits if not holds(hit.chunk, question)]
+    return [h.chunk for h in index.search(question.text, 20) if not holds(h.chunk, question)]
 
 
 def case(index: Index, question: Question, there: bool, cfg: Config) -> dict | None:
-    """A prompt with its answers and the number of its source, or with none. None if the answer of
-    the question was cut in two."""
+    """A prompt, its answers and the number of its source, or none; None if its answer was cut."""
     r = Random(f"{cfg.seed}/{question.text}/{there}")
     gold = [chunk for chunk in own_chunks(index, question) if holds(chunk, question)]
     if not gold:
@@ -175,10 +175,10 @@ def make(cfg: Config, data: Path) -> None:
             Random(cfg.seed).shuffle(cases)
             files["prompts" + "_heldout" * held_out] = cases
             if not held_out:
-                by_doc = defaultdict(list)
-                for q in mine:
-                    by_doc[q.doc].append(q)
-                groups, r = list(by_doc.values()), Random(cfg.seed)
+                groups, r = [[q for q in mine if q.doc == doc] for doc in dict.fromkeys(
+                    q.doc for q in mine)], Random(cfg.seed)
+                if not groups:
+                    raise ValueError(f"{cfg.queries}: no question is left to train on")
                 chosen = r.choices(groups, [len(group) for group in groups], k=cfg.chats)
                 files["chat"] = [chat for group in chosen
                                  if (chat := conversation(index, group, cfg, r))["messages"]]
@@ -229,7 +229,7 @@ def make_pairs(cfg: Config, data: Path, where: str) -> None:
           f"wrong; {len(chosen):,} pairs")
     if len(chosen) < LEAST:
         terminal.fail(f"DPO needs {LEAST} pairs or more: raise --pairs, or end with --until=sft")
-    write_rows(data / "pairs.jsonl", [
+    write_rows(data / f"pairs_{cfg.pairs}.jsonl", [
         {"prompt": row["prompt"], "chosen": right_reply(row), "rejected": reply, "lang": cfg.lang}
         for row, reply in Random(cfg.seed).sample(chosen, len(chosen))])
 
@@ -243,15 +243,16 @@ def main() -> None:
     os.chdir(Path(__file__).resolve().parent.parent)
     out, data = Path(cfg.out_dir), Path(cfg.out_dir) / "data"
     keep_settings(cfg.out_dir, {name: value for name, value in asdict(cfg).items()
-                                if name not in ("out_dir", "questions", "until")})
+                                if name not in ("out_dir", "questions", "until", "pairs")}
+                  | {"bytes": [os.path.getsize(path) for path in (cfg.corpus, cfg.queries)]})
     if not (data / f"{LAST}.jsonl").exists():
         make(cfg, data)
-    stages = {"as it was": cfg.init_from}
+    stages, pairs = {"as it was": cfg.init_from}, f"pairs_{cfg.pairs}"
     for stage in STAGES[:STAGES.index(cfg.until) + 1]:
         before = list(stages.values())[-1]
-        if stage == "dpo" and not (data / "pairs.jsonl").exists():
+        if stage == "dpo" and not (data / f"{pairs}.jsonl").exists():
             make_pairs(cfg, data, before)
-        train, *judged = {"sft": ("chat", "chat_heldout"), "dpo": ("pairs",),
+        train, *judged = {"sft": ("chat", "chat_heldout"), "dpo": (pairs,),
                           "rl": ("prompts", "prompts_heldout")}[stage]
         run(f"train_{stage}.py", f"config/{stage}_reader.py", f"--init_from={before}",
             f"--data={data}/{train}.jsonl", *(f"--val_data={data}/{name}.jsonl" for name in judged),

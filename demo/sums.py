@@ -9,7 +9,7 @@ learns just that. Two numbers that are asked about in a validation are together 
 neither order. The control has the answers of other questions: nothing may rise.
 """
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from statistics import fmean as mean
@@ -17,7 +17,7 @@ from statistics import fmean as mean
 import torch
 
 from configurator import Count, FilePath, configure
-from demo.__main__ import run
+from demo.__main__ import keep_settings, run, stop
 from demo.judge import answers, read_rows, table, write_rows
 from plumbing import terminal
 from plumbing.answers import last_number
@@ -32,7 +32,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Config:
-    out_dir: FilePath = "out/sums"  # all that is made goes here; it must be new
+    out_dir: FilePath = "out/sums"  # all that is made goes here
     seed: int = 0  # of the questions and of the training
     pt_steps: Count = 300  # of pre-training, on sums that are right
     sft_steps: Count = 120  # on the chats
@@ -73,7 +73,7 @@ def make(folder: Path, seed: int) -> None:
         "chat_heldout": [chat(pair, r) for pair in r.sample(val, 200)],
         "prompts": asked, "shuffled": [row | {"answer": x} for row, x in zip(asked, others)],
         "prompts_heldout": [question(pair, r) for pair in r.sample(val, 200)]}
-    os.makedirs(folder)
+    os.makedirs(folder, exist_ok=True)
     for name, rows in files.items():
         write_rows(folder / f"{name}.jsonl", rows)
 
@@ -104,15 +104,17 @@ def main() -> None:
     cfg = configure(Config)
     os.chdir(Path(__file__).resolve().parent.parent)
     out, data, tok = cfg.out_dir, f"{cfg.out_dir}/data", f"{cfg.out_dir}/tokenizer.txt"
-    if os.path.exists(out):
-        terminal.fail(f"{out}: exists already; give another --out_dir")
-    make(Path(data), cfg.seed)
+    keep_settings(out, {name: value for name, value in asdict(cfg).items() if name != "out_dir"})
+    if not os.path.exists(f"{data}/prompts_heldout.jsonl"):
+        make(Path(data), cfg.seed)
     run("tokenizer.py", f"--input={data}", "--kind=char", f"--out={tok}")
     run("data.py", f"--input={data}/pt.jsonl", f"--tokenizer={tok}", f"--out_dir={out}/tokens")
 
     def stage(script: str, name: str, steps: int, warmup: int, *more: str) -> None:
         run(script, *more, f"--out_dir={out}/{name}", f"--max_steps={steps}", "--log_every=20",
-            f"--warmup_steps={min(warmup, steps - 1)}", f"--seed={cfg.seed}")
+            f"--warmup_steps={min(warmup, steps - 1)}", f"--seed={cfg.seed}", "--resume")
+        if not list(Path(out, name).glob(f"step{steps:08d}-*")):  # a signal ended it: exit code 0
+            stop()
     stage("train_pt.py", "pt", cfg.pt_steps, 50, f"--data_dir={out}/tokens", "--optimizer=muon",
           "--eval_tokens=20000", "--dtype=float32")
     stage("train_sft.py", "sft", cfg.sft_steps, 20, f"--init_from={out}/pt", "--optimizer=muon",

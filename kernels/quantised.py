@@ -48,8 +48,8 @@ class CBlock(Structure):
 
 
 class CModel(Structure):
-    _fields_ = [*((name, c_int32) for name in ("n_layer", "n_head", "n_kv_head", "n_embd",
-                                               "head_dim", "n_hidden")),
+    _fields_ = [*((name, c_int32)
+                  for name in "n_layer n_head n_kv_head n_embd head_dim n_hidden".split()),
                 ("eps", c_float), ("block", POINTER(CBlock)),
                 *((name, c_void_p) for name in ("norm", "cos", "sin"))]
 
@@ -213,8 +213,8 @@ class Matrix:
 
 def call(name: str, *args) -> int:
     """A function of the C library; of a tensor it gets the place."""
-    functions = library()
-    assert functions is not None
+    if not (functions := library()):
+        raise OSError("no compiled functions")
     return functions[name](*(c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in args))
 
 
@@ -256,8 +256,7 @@ class Quantised(Transformer):
         (B, T), c = idx.shape, self.config
         cache = cache or KVCache(c, B, T)
         if cache.length + T > c.max_seq_len:
-            raise ValueError(f"the model reads {c.max_seq_len} tokens at most, "
-                             f"got {cache.length} + {T}")
+            raise ValueError(f"the model reads {c.max_seq_len} tokens, got {cache.length} + {T}")
         cache.check_room(B, T)
         if segments is not None or cache.kv.dtype != torch.float32 or not 0 < B <= MOST["rows"] or (
                 len(cache.pad) != B or not cache.kv[0, 0].is_contiguous()):  # rows of a larger one?
@@ -298,9 +297,8 @@ def parts_of(tensors: dict[str, Tensor], name: str, n_out: int, n_in: int) -> di
     panels, groups = n_out // PANEL, n_in // GROUP
     bits = 4 if tensors[f"{name}.q"].shape[2:3] == (4,) else 8
     found = {"q": require(tensors, f"{name}.q", (panels, groups, bits, PANEL, 4), torch.uint8)}
-    for part in ("scale", "min"):
-        if part == "scale" or f"{name}.min" in tensors:
-            found[part] = require(tensors, f"{name}.{part}", (panels, groups, PANEL), torch.float16)
+    for part in ("scale", "min")[:1 + (f"{name}.min" in tensors)]:
+        found[part] = require(tensors, f"{name}.{part}", (panels, groups, PANEL), torch.float16)
     return found
 
 

@@ -5,8 +5,7 @@ What LoRA saves: the trained part of a model, and the name of its base. The rest
 
 Such a checkpoint has, where others have their "model", the "adapter": {name: tensor}, with a matrix
 A as layers.0.mlp.up_proj.a, its B as ….b, and whatever else was trained by its own name; and the
-"base": {"path": seen from the file's folder, "sha256": first 16 digits}. The base of an adapter may
-be an adapter.
+"base": {"path": seen from the file's folder, "sha256": first 16 digits}, perhaps an adapter too.
 """
 import os
 from functools import partial

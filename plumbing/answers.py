@@ -5,8 +5,11 @@ import re
 import string
 import unicodedata
 from collections import Counter
+from decimal import Decimal
 from difflib import SequenceMatcher
 
+NUMBER = re.compile(r"(?:(?<![A-Za-z0-9])[-−－])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+                    r"(?:[eE][-+]?\d{1,3})?")
 UNIT = re.compile(r"[^\W\u3400-\u9fff\uf900-\ufaff_]+|\S")  # a word, a Han character, a sign
 
 
@@ -24,18 +27,18 @@ def chinese_units(text: str) -> list[str]:
 
 def score_answer(said: str, answers: list[str], lang: str) -> tuple[float, float]:
     """(exact match, F1), the best over the answers, 0 to 1. F1 counts shared words in English and
-    the longest common run in Chinese."""
+    the longest common run in Chinese. Of a text like "A" or "+" all is compared."""
     units = english_words if lang == "en" else chinese_units
     best = (0.0, 0.0)
     for answer in answers:
-        a, b = units(said), units(answer)
+        a, b = (units(text) or [text.strip()] for text in (said, answer))
         same = (Counter(a) & Counter(b)).total() if lang == "en" else (
             SequenceMatcher(None, a, b, autojunk=False).find_longest_match().size)
-        best = max(best, (float(a == b), 2 * same / max(1, len(a) + len(b))))
+        best = max(best, (float(a == b), 2 * same / (len(a) + len(b))))
     return best
 
 
-def last_number(text: str) -> float | None:
-    """The last number in a text: "so 3 * 6 = 18 eggs." -> 18.0."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return float(found[-1].replace(",", "")) if found else None
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text: "so 3 * 6 = 18 eggs." -> 18, and "pages 5-10" -> 10."""
+    found = NUMBER.findall(text)
+    return Decimal(re.sub("[−－]", "-", found[-1]).replace(",", "")) if found else None

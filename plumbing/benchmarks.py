@@ -105,7 +105,7 @@ def interval(right: list[float]) -> list[float]:
     """[share in per cent, low, high], after Wilson."""
     n, p, z = len(right), sum(right) / len(right), 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [round(100 * x, 2) for x in
+    return [round(100 * x, 2) + 0.0 for x in  # never -0.0
             (p, *((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)))]
 
 

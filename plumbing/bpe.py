@@ -97,8 +97,7 @@ def train_bpe(counts: Counter[bytes], n_tokens: int,
 
 
 def merges_of(ranks: dict[bytes, int]) -> dict[bytes, tuple[bytes, ...]]:
-    """The parts of each token of several bytes that are left when all older tokens in it have been
-    joined: two, if merges can make it."""
+    """The parts of each longer token that joining all older ones leaves: two, if merges make it."""
     found = {}
     for token, rank in ranks.items():
         parts = tuple(token[i:i + 1] for i in range(len(token)))

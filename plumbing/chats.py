@@ -65,6 +65,12 @@ def read_comparison(record: dict) -> tuple[Messages, list[str], float]:
     return ending("chosen", prompt, "user"), replies, margin
 
 
+def read_question(record: dict) -> Messages:
+    """The prompt, also of a pair that has its prompt within its replies. Raises LineError."""
+    inside = isinstance(record.get("chosen"), list)
+    return read_comparison(record)[0] if inside else read_prompt(record)
+
+
 def said_in(record: dict) -> str | None:
     """All that is said in a chat, pair, ranking or prompt, one message a line, as text to train a
     tokenizer on; None if the record is none of them. Raises LineError for a damaged one."""

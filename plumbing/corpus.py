@@ -115,8 +115,7 @@ def read_batches(files: list[str]) -> Iterator[Batch]:
 
 
 def sampled(batches: Iterator[Batch], every: int) -> Iterator[Batch]:
-    """About one line in `every`, drawn at random, and the first of each file: so every file and
-    every language has its share."""
+    """About one line in `every`, at random, and the first of each file: each has its share."""
     draw, path = Random(0), ""
     for batch in batches:
         yield batch._replace(items=[

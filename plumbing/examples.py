@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plumbing.chats import read_chat, read_comparison, read_prompt
+from plumbing.chats import read_chat, read_comparison, read_question
 from plumbing.corpus import Batch, LineError, check_text, find_files, language, parse_records
 from plumbing.jobs import Progress
 from plumbing.order import draw_split, hash64
@@ -127,8 +127,8 @@ def load_examples(paths: str, kind: Kind, tok: Tokenizer, max_len: int, folder: 
 
 def evenly_spaced(examples: Sequence[int], most: int | None) -> list[int]:
     """At most `most` examples, evenly spaced; None: all."""
-    most = len(examples) if most is None else most
-    return list(examples[::max(1, -(-len(examples) // most))]) if most else []
+    n = len(examples) if most is None else min(most, len(examples))
+    return [examples[i * len(examples) // n] for i in range(n)]
 
 
 def in_batches(examples: Sequence, size: int) -> Iterator[Sequence]:
@@ -138,8 +138,7 @@ def in_batches(examples: Sequence, size: int) -> Iterator[Sequence]:
 
 def micro_batches(rows: Rows, picked: list[int], size: int, rank: int, world: int
                   ) -> list[list[int]]:
-    """The examples of an optimizer step for one process, `size` at a time and of like length, so
-    that little is padding."""
+    """A step's examples for one process, `size` at a time and of like length, to pad little."""
     ordered = sorted(picked, key=lambda i: (rows.longest(i), i))
     return [list(some) for some in in_batches(ordered, size)][rank::world]
 
@@ -180,8 +179,7 @@ def pair_batch(rows: Rows, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tenso
 def ranking_batch(rows: Rows, chosen: Sequence[int]
                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """ids (R, T) and lengths (R,) of all the replies of some rankings, and for each of their pairs
-    the row of the better and of the worse reply, (2, P), the margin, (P,), and its share of its
-    ranking, (P,)."""
+    the row of better and worse, (2, P), its margin and its share of its ranking, (P,)."""
     groups = [rows.example(i) for i in chosen]
     idx, _, lengths = pad_right([row for group in groups for row in group], 0)
     pairs, margins, shares, first = [], [], [], 0
@@ -211,8 +209,7 @@ def prompt_of(row: Row) -> list[int]:
 
 def prompts_with_room(rows: Rows, chosen: Sequence[int], model_reads: int,
                       answer_tokens: int) -> dict[int, list[int]]:
-    """The prompts of the chosen examples, by example. Those that leave no room for an answer are
-    left out, and counted in a line."""
+    """The chosen examples' prompts. A line counts those left out, with no room for an answer."""
     prompts = {i: prompt_of(rows.example(i)[0]) for i in chosen}
     room = {i: model_reads - len(prompt) for i, prompt in prompts.items()}
     found = {i: prompt for i, prompt in prompts.items() if room[i] >= answer_tokens}
@@ -258,7 +255,7 @@ def rows_of(record: dict, kind: Kind, tok: Tokenizer, max_len: int
         messages = read_chat(record)
         groups = [[row] for row in [fit_chat(tok, messages, max_len, counts)] if row]
     elif kind == "prompt":
-        messages = read_prompt(record)
+        messages = read_question(record)
         row = Row(*render(tok, messages, add_generation_prompt=True))
         groups = [[row]] if len(row.ids) <= max_len else []
         counts["prompts dropped: too long"] += not groups

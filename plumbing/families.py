@@ -110,8 +110,7 @@ def stretching(head_dim: int, theta: float, scaling: tuple[float, ...]) -> Tenso
 
 
 def to_config(c: ModelConfig, tok: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of a model. Of rope, transformers 5 reads rope_parameters, older ones the
-    other two."""
+    """The config.json of a model. transformers 5 reads rope_parameters, older ones the rest."""
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.rope_scaling:
         *factors, length = c.rope_scaling

@@ -116,8 +116,7 @@ def read_text(path: str) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a small file whole or not at all: after a crash it is the old one or the new one.
-    Raises OSError with path and reason."""
+    """Write a small file whole or not at all, also in a crash. Raises OSError with the reason."""
     try:
         with whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as f:
             f.write(text)
@@ -129,8 +128,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A name to write a large file under. Afterwards the file is there; unless something happened:
-    then there is nothing new."""
+    """A name to write a large file under. It takes its place at the end, or goes with an error."""
     temporary = Path(f"{path}.tmp")
     try:
         yield temporary

@@ -106,6 +106,8 @@ def assemble(state: dict, path: Path, build: Callable[[ModelConfig], Transformer
                              f"{model.config.vocab_size:,}")
         model.kind, model.path = state["kind"], str(path)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if "allocate memory" in str(error):
+            raise
         raise ValueError(f"{path}: holds no language model of this program: "
                          f"{str(error)[:200]}") from None
     return model, tok

@@ -14,8 +14,7 @@ LOGITS, LEAST = 1 << 22, 64  # that `Nats` holds at a time, and of so many rows 
 
 
 def token_nats(hidden: Tensor, head: Tensor, targets: Tensor, summed: bool) -> Tensor:
-    """-log P of each target, (N,), or their sum; a target below 0 counts as 0. hidden is (N, C),
-    head (V, C)."""
+    """-log P of each target, (N,), or their sum; 0 for one below 0. hidden (N, C), head (V, C)."""
     if hidden.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         scored = targets >= 0  # in SFT a tenth: prompts and padding need no logits
         nats = Nats.apply(hidden[scored], head, targets[scored], summed, torch.is_grad_enabled())

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from model import RewardModel
 from plumbing import sharding
-from plumbing.chats import read_prompt
+from plumbing.chats import read_question
 from plumbing.checkpoint import hash_of
 from plumbing.configfile import run_config
 from plumbing.evaluation import row_scores
@@ -87,11 +87,11 @@ class FileReward:
         call, record = self.calls[name], json.loads(text)
         line = getattr(getattr(call, "__code__", None), "co_firstlineno", 1)
         try:
-            value = call(read_prompt(record), reply, record)
+            value = call(read_question(record), reply, record)
             if isinstance(value, Real) and abs(float(value)) <= LARGEST:  # NaN is not
                 return float(value)
             wrong = f"gave {value!r:.40}, wanted a number between +-{LARGEST:,.0f}"
-        except Exception as error:  # whatever the user's code makes of it
+        except (Exception, SystemExit) as error:  # whatever the user's code makes of it
             wrong = f"{type(error).__name__}: {error}"
             for frame in traceback.extract_tb(error.__traceback__):
                 line = frame.lineno if frame.filename == self.path else line

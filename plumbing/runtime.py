@@ -32,8 +32,7 @@ from plumbing.terminal import Talk, fail
 
 @dataclass(frozen=True)
 class Settings:
-    """What every training script can be told. A script's own Config adds to it, and may give a
-    setting another default."""
+    """What every training script can be told; its own Config adds to it and may change defaults."""
     init_from: FilePath = ""  # checkpoint to start from: a file, or a folder's newest
     out_dir: FilePath = "out/run"  # checkpoints and log.jsonl go here
     resume: bool = False  # continue from the newest valid checkpoint in out_dir

@@ -78,8 +78,8 @@ def run(main: Callable[[], None]) -> None:
     except ValueError as error:
         fail(f"{error}")
     except OSError as error:
-        if error.filename:
-            fail(f"{error.filename}: {error.strerror}")
+        if error.filename or not error.errno:  # write_text's says all in its text
+            fail(f"{error.filename}: {error.strerror}" if error.filename else f"{error}")
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise  # not of what is printed
         nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is still in the buffers

@@ -18,9 +18,10 @@ class Answer(StreamDecoder):
 
     def push(self, token: int) -> str:
         if token in self.tok.thoughts:
+            left = self.flush()  # half a character
             self.thinking, self.started = token == self.tok.thoughts[0], False
             self.on_thought("" if self.thinking else "\n")
-            return ""
+            return left
         text = super().push(token)
         if self.thinking:
             self.on_thought(text)
@@ -28,3 +29,7 @@ class Answer(StreamDecoder):
         text = text if self.started else text.lstrip("\n")
         self.started = self.started or bool(text)
         return text
+
+    def flush(self) -> str:
+        left = super().flush()
+        return "" if self.thinking else left

@@ -4,8 +4,7 @@ Token files: a 256-byte header, then the token ids of many documents, each close
 
 A `Folder` is made out of text by several processes; data.py and plumbing/examples.py say what a
 worker makes of a batch. Last comes meta.json, which says what the files are made of. A folder
-without it is unfinished: a run that was stopped, by a signal or a crash, is given again and starts
-again.
+without it is unfinished: a run that was stopped, by a signal or a crash, starts again.
 """
 import hashlib
 import json

@@ -121,12 +121,12 @@ def from_gguf(meta: dict) -> Vocabulary:
     bos, eos, eot, eom, pad = (by_id.get(get(f"{name}_token_id"), "")
                                for name in ("bos", "eos", "eot", "eom", "padding"))
     jinja = meta.get("tokenizer.chat_template", "")
+    begins = meta.get("tokenizer.ggml.add_bos_token", name == "llama-bpe")  # so in llama.cpp
     rules = Rules(
         nfc=meta.get("khaosz.nfc", name == "qwen2"),
         shown=tuple(t for t, i in special.items() if kinds[i] == ours),
         stop=tuple(end for end in (eos, eot, eom) if end), pad=pad, jinja=jinja,
-        begin=bos if get("add_bos_token") else "",
-        marks=(bos if get("add_bos_token") or "bos_token" in jinja else "", eos))
+        begin=bos if begins else "", marks=(bos if begins or "bos_token" in jinja else "", eos))
     return Vocabulary({t: i for i, t in enumerate(tokens) if kinds[i] != unused}, get("merges"),
                       special, PATTERNS[name], rules, name == "llama-bpe")
 

@@ -1,6 +1,5 @@
 """
-What is shown of a source and how its place is named, and the check of the numbers, like [1], by
-which an answer cites it.
+How a source and its place are shown, and the check of the numbers, like [1], of an answer.
 """
 import re
 from collections.abc import Callable, Iterable, Iterator

@@ -1,6 +1,5 @@
 """
-Files and folders as documents to search: what is read, what is passed over, and how an index is
-kept in step with them.
+Files and folders to search: what is read, what passed over, how an index keeps in step with them.
 
     with Index("out/rag", writable=True) as index:
         print(update(index, ["notes/", "manual.md"], cut))     # {"new": 12, "changed": 1, …}

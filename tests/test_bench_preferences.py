@@ -1,5 +1,6 @@
 """What a reward model is held against: closed forms, planted words, what train_rm.py says."""
 import json
+import os
 import sys
 from pathlib import Path
 from random import Random
@@ -108,6 +109,13 @@ def test_a_planted_word_is_learnt_and_noise_is_not(lang, planted, tiny, tmp_path
         assert len(np.unique(prompts_of(rows["val"]))) == n / 2
 
 
+def test_replies_without_a_word_have_empty_bags(tiny, tmp_path):
+    write = json.dumps({"prompt": "hi", "chosen": "...", "rejected": "!!"}) + "\n"
+    (tmp_path / "pairs.jsonl").write_text(write)
+    rows = load_examples(str(tmp_path / "pairs.jsonl"), "pair", tiny.tok, 256, str(tmp_path / "d"))
+    assert bags_of(rows["train"], tiny.tok).to_dense().count_nonzero() == 0
+
+
 # ---------------------------------------------------------------------------- the command
 
 def test_it_says_what_train_rm_says_of_the_same_pairs(tiny, rms, run, tmp_path):
@@ -149,12 +157,17 @@ def test_mistakes_are_one_line(tiny, rms, run, tmp_path):
     letters = dump([bytes([255 - i]) for i in range(256)], HAN_PATTERN)
     for name, where in (("policy", tiny.pt), ("judge", str(rms[1]))):
         checkpoint.save(str(tmp_path / name), 0, checkpoint.load(where)[0] | {"tokenizer": letters})
+    state = checkpoint.load(str(rms[0]))[0]  # the same pairs by another name, beside others
+    folder, name = os.path.split(tiny.pairs)
+    state["config"] |= {"data": f"other.jsonl,{folder}/./{name}"}
+    checkpoint.save(str(tmp_path / "same"), 0, state)
     good = [f"--checkpoint={rms[0]}", f"--data={tiny.pairs}", "--val_fraction=0.2",
             f"--out_dir={tmp_path}"]
     for words, line in ((["--val_fraction=0.3"], "may know what is held out"),
                         (["--data=nowhere.jsonl"], "nowhere.jsonl: no such file"),
                         (["--checkpoint=nowhere"], "nowhere: no such file"),
                         ([f"--judge={tiny.pt}"], "not a reward model"),
+                        ([f"--judge={tmp_path}/same"], "has learnt from the same --data"),
                         ([f"--judge={rms[0]}"], "has learnt from the same --data"),
                         ([f"--judge={tmp_path}/judge"], "has another tokenizer"),
                         ([f"--policy={tmp_path}/policy"], "has another tokenizer"),

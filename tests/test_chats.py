@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from plumbing.chats import read_chat, read_comparison, read_prompt, said_in
+from plumbing.chats import read_chat, read_comparison, read_prompt, read_question, said_in
 from plumbing.corpus import LineError
 
 USER, BOT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -49,6 +49,17 @@ def test_a_pair_is_read_from_its_usual_layouts(record):
     string"."""
     assert read_comparison(record) == ([USER], ["hello", "no"], 0.0)
     assert said_in(record) == "hi\nhello\nno"
+
+
+def test_a_prompt_within_the_replies_of_a_pair_is_found():
+    """As RM and DPO find it: RL trained on another prompt, or read no such file."""
+    ask, more = {"role": "user", "content": "hi"}, {"role": "user", "content": "2+2?"}
+    yo, four, five = ({"role": "assistant", "content": text} for text in ("yo", "4", "5"))
+    for record in ({"chosen": [ask, yo, more, four], "rejected": [ask, yo, more, five]},
+                   {"prompt": "hi", "chosen": [ask, yo, more, four],
+                    "rejected": [ask, yo, more, five]}):
+        assert read_question(record) == read_comparison(record)[0] == [ask, yo, more]
+    assert read_question({"prompt": "hi", "chosen": "a", "rejected": "a"}) == [ask]  # judged by RL
 
 
 def test_the_part_that_two_lists_share_is_the_prompt():

@@ -198,3 +198,19 @@ def test_a_model_from_elsewhere_does_not_come_to_lie_beside_another(tiny, monkey
             convert.main()
         assert stop.value.code == 2 and "holds a model already" in capsys.readouterr().err
         assert sorted(Path(tiny.pt).iterdir()) == before
+
+
+@pytest.mark.parametrize("file", ["mine.gguf", "hf/model.safetensors.index.json"])
+def test_an_export_replaces_nothing(tiny, tmp_path, monkeypatch, capsys, file):
+    """Beside the index of a model in parts, the new weights were never read: the old ones were."""
+    import convert
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("precious")
+    out, to = (path, "gguf") if path.suffix == ".gguf" else (path.parent, "hf")
+    monkeypatch.setattr(sys, "argv", ["convert.py", f"--checkpoint={tiny.pt}", f"--to={to}",
+                                      f"--out={out}"])
+    with pytest.raises(SystemExit) as stop:
+        convert.main()
+    assert stop.value.code == 2 and "holds a model already" in capsys.readouterr().err
+    assert path.read_text() == "precious" and [*path.parent.iterdir()] == [path]

@@ -74,6 +74,13 @@ def test_without_the_first_half_only_the_second_is_judged(tok):
     assert half["values"] == 1.0 and half["n"] == 1
 
 
+def test_an_interval_is_wide_where_few_were_asked():
+    """20 of 20 right, and ± 0.0 % beside it. Wilson's, against a table of his."""
+    assert judge.between([True] * 20) == "100.0% (83.9 … 100.0)"
+    assert judge.between([False] * 20) == "0.0% (0.0 … 16.1)"
+    assert judge.between([1.0, 0.5] * 50) == "75.0% (65.7 … 82.5)"
+
+
 def test_a_j_above_what_any_policy_can_reach_fails_its_gate(tmp_path):
     """Three standard errors of J - J*, here 3 x hypot(0.03, 0.04) = 0.15, are allowed; a log of a
     run without a price of the KL has no J*."""

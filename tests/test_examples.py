@@ -7,8 +7,8 @@ import torch
 
 from data import IGNORE, Order, Packed, pack
 from plumbing import examples
-from plumbing.examples import (Row, load_examples, pad_right, prompt_of, prompts_with_room, rows_of,
-                               window_batch)
+from plumbing.examples import (Row, evenly_spaced, load_examples, pad_right, prompt_of,
+                               prompts_with_room, rows_of, window_batch)
 from tokenizer import render
 
 USER = [{"role": "user", "content": "hi 你好"}]
@@ -221,6 +221,17 @@ def test_order_is_a_permutation_each_epoch_and_a_pure_function():
     assert Order(1500, seed=3).take(1490, 20) == first[-10:] + second[:10]
     with pytest.raises(ValueError, match="no example"):
         Order(0, 0, "x")
+
+
+def test_as_many_are_picked_as_are_asked_for_and_evenly():
+    """Of 101 rows --limit=100 took 51."""
+    for n in range(60):
+        for most in range(70):
+            picked = evenly_spaced(range(n), most)
+            gaps = {b - a for a, b in zip(picked, picked[1:])}
+            assert len(picked) == min(most, n) and picked[:1] in ([], [0]), (n, most)
+            assert not gaps or 0 < min(gaps) and max(gaps) - min(gaps) <= 1, (n, most)
+    assert evenly_spaced([5, 7, 9], None) == [5, 7, 9]
 
 
 def test_padding_is_right_and_its_id_is_nobody_s_business():

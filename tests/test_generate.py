@@ -1,9 +1,12 @@
 """One generator for everything: what it writes, and when it stops."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from generate import complete, generate, keep_likeliest, sample
 from model import ModelConfig, Transformer
+from plumbing.thoughts import Answer
 from tokenizer import HAN_PATTERN, StreamDecoder, Tokenizer, count_pieces, dump, train_bpe
 
 TEXT = "从前有座山，山上有座庙，庙里有个老和尚。The cat sat on the mat, the dog on the log.\n" * 3
@@ -219,3 +222,14 @@ def test_max_tokens_is_the_length_and_must_fit(model):
         for cache in (True, False):
             with pytest.raises(ValueError, match=message):
                 next(generate(model, prompts, n, cache=cache))
+
+
+def test_half_a_character_of_a_thought_is_no_answer():
+    """Cut by the end of the thought or of the text, it stood as U+FFFD before the answer."""
+    tok = SimpleNamespace(thoughts=(256, 257), decode_single_token_bytes=lambda i: bytes([i]))
+    half, thoughts = "龘".encode()[0], []
+    reply = Answer(tok, [1], thoughts.append)
+    assert [reply.push(token) for token in (256, 97, half, 257, 98)] == ["", "", "", "", "b"]
+    assert reply.push(half) + reply.flush() == "\ufffd" and "".join(thoughts) == "a\n"
+    reply = Answer(tok, [256], thoughts.append)
+    assert reply.push(half) + reply.flush() == ""

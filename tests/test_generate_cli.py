@@ -99,6 +99,21 @@ def test_a_batch_is_a_prompt_per_line(tok, model, saved, tmp_path):
     assert re.fullmatch(rf"read {n} tokens at [\d,]+ tok/s, wrote 60 at [\d,.]+ tok/s\n", timing)
 
 
+def test_a_long_batch_is_run_in_portions_and_a_long_prompt_is_said(tok, model, saved, tmp_path,
+                                                                   monkeypatch, capsys):
+    """A cache for all lines at once took 11 GB for a thousand, and Ctrl-C lost every text; one long
+    line left "The cat" three tokens, without a word."""
+    (tmp_path / "lines.txt").write_text("a\n" * 70, encoding="utf-8")
+    sizes: list[int] = []
+    monkeypatch.setattr(script, "answer", lambda *words: sizes.append(len(words[2])))
+    monkeypatch.setattr(sys, "argv", ["generate.py", f"--file={tmp_path}/lines.txt", "--batch",
+                                      f"--checkpoint={saved}"])
+    script.main()
+    assert sizes == [32, 32, 6]
+    answer(model, tok, ["The cat", "a\n" * 30], Config(temperature=0.0))
+    assert "the longest of 2 prompts leaves each text 4 tokens" in capsys.readouterr().err
+
+
 def test_interactive_answers_each_line_and_outlives_a_mistake(tok, model, saved):
     shown, talk = cli("--interactive", f"--checkpoint={saved}", "--temperature=0", "--stop=False",
                       text="The cat\n\n" + "cat " * 64 + "\na")

@@ -321,6 +321,40 @@ def test_what_a_compiler_makes_must_load_before_it_is_kept(monkeypatch, tmp_path
     assert list((tmp_path / "khaosz").iterdir()) == []
 
 
+def test_a_damaged_program_is_made_anew(monkeypatch, tmp_path):
+    """An empty one, as a power cut leaves, meant fp32 at every start."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = library.built()
+    whole = made.stat().st_size
+    made.unlink()  # not in place: this process may have it loaded
+    made.write_bytes(b"")
+    assert library.built() == made and made.stat().st_size == whole
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_a_compiler_may_fail_once_and_have_words(monkeypatch, tmp_path):
+    """Killed for memory at its first try, it made a program without the processor's products,
+    eleven times as slow, which was kept for good."""
+    (tmp_path / "flaky").write_text(f'#!/bin/sh\n[ -e {tmp_path}/tried ] || {{ touch '
+                                    f'{tmp_path}/tried; echo Killed >&2; exit 1; }}\nexec "$@"')
+    (tmp_path / "flaky").chmod(0o700)
+    monkeypatch.setenv("CC", f"{tmp_path}/flaky cc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = library.built()
+    best = library.built()
+    assert best != first and library.built() == best
+
+
+def test_without_a_home_there_is_a_folder_for_this_process(monkeypatch, tmp_path):
+    for name in ("XDG_CACHE_HOME", "HOME", "USERPROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.home", lambda: 1 / 0)  # as for a user without an entry
+    monkeypatch.setattr("os.path.expanduser", lambda path: f"{tmp_path}/file/.cache")
+    (tmp_path / "file").touch()
+    ends = library.private_folder()
+    assert ends.is_dir() and ends.name.startswith("khaosz")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="modes of POSIX")
 def test_a_program_is_not_run_from_where_others_can_write(monkeypatch, tmp_path):
     """Somebody else could put theirs there: a folder of ours for this process only is used."""

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -39,6 +40,8 @@ def test_answers_are_scored_as_squad_and_cmrc_do():
     assert english_words("The U.S. team, an army!") == ["us", "team", "army"]
     assert chinese_units("在2008年，《北京》！") == ["在", "2008", "年", "北", "京"]
     assert score_answer("the Norman dynasty", ["Normans", "Norman dynasty"], "en") == (1, 1)
+    assert score_answer("A", ["A"], "en") == (1, 1) and score_answer("", ["A"], "en") == (0, 0)
+    assert score_answer("%", ["+"], "zh") == (0, 0) and score_answer("", [""], "en") == (1, 1)
     assert score_answer("in the year 1066 AD", ["1066"], "en") == (0, pytest.approx(2 / 5))
     assert score_answer("在北京大学。", ["北京大学"], "zh") == (0, pytest.approx(8 / 9))
     # the longest common run is 大学
@@ -112,6 +115,32 @@ def test_a_model_is_asked_with_the_document_and_without(tmp_path, monkeypatch):
     assert found["answered"] == 3 and found["model_em"] == 100 > found["sentence_em"]
     assert found["model_refused"] == 0 and found["model_refused_without"] == 100
     assert found["model_cited"] == pytest.approx(66.67)
+
+
+@pytest.mark.parametrize("least", [0.3, 0.5, 0.6])
+def test_refused_is_what_rag_py_refuses(tmp_path, least):
+    """It answers if any of its sources holds enough of the question; the eval looked at the first
+    alone, and called four of a hundred lost questions 38."""
+    r = Random(0)
+    words = [f"w{i}" for i in range(400)]
+    texts = {f"d{i}": " ".join(r.choices(words, k=r.choice((15, 40, 150)))) for i in range(60)}
+    asked = [{"query": " ".join(r.sample(text.split(), 4) + r.choices(words, k=4)), "answers": [],
+              "doc_id": name, "lang": "en", "source": "x"} for name, text in texts.items()]
+    cfg = Config(min_coverage=least)
+    with Index(str(tmp_path), True) as index:
+        for name, text in texts.items():
+            index.put(name, "", split(text, name, 64, count=count_pieces))
+        index.commit()
+        line = measure(index, asked, cfg, Progress(sys.stderr), texts)
+        lost, refused = 0, 0
+        for row in asked:
+            lost += not rag.answer(row["query"], cfg, index).grounded
+            _, first, n = index.manifest["documents"][row["doc_id"]]
+            index.alive[first:first + n] = False
+            refused += not rag.answer(row["query"], cfg, index).grounded
+            index.alive[first:first + n] = True
+    assert (line["lost"], line["refused"]) == pytest.approx((lost / 60, refused / 60), abs=1e-4)
+    assert lost + refused
 
 
 def test_an_answer_is_cut_only_where_the_document_holds_it(tmp_path):

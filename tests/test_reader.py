@@ -12,6 +12,7 @@ from demo import reader
 from demo.judge import read_rows, write_rows
 from demo.reader import Config, figures, is_held_out, right_reply
 from search.citations import split_answer
+from search.segment import Chunk
 
 PLACES = ("Oslo", "Lima", "Cairo", "Quito", "Delhi", "Paris", "Tokyo", "Minsk", "Accra", "Hanoi")
 PEOPLE = ("baker", "pilot", "painter", "doctor")
@@ -129,7 +130,7 @@ def test_pairs_set_what_is_right_against_mistakes_only(made, monkeypatch, capsys
     monkeypatch.setattr(reader, "LEAST", 20)
     reader.make_pairs(replace(cfg, pairs=20), data, "")
     assert "of 60 replies" in capsys.readouterr().out
-    pairs = read_rows(data / "pairs.jsonl")
+    pairs = read_rows(data / "pairs_20.jsonl")
     assert len(pairs) == 20 and all(p["chosen"] != p["rejected"] for p in pairs)
     right = {json.dumps(row["prompt"]): right_reply(row) for row in rows}
     assert all(p["chosen"] == right[json.dumps(p["prompt"])] for p in pairs)
@@ -168,8 +169,41 @@ def test_each_stage_begins_with_the_one_before(made, tmp_path, monkeypatch, caps
     assert stopped.value.code == 2 and "give another --out_dir" in capsys.readouterr().err
 
 
+def test_an_answer_is_a_word_or_number_of_its_own():
+    """A prompt about four players showed "founded in 1947" and taught "4 [1]"."""
+    def stands(answer: str, text: str) -> bool:
+        return reader.holds(Chunk("a:0", "a", 0, len(text), 1, "", "", text),
+                            reader.Question("", [answer], "a"))
+    assert not (stands("4", "founded in 1947") or stands("art", "a party") or stands("", ""))
+    assert stands("4", "a team of 4.") and stands("$5", "it costs $5")
+    assert stands("1947", "founded in 1947年") and stands("十七", "他十七岁。")
+
+
+def test_more_pairs_and_another_corpus(made, tmp_path, monkeypatch):
+    """More pairs may be asked for after SFT; other files under the same names are noticed."""
+    monkeypatch.setattr(reader, "run", lambda *_: None)
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_bytes(Path(made[0].corpus).read_bytes())
+
+    def ends(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", [
+            "demo.reader", "--init_from=base", f"--corpus={corpus}",
+            f"--queries={made[0].queries}", f"--out_dir={tmp_path / 'out'}", *more])
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                reader.main()
+            return str(stopped.value.code)
+        finally:
+            monkeypatch.undo()
+            monkeypatch.setattr(reader, "run", lambda *_: None)
+    assert ends() == ends("--pairs=320") == "130"  # SFT did not come to its end
+    corpus.write_bytes(corpus.read_bytes() + b"\n")
+    assert ends() == "2"
+
+
 @pytest.mark.parametrize("change, said", [
-    ({"--lang": "fr"}, "no fr question has its answer in"),
+    ({"--lang": "fr"}, "'lang' must be Literal['en', 'zh'], got 'fr'"),
+    ({"--lang": "zh"}, "no zh question has its answer in"),
     ({"--queries": "gone.jsonl"}, "gone.jsonl"),
     ({"--init_from": ""}, "--init_from"),
     ({"--pairs": "63"}, "'pairs' must be int at least 64, got 63")])

@@ -67,7 +67,10 @@ def test_pass_at_k_is_the_mean_over_all_ways_to_draw_k():
 @pytest.mark.parametrize("reply, answer, want", [
     ("68", "68", 1), ("20+40=60, 3+5=8: 68.", "68", 1), ("68.0", 68, 1), ("68, not 67", "68", 0),
     ("等于68。", "68", 1), ("It costs $1,068.", "1068", 1), ("1068", "1,068", 1), ("-3", "3", 0),
-    ("", "68", 0), ("sixty", "68", 0)])
+    ("", "68", 0), ("sixty", "68", 0), ("COVID-19", "19", 1), ("pages 5-10", "10", 1),
+    ("等于-3", "-3", 1), ("x = −3", "-3", 1), ("１８", "18", 1), ("1,2,3", "3", 1),
+    ("0.00001", 0.00001, 1), ("9007199254740992", "9007199254740993", 0),
+    ("1e9999999999999999999", "5", 0), ("9" * 400, "8" * 400, 0)])
 def test_the_last_number_of_a_reply_is_its_answer(reply, answer, want):
     assert asked("reward_numbers.py").reward([], reply, {"answer": answer}) == want
 
@@ -82,7 +85,8 @@ def test_a_reply_has_the_form_that_is_asked_for():
 @pytest.mark.parametrize("reply, want, passes", [
     ("17 [2]", 1.25, True), ("17 [2].", 1.25, True), ("17", 1.0, False), ("17 [1]", 1.0, False),
     ("is 17 [1]", 2 / 3, False), ("18 [2]", -0.25, False), ("17 [1] [2]", 1.0, False),
-    ("Not found in the documents.", -1, False)])
+    ("Not found in the documents.", -1, False), ("seventeen [2]", 1.25, True),
+    ("[2]", -0.25, False), ("How old is Ben? [2]", -0.25, False), ("", -0.5, False)])
 def test_a_reader_answers_cites_and_invents_nothing(reply, want, passes):
     """The row of its docstring: F1, a quarter for the citation, minus a half for what stands in no
     source."""
@@ -260,6 +264,21 @@ def test_the_sums_are_made_as_the_demo_says(tmp_path):
     assert [row["prompt"] for row in rows["prompts"]] == [row["prompt"] for row in rows["shuffled"]]
     same = [a["answer"] == b["answer"] for a, b in zip(rows["prompts"], rows["shuffled"])]
     assert 0.005 < sum(same) / len(same) < 0.02
+
+
+def test_the_sums_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsys):
+    """A stage that a signal ended was taken for a whole one; after Ctrl-C "the same command goes
+    on" was refused."""
+    monkeypatch.setattr(sums, "run", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    for seed, code in ((0, 130), (0, 130), (1, 2)):
+        monkeypatch.setattr(sys, "argv", ["demo.sums", f"--out_dir={tmp_path}/out",
+                                          f"--seed={seed}"])
+        with pytest.raises(SystemExit) as stopped:
+            sums.main()
+        assert stopped.value.code == code
+    said = capsys.readouterr()
+    assert said.out.count("the same command goes on") == 2 and "another --out_dir" in said.err
 
 
 @pytest.mark.slow

@@ -71,6 +71,12 @@ def test_a_full_disk_under_the_output_is_one_line(before):
     assert done.stderr == b"the output cannot be written: No space left on device\n"
 
 
+def test_a_file_that_was_not_written_is_one_line():
+    """What `write_text` raises has its reason in its text."""
+    done = script("raise OSError('pt.jsonl was not written: File too large')")
+    assert (done.returncode, done.stderr) == (2, b"pt.jsonl was not written: File too large\n")
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
 def test_a_stream_that_was_closed_is_no_error(closed):
     done = script("sys.stdin.isatty(), sys.stdin.read(), sys.stdout.isatty(), print('a'); "

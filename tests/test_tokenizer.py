@@ -13,6 +13,7 @@ import pytest
 import regex
 import tiktoken
 
+from plumbing import bpe, vocabulary
 from tokenizer import (CHAR_PATTERN, HAN_PATTERN, SPECIALS, StreamDecoder, Tokenizer, count_pieces,
                        dump, load_tokenizer, main, render, slow_bpe, train_bpe, train_char)
 
@@ -264,3 +265,14 @@ def test_the_training_text_is_not_overwritten(tmp_path, monkeypatch, capsys):
         run(monkeypatch, f"--input={tmp_path}/text.txt", f"--out={tmp_path}/text.txt")
     assert stop.value.code == 2 and "has not written that file" in capsys.readouterr().err
     assert (tmp_path / "text.txt").read_bytes() == TEXT.encode()
+
+
+@pytest.mark.parametrize("said, begins", [({}, True), ({"add_bos_token": False}, False)])
+def test_a_llama_3_file_that_does_not_say_begins_as_llama_cpp_begins(said, begins):
+    """llama.cpp puts <|begin_of_text|> there unless the file says no; older files say nothing."""
+    words = {"model": "gpt2", "pre": "llama-bpe",
+             "tokens": [*bpe.LETTER.values(), "ab", "<|begin|>", "<|e|>"],
+             "token_type": [1] * 257 + [3, 3], "merges": ["a b"], "bos_token_id": 257,
+             "eos_token_id": 258} | said
+    rules = vocabulary.from_gguf({f"tokenizer.ggml.{k}": v for k, v in words.items()}).rules
+    assert rules.begin == "<|begin|>" * begins and rules.marks == ("<|begin|>" * begins, "<|e|>")
