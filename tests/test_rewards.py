@@ -110,7 +110,7 @@ def test_a_reader_refuses_where_there_is_no_answer():
     ("return record['answr']", 3, "KeyError: 'answr'"), ("return None", 1, "gave None, wanted a"),
     ("return 'yes'", 1, "gave 'yes'"), ("return float('nan')", 1, "gave nan"),
     ("return 1e400", 1, "gave inf"), ("return 1 / 0", 3, "ZeroDivisionError"),
-    ("return int('x')", 3, "ValueError: invalid literal")])
+    ("return int('x')", 3, "ValueError: invalid literal"), ("exit(0)", 3, "SystemExit: 0")])
 def test_a_mistake_is_one_line_with_file_line_and_row(tiny, tmp_path, body, line, words):
     path = write(tmp_path / "r.py", f"def reward(prompt, reply, record):\n    x = 1\n    {body}\n")
     judge = FileReward(path, tiny.tok, 2)
