@@ -9,10 +9,10 @@ and a checkpoint of ours becomes what other programs open.
     python convert.py --checkpoint=out/sft --to=gguf --out=my.gguf --dtype=q8_0   llama.cpp, ollama
     python convert.py --checkpoint=out/qwen --to=int8 --out=out/qwen8   in 8 bits, loads fast
 
-This is all there is to a model file: the sizes of the model (`ModelConfig`), a name, a shape and
-numbers for each matrix (`shapes`), and the tokenizer. Others use the same matrices under other
-names. Qwen3, Qwen2.5, Llama 3, SmolLM2 and other models of their shape are read; if one needs what
-is not there, you are told before any weight is read.
+A model file holds three things: the sizes of the model (`ModelConfig`), each matrix with its name
+and shape (`shapes`), and the tokenizer. Others use the same matrices under other names. We read
+Qwen3, Qwen2.5, Llama 3, SmolLM2 and models of their shape; if one needs a part that we do not have,
+you are told before any weight is read.
 
 Needs no network. GGUF files need a package: pip install '.[weights]'
 """

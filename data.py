@@ -4,14 +4,14 @@ Text -> token files, and token files -> batches.
     python data.py --input=PATHS --tokenizer=FILE --out_dir=DIR [--workers=N]
 
 Each language and split becomes one file, DIR/train_zh.bin and so on: a 256-byte header, then the
-token ids of all documents, each closed by <|endoftext|>. A hash of its text decides whether a
-document is for training or validation, so that two copies of it are never on both sides. Several
-processes share the work, and how many does not change the result. meta.json is written last: a
-folder without it is unfinished.
+token ids of all documents, each closed by <|endoftext|>. A hash of the text decides whether a
+document is for training or validation, so two copies never end up on both sides. Several processes
+share the work; their number does not change the result. meta.json is written last: a folder without
+it is unfinished.
 
 Pre-training reads windows of a fixed length straight from the mapped files; fine-tuning reads
-chats that were packed into windows. Which windows make up a batch is a pure function of (seed,
-index): a run resumes from one integer, on any number of ranks.
+chats that were packed into windows. The windows of a batch depend only on (seed, index), so a run
+resumes from one integer, on any number of processes.
 """
 from plumbing.terminal import fail, only_talk, run, stop_imports
 stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds

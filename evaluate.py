@@ -12,9 +12,9 @@ A task is a file of JSON lines, all of one kind:
     {"prompt": [messages], "answer": "18"}             is this the last number of the reply?
     {"query": "…", "answers": ["…", "…"]}              exact match and F1 of the reply
 
-or what lm-evaluation-harness logs with --log_samples, whose figures these are: `acc` takes the
-choice with the highest log P, `acc_norm` divides it by its characters first. Beside them stand 95 %
-intervals (Wilson, 1927), chance and "always the longest". A task is a line of --out, and run once.
+or what lm-evaluation-harness logs with --log_samples. Scores are the harness's: `acc` takes the
+choice of the highest log P, `acc_norm` first divides log P by the number of characters. Beside them
+stand 95 % intervals (Wilson, 1927), chance and "always the longest". A task in --out is not rerun.
 """
 from plumbing.terminal import run, say, stop_imports
 stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds

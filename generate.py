@@ -7,10 +7,10 @@ Let a model write: P(next token) ∝ exp(logit / temperature), one token after a
     python generate.py --file=prompts.txt --batch --temperature=0         a text for each line
     python generate.py --checkpoint=out/sft --system="Answer briefly."    a chat
 
-A model that has learnt to answer (SFT, DPO, RL) takes what you type as messages of a chat; one that
-has not (PT) continues it. stdout has the text, stderr what is said about it. The training scripts
-use the same generator of token ids, `generate`, which writes for many prompts at once. A sampler of
-your own is a function like `keep_min_p`, a setting of `Sampling` and two lines of `sample`.
+A model that has learnt to answer (SFT, DPO, RL) reads what you type as messages of a chat; a PT
+model continues it. The text goes to stdout, remarks go to stderr. The training scripts write with
+the same function, `generate`, which serves many prompts at once. To add a sampler, write a function
+like `keep_min_p`, and add a setting to `Sampling` and two lines to `sample`.
 """
 from plumbing.terminal import ask, fail, murmur, run, say, show, stop_imports
 stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds

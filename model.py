@@ -5,9 +5,9 @@ The language model, a decoder like Qwen3 and Llama, and the cache that lets it w
 
 RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), grouped-query attention
 (Ainslie et al. 2023) with normalised queries and keys (Henry et al. 2020), SwiGLU (Shazeer 2020),
-no dropout. Parameters have the names of `transformers`, so weights move between the two by name
-(convert.py), and logits agree to 1e-5. The losses stand in the training scripts; all but the reward
-model's are made of `token_logps`. W is E itself in a model whose `tied` is true.
+no dropout. Parameters have the names of `transformers`, so convert.py moves weights by name; logits
+agree to 1e-5. Each training script holds its loss; all but the reward model's use `token_logps`.
+E is the embedding and W the output matrix; in a model whose `tied` is true they are one matrix.
 """
 import math
 from dataclasses import dataclass

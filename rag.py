@@ -13,9 +13,9 @@ Answers from your own documents, with their sources, in English and Chinese.
     python rag.py split notes/ --semantic                  the chunks as JSON lines
     python rag.py eval --corpus=FILE --queries=FILE        how good it is: see bench/rag.py
 
-Documents are cut into chunks and found by their words, or by vectors too. If no chunk holds enough
-of what the question asks, no model is asked: it could only invent. Else the sources are put before
-the question, as token ids, so that no document can open a turn of the chat.
+Documents are cut into chunks, which are found by their words, and by vectors if you wish. If no
+chunk covers enough of the question, the model is not asked: it could only invent. Otherwise the
+sources go before the question as plain-text token ids, so no document can start a turn of the chat.
 """
 from plumbing.terminal import fail, only_talk, printable, run, show_json, stop_imports
 stop_imports(__name__)  # Ctrl-C during the imports below, which take seconds

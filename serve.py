@@ -9,8 +9,8 @@ Serve a model to several people at once: an API like OpenAI's, and a page to cha
     client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.chat.completions.create(model="any", messages=[{"role": "user", "content": "Hi"}])
 
-All texts are rows of one batch (serving/batching.py): a request joins at the next token and leaves
-when it ends, or when its client hangs up. Only this computer can connect, unless there is a key.
+All requests share one batch (serving/batching.py): one joins at the next token and leaves when it
+ends or its client hangs up. Only this computer can connect; any other --host needs an --api_key.
 """
 from plumbing.terminal import end_quietly
 

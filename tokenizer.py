@@ -5,11 +5,11 @@ and turn chats into token ids that no text can forge.
     python tokenizer.py --input=PATHS --vocab_size=16384 --out=FILE    (PATHS: files, folders, a,b)
     python tokenizer.py --input=input.txt --kind=char --out=FILE       one token per character
 
-The text is cut into pieces; inside the pieces the most frequent pair of neighbouring
-tokens becomes a new token, until the vocabulary is full. The file it writes is text: a line of JSON
+Training cuts the text into pieces. Inside the pieces the most frequent pair of neighbouring tokens
+becomes a new token, again and again, until the vocabulary is full. The file is text: a line of JSON
 (pattern, special tokens, sha256), then `base64(token bytes) rank` lines as tiktoken reads them. The
-rank is the id of a token: to encode a piece, tiktoken joins the neighbours whose token has the
-lowest rank, until no two can be joined.
+rank is the token's id: to encode a piece, tiktoken joins the two neighbours whose joint token has
+the lowest rank, again and again, until no two can be joined.
 """
 from plumbing.terminal import fail, only_talk, run, stop_imports
 stop_imports(__name__)  # Ctrl-C during the imports below

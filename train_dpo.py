@@ -7,11 +7,11 @@ Direct preference optimisation: learn from pairs of replies, without a reward mo
     python train_dpo.py config/dpo_micro.py                                a laptop
     torchrun --nproc_per_node=8 train_dpo.py config/dpo_1b.py --data=pairs.jsonl    8 GPUs
 
-log P of a reply is the sum over its tokens. The reference is the model before its first step, when
-its log P of each pair is computed once. (With --lora_rank, see train_sft.py, it takes no memory: it
-is the model with the update switched off.) beta (log P - log P_ref) is the reward of a reply that
-the policy implies; the margin beta h is how much more the chosen reply has. Other losses, by
---loss; the last line can be added to each:
+log P of a reply is the sum over its tokens. The reference is the model before its first step: its
+log P of each pair is computed once, at the start. (With --lora_rank, see train_sft.py, that takes
+no memory: the reference is the model without the update.) The policy is the model that learns. It
+scores a reply by beta (log P - log P_ref), its implied reward; the margin beta h is the difference
+of a pair. --loss chooses another loss, and --nll_coef adds the last line to any of them:
 
     sigmoid, label_smoothing e   -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)      cDPO
     ipo       (h - 1 / (2 beta))^2, with means over tokens, not sums           (Azar et al. 2023)

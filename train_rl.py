@@ -6,22 +6,22 @@ Reinforcement learning: raise the reward model's score, and stay near where we s
     python train_rl.py config/rl_micro.py                                  a laptop
     torchrun --nproc_per_node=8 train_rl.py config/rl_1b.py                8 GPUs
 
-A step answers some prompts, `group` times each, and makes the better replies to each likelier:
+A step answers some prompts `group` times each and makes the better replies to a prompt likelier:
 
     R    = r - beta log(P(reply) / P_ref(reply))                           shaped_reward
     A    = R - mean R of the other replies to the prompt                   advantages
     L_RL = - mean over replies of  min(ratio A, clip(ratio) A)             rl_loss
 
-ratio is P(reply) over P(reply) when it was drawn: 1 in the first update. The mean of R is J. With
-the KL in R the gradient is that of J on average; log(P / P_ref) in the loss instead would have one
-of 0 (tests/test_losses.py). This A is RLOO's (Ahmadian et al. 2024). --advantage=grpo divides it by
-the group's deviation, and gives each token a ratio (Shao et al. 2024; config/rl_grpo.py); grpo_mean
-does not divide (half of Liu et al. 2025).
+ratio is P(reply) now over P(reply) when drawn, 1 in the first update. The mean of R is J. With KL
+in R the average gradient is that of J; put log(P / P_ref) into the loss instead and its
+average gradient is 0 (tests/test_losses.py). A is RLOO's (Ahmadian et al. 2024). --advantage=grpo
+takes R minus the group's mean, over its deviation, and gives each token a ratio (Shao et al. 2024;
+config/rl_grpo.py); grpo_mean does not divide (half of Liu et al. 2025).
 
 r is clipped to +-5; a reply that does not end gets 1 less than the worst of the rollout. With
---reward_from=FILE.py, r is what a function of yours returns (config/reward_numbers.py). If all
-replies to a prompt have the same r, no update learns from them, or from their KL. Replies are drawn
-at temperature 1 from all tokens: another distribution would not be the policy's.
+--reward_from=FILE.py, your own function returns r (config/reward_numbers.py). If all replies to a
+prompt get the same r, the update leaves them out, their KL included. Replies are drawn at
+temperature 1 from all tokens: anything else would not sample the policy.
 """
 from plumbing.terminal import end_quietly, run
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds

@@ -7,17 +7,17 @@ The reward model: learn which of two replies a person would prefer.
     torchrun --nproc_per_node=8 train_rm.py config/rm_1b.py --data=pairs.jsonl      8 GPUs
     python train_rm.py --init_from=out/rm --score=replies.jsonl            score replies, as JSON
 
-r is the score of a reply, one number that a head in fp32 reads from the last state of the model, at
+r is the score of a reply: one number that an fp32 head reads from the model's last hidden state, at
 the reply's <|im_end|> (Bradley & Terry 1952, Ouyang et al. 2022). A line of --data is a pair or a
-ranking of several replies, best first (plumbing/chats.py). Each pair of a ranking is compared, and
-their mean weighs as much as one pair, so --batch_pairs counts lines. margin is a field of the line,
-0 if absent: by how much the better score should exceed the other.
+ranking of several replies, best first (plumbing/chats.py). A ranking is compared pair by pair but
+weighs as much as one pair, so --batch_pairs counts lines. margin, a field of the line, is 0 if
+absent; it says by how much the better score should exceed the other.
 
-The first term stays the same if a number is added to all scores, so that they may drift; the
-second, with c = center_coef, keeps them near 0. After `python train_rm.py config/rm_micro.py
+Adding a number to all scores leaves the first term unchanged, so scores could drift; the second
+term, with c = center_coef, keeps them near 0. After `python train_rm.py config/rm_micro.py
 --max_steps=150` the mean score of the SFT model's own replies is 0.09 and -0.04 (seeds 0 and 1,
-begun with the SFT of `python -m demo --share=0.1`). With --center_coef=0 it is -0.64 and -0.76, and
-their standard deviation is 0.6.
+starting from the SFT model of `python -m demo --share=0.1`). With --center_coef=0 the mean is -0.64
+and -0.76; the scores' standard deviation is 0.6.
 """
 from plumbing.terminal import end_quietly, run
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds

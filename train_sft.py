@@ -17,10 +17,10 @@ each matrix W (n_out, n_in) of the blocks (LoRA, Hu et al. 2021):
 
     y = W x + (alpha / r) B A x          A (r, n_in), B (n_out, r);  alpha = 32, B starts at zero
 
-Gradients and moments exist for A and B alone, and W stays in bf16 if it was stored so: a model of
-1B parameters then needs 2 GB beside its activations, not 16. A checkpoint holds the update and the
-name of its base; whoever opens it gets both. --lora_extra trains norms, embedding and head as well,
-without which new special tokens learn nothing; --lora_merge writes one model of both at the end.
+Only A and B have gradients and optimizer moments, and W stays in bf16 if it was stored so: a model
+of 1B parameters then needs 2 GB besides its activations, not 16. A checkpoint holds the update and
+names its base; opening it loads both. --lora_extra also trains norms, embedding and head, without
+which new special tokens learn nothing; --lora_merge writes base and update as one model at the end.
 """
 from plumbing.terminal import end_quietly, run
 end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
