@@ -118,9 +118,9 @@ def main() -> None:
     files = {"reward model": cfg.checkpoint if state["kind"] == "rm" else "", "judge": cfg.judge}
     judges = {name: open_judge(where, cfg.val_fraction, tok, dist)
               for name, where in files.items() if where}
-    learnt = [{*map(os.path.realpath, split_paths(of["config"].get("data", "")))}
-              for of in (state, checkpoint.load(cfg.judge or str(path))[0])]
-    if cfg.judge and learnt[0] & learnt[1]:
+    learnt = {*map(os.path.realpath, split_paths(state["config"].get("data", "")))}
+    if cfg.judge and not learnt.isdisjoint(map(os.path.realpath, split_paths(
+            checkpoint.load(cfg.judge)[0]["config"]["data"]))):
         raise ValueError(f"--judge={cfg.judge}: has learnt from the same --data as {path}")
     policy, own = load_model(cfg.policy, dist.device, torch.float32) if cfg.policy else (None, tok)
     if own.sha256 != tok.sha256:

@@ -27,8 +27,8 @@ def end_quietly(name: str = "__main__", trains: bool = True) -> None:
     exit code 0 and one line instead of a traceback: nothing is lost before the first step. When the
     loop begins, `runtime.StopSignals` takes over: then a signal saves a checkpoint first.
     In a script that `trains` a thread that waits for others gives way after 1,000 turns, so that a
-    busy neighbour costs less; alone, a small model's step takes up to a fifth longer. (GNU's OpenMP
-    reads that when torch is imported. What a user has set is kept.)"""
+    busy neighbour costs less; alone, the step of a small model takes longer. (GNU's OpenMP reads
+    that when torch is imported. What a user has set is kept.)"""
     if name == "__main__":
         if trains and "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", "1000")
