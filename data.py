@@ -60,8 +60,7 @@ class Windows:
 
     Of a file 0 1 2 … 9, windows of 3 tokens are 0 1 2 with the targets 1 2 3, and 3 4 5 with the
     targets 4 5 6; at an offset of 2 they are 2 3 4 and 5 6 7. Within an epoch every window comes
-    once. The order is new each epoch, and so is the offset, so that no token is always first in its
-    window.
+    once. The order is new each epoch, and so is the offset: no token is always first in its window.
     """
 
     def __init__(self, files: list[TokenFile], length: int, seed: int):

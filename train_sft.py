@@ -75,8 +75,7 @@ class Config(RowSettings):
 def sft_loss(hidden: Tensor, head: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """N times L_SFT: the sum of -log P(token) over supervised tokens, a scalar. The loop divides it
     by N, which it counts in the whole step. hidden (B, T, C) are the model's last states after
-    reading `tokens` (B, T), head (V, C) is its output matrix, mask (B, T) is True on supervised
-    tokens."""
+    reading `tokens` (B, T), head (V, C) its output matrix, mask (B, T) True on supervised tokens."""
     targets = torch.where(mask, tokens, IGNORE)
     targets = F.pad(targets[:, 1:], (0, 1), value=IGNORE)  # the state at t predicts token t + 1
     return -token_logps(hidden, head, targets, reduction="sum")
@@ -104,9 +103,8 @@ def forgetting(model: Transformer, tok: Tokenizer, cfg: Config, dist: Dist) -> S
 
 def answer_held_out(model: Transformer, tok: Tokenizer, rows: Rows, asked: dict[int, list[int]],
                     cfg: Config) -> dict[str, str]:
-    """Answer held-out chats greedily; `asked` has the number of each and the ids of its prompt. For
-    each language, report how many answers equal the reference and how many stop by themselves, and
-    print one."""
+    """Answer held-out chats greedily; `asked` has the number of each and the ids of its prompt. Per
+    language: how many equal the reference, how many stop by themselves, and one printed."""
     report = {}
     for lang in sorted({rows.lang(i) for i in asked}):
         chosen = [i for i in asked if rows.lang(i) == lang]

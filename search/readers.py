@@ -1,8 +1,7 @@
 """
 The bytes of a file as text. PDF, Word, HTML and EPUB become Markdown, so that they are cut at their
 structure like any other text. The parsers are the extra `documents`: pip install pypdf mammoth
-markdownify. Text may be UTF-8, UTF-16 and UTF-32 with their mark, and GB18030 that can only be
-Chinese.
+markdownify. Text may be UTF-8, UTF-16, UTF-32 with their mark, and GB18030 if surely Chinese.
 
     parts("paper.pdf", raw)      [(1, "text of the first page"), (2, "…")]
     parts("book.epub", raw)      [(1, "# The first chapter …"), …]
