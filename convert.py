@@ -173,8 +173,8 @@ def take_in(cfg: Config) -> None:
     finally:
         progress.end()
     write_text(str(saved.parent / "tokenizer.txt"), text)
-    n = sum(map(math.prod, shapes(sizes).values()))
-    print(f"saved {saved}: {n:,} parameters, {saved.stat().st_size / 1e9:.2f} GB")
+    n, size = sum(map(math.prod, shapes(sizes).values())), saved.stat().st_size / 1e9
+    print(f"saved {saved}: {n:,} parameters in {str(dtype)[6:]}, {size:.2f} GB")
 
 
 # ---------------------------------------------------------------------------- out

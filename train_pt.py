@@ -108,8 +108,8 @@ def count_micro_steps(cfg: Config, world: int) -> int:
     if cfg.warmup_steps >= cfg.max_steps:
         raise ValueError(f"warmup_steps {cfg.warmup_steps} must be less than max_steps "
                          f"{cfg.max_steps}")
-    if cfg.enough and cfg.schedule != "wsd":
-        raise ValueError(f"enough {cfg.enough} needs --schedule=wsd, whose rate decays at the end")
+    if cfg.enough and (cfg.schedule != "wsd" or cfg.decay_fraction == 1):
+        raise ValueError("enough needs --schedule=wsd and --decay_fraction below 1")
     return cfg.batch_tokens // unit
 
 
@@ -187,9 +187,10 @@ def train(cfg: Config, dist: Dist) -> None:
             log.write(step=step, val={lang: {"loss": nats, "bits_per_byte": bits}
                                       for lang, (nats, bits) in scores.items()})
             # Good enough? Then what is left is the decay, as if max_steps had said so.
-            if step and fmean(bits for _, bits in scores.values()) <= cfg.enough:
-                max_steps = min(max_steps, max(step + 1, round(step / (1 - cfg.decay_fraction))))
-                optimizers[0].param_groups[0]["end"] = log.max_steps = max_steps  # for --resume
+            if (cfg.enough and step and fmean(b for _, b in scores.values()) <= cfg.enough
+                    and (end := max(step + 1, round(step / (1 - cfg.decay_fraction)))) < max_steps):
+                optimizers[0].param_groups[0]["end"] = log.max_steps = max_steps = end  # resume too
+                print0(f"good enough: the rate decays until step {end:,}, the last")
         if cfg.sample_every and (last or (step % cfg.sample_every == 0 and step > first)):
             with sharding.unsharded(model, dist):
                 if dist.rank == 0:

@@ -4,8 +4,8 @@ The demo's pre-training: 0.3M parameters on the toy world. 2 CPU cores, about 4 
     python train_pt.py config/pt_micro.py --data_dir=out/demo/data --out_dir=out/demo/pt
 
 To copy a value, a model must first build a copying circuit: attention that finds the fact, and
-another head that repeats its value. Muon and a high rate build it sooner, but when it forms is luck.
-So the rate stays level until a validation is good `enough`, and then decays: an unlucky run takes
+another head that repeats its value. Muon and a high rate build it sooner, but when is luck. So
+the rate stays level until a validation is good `enough`, and then decays: an unlucky run takes
 longer. The vocabulary matters: with 768 tokens a Chinese name is two, with 512 about five.
 """
 data_dir = "out/demo/data"

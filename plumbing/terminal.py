@@ -26,9 +26,9 @@ def end_quietly(name: str = "__main__", trains: bool = True) -> None:
     """From now on SIGTERM and SIGINT end the process, if `name` says that it runs as a script, with
     exit code 0 and one line instead of a traceback: nothing is lost before the first step. When the
     loop begins, `runtime.StopSignals` takes over: then a signal saves a checkpoint first.
-    In a script that `trains`, a thread that waits gives way after 2,000 turns, not GNU's 300,000: a
-    step of the demo takes a sixth longer alone, and a tenth of the time beside a busy neighbour
-    (docs/results.md). OpenMP reads that when torch is imported. What a user has set is kept."""
+    In a script that `trains`, a thread that waits gives way after 2,000 turns, not GNU's 300,000:
+    alone a step of the demo takes a sixth longer, beside a busy neighbour a tenth of the time.
+    OpenMP reads that when torch is imported. What a user has set is kept."""
     if name == "__main__":
         if trains and "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -127,13 +127,15 @@ def conversations(n: int) -> list[list[dict]]:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_a_model_comes_in_as_it_is_and_goes_out_to_the_last_bit(family, tied, folder, tmp_path):
+def test_a_model_comes_in_as_it_is_and_goes_out_to_the_last_bit(family, tied, folder, tmp_path,
+                                                                capsys):
     """Logits of transformers, with a cache or without; ids and chats of its tokenizer; what is
     exported opens there, too, and comes back as the same file: its name has its hash."""
     pytest.importorskip("gguf")
     import transformers
     source = folder(family, tied)
     name = take(source, tmp_path / "in").name
+    assert " parameters in float32, " in capsys.readouterr().out
     model, tok = load_model(str(tmp_path / "in"), CPU, torch.float32)
     ids = torch.randint(400, (2, 90), generator=torch.Generator().manual_seed(1))
     cache = KVCache(model.config, 2, 90)

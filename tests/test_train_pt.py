@@ -168,7 +168,7 @@ def test_a_run_killed_anywhere_gives_the_same_losses_to_the_last_bit(cfg, tmp_pa
 
 
 def test_good_enough_ends_the_run_as_fewer_steps_would(cfg, tmp_path):
-    """Good enough at step 10, the first that counts: 6 more steps are 4 tenths of the whole."""
+    """Good enough at step 10, the first that counts: 7 more steps are 4 tenths of the whole."""
     fewer = replace(cfg, **ENOUGH | dict(max_steps=17, enough=0.0), out_dir=str(tmp_path / "fewer"))
     train_pt.train(replace(cfg, **ENOUGH), ALONE)
     train_pt.train(fewer, ALONE)
@@ -309,7 +309,8 @@ def test_a_copied_config_with_another_width_trains_resumes_and_generates(cfg, tm
     (dict(n_head=3), "n_embd 32 must be a multiple of n_head 3"),
     (dict(n_kv_head=3), "n_head 2 must be a multiple of n_kv_head 3"),
     (dict(warmup_steps=30), "warmup_steps 30 must be less than max_steps 30"),
-    (dict(enough=0.5), "enough 0.5 needs --schedule=wsd"),
+    (dict(enough=0.5), "enough needs --schedule=wsd and"),
+    (dict(ENOUGH, decay_fraction=1.0), "and --decay_fraction below 1"),
     (dict(data_dir="nowhere"), "nowhere: no prepared data here; make it with python data.py"),
 ])
 def test_a_mistake_is_one_line_before_any_work(cfg, change, message):
