@@ -5,8 +5,7 @@ The demo's pre-training: 0.3M parameters on the toy world. 2 CPU cores, about 4 
 
 To copy a value, a model must first build a copying circuit: attention that finds the fact, and
 another head that repeats its value. Muon and a high rate build it sooner, but when is luck. So
-the rate stays level until a validation is good `enough`, and then decays: an unlucky run takes
-longer. The vocabulary matters: with 768 tokens a Chinese name is two, with 512 about five.
+the rate stays level until a validation is good `enough`, then decays: an unlucky run takes longer.
 """
 data_dir = "out/demo/data"
 out_dir = "out/demo/pt"
