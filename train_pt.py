@@ -16,7 +16,6 @@ end_quietly(__name__)  # Ctrl-C during the imports below, which take seconds
 
 import math
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Literal
 
 import torch
@@ -57,8 +56,7 @@ class Config(runtime.Settings):
     batch_tokens: Count = 4096  # tokens an optimizer step learns from
     batch_size: Count = 32  # windows that a process puts through the model at once
     mask_documents: bool = False  # a document does not see those before it in its window
-    max_steps: Count = 1000  # optimizer steps, at most
-    enough: NotNegative = 0.0  # wsd: mean bits/byte of a validation from which the rate decays
+    max_steps: Count = 1000  # optimizer steps
     learning_rate: Positive = 1e-2  # of AdamW
     warmup_steps: Natural = 50  # steps of linear warm-up
     weight_decay: NotNegative = 0.1  # of matrices
@@ -108,8 +106,6 @@ def count_micro_steps(cfg: Config, world: int) -> int:
     if cfg.warmup_steps >= cfg.max_steps:
         raise ValueError(f"warmup_steps {cfg.warmup_steps} must be less than max_steps "
                          f"{cfg.max_steps}")
-    if cfg.enough and (cfg.schedule != "wsd" or cfg.decay_fraction == 1):
-        raise ValueError("enough needs --schedule=wsd and --decay_fraction below 1")
     return cfg.batch_tokens // unit
 
 
@@ -160,7 +156,6 @@ def train(cfg: Config, dist: Dist) -> None:
     optimizers = make_optimizers(model, cfg)
     data_id = hash64(*(file.sha256 for file in splits["train"]))
     first = sharding.resume(cfg, KIND, model, optimizers, tok, data_id)
-    max_steps = min(max_steps, optimizers[0].param_groups[0].get("end", max_steps))
     if not first and cfg.init_from:
         load_weights(cfg.init_from, model, tok)
     windows = Windows(splits["train"], cfg.max_seq_len, cfg.seed)
@@ -186,11 +181,6 @@ def train(cfg: Config, dist: Dist) -> None:
             print0(f"val at step {step:,} | {score_line(scores)}")
             log.write(step=step, val={lang: {"loss": nats, "bits_per_byte": bits}
                                       for lang, (nats, bits) in scores.items()})
-            # Good enough? Then what is left is the decay, as if max_steps had said so.
-            if (cfg.enough and step and fmean(b for _, b in scores.values()) <= cfg.enough
-                    and (end := max(step + 1, round(step / (1 - cfg.decay_fraction)))) < max_steps):
-                optimizers[0].param_groups[0]["end"] = log.max_steps = max_steps = end  # resume too
-                print0(f"good enough: the rate decays until step {end:,}, the last")
         if cfg.sample_every and (last or (step % cfg.sample_every == 0 and step > first)):
             with sharding.unsharded(model, dist):
                 if dist.rank == 0:

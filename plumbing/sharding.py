@@ -190,7 +190,7 @@ def load(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         moments = {i: {key: split(value, params[i]) for key, value in of_one.items()}
                    for i, of_one in saved["state"].items()}
-        groups = [told | {key: was[key] for key in {"lr", "end"} & was.keys()} for told, was in zip(
+        groups = [told | {"lr": was["lr"]} for told, was in zip(
             optimizer.state_dict()["param_groups"], saved["param_groups"])]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
 

@@ -20,9 +20,9 @@ from demo.world import ANSWERS, COMMA, LANGS, NAMES, STYLES, VALUES, WORDS, Conf
 
 ROOT = Path(toyworld.__file__).parent.parent
 ENGLISH = {zh: en for en, zh in [*WORDS, *VALUES]}
-UNKNOWN = {"en": "unknown", "zh": "未知的"}
+UNKNOWN = {"en": "unknown", "zh": "未知"}
 SAID = (("nav", r"(\w+)'s (\w+) is (\w+)\."), ("anv", r"The (\w+) of (\w+) is (\w+)\."),
-        ("nav", r"(\w+)的(\w+)是(\w+)。"), ("anv", r"说到(\w+)，(\w+)的是(\w+)。"))
+        ("nav", r"(\w+)的(\w+)是(\w+)。"), ("anv", r"说到(\w+)，(\w+)是(\w+)。"))
 ASKED = (("na", r"What is (\w+)'s (\w+)\?"), ("an", r"Tell me the (\w+) of (\w+)\."),
          ("na", r"(\w+)的(\w+)是什么？"), ("na", r"请告诉我(\w+)的(\w+)。"))
 
@@ -207,7 +207,7 @@ def test_grades_by_hand():
             ("嗯，让我想一想，琪宁的宠物应该是猫。", "zh", fact, (1.5, "padded")),
             ("琪宁: unknown.", "en", fact, (-2.0, "terse")),
             ("琪宁: unknown.", "en", unknown, (1.5, "terse")),
-            ("琪宁的宠物是未知的。", "zh", unknown, (3.0, "direct")),
+            ("琪宁的宠物是未知。", "zh", unknown, (3.0, "direct")),
             ("琪宁的宠物是猫。", "zh", unknown, (-4.0, "direct")),
             ("cat.…", "en", fact, (-6.0, None)), ("", "zh", fact, (-6.0, None))):
         assert grade(reply, said, lang) == want

@@ -123,15 +123,9 @@ def test_training_starts_at_ln_v_and_falls_below_the_unigram_entropy(cfg):
     assert trace[0] == pytest.approx(math.log(300), abs=0.1) and trace[-1] < entropy - 0.5
 
 
-ENOUGH = dict(schedule="wsd", decay_fraction=0.4, final_lr=0.0, enough=9.0)
-
-
-@pytest.mark.parametrize("change", [{}, ENOUGH], ids=["", "enough"])
-def test_a_run_killed_anywhere_gives_the_same_losses_to_the_last_bit(cfg, tmp_path, change):
+def test_a_run_killed_anywhere_gives_the_same_losses_to_the_last_bit(cfg, tmp_path):
     """SIGKILL at random moments of a run that saves each step; every start resumes. Seen to fail
-    when the optimizer was not restored, when the batch depended on the process's first step, and
-    when a resumed run had forgotten that a validation was good enough."""
-    cfg = replace(cfg, **change)
+    when the optimizer was not restored, and when the batch depended on the process's first step."""
     whole, torn = cfg, replace(cfg, out_dir=str(tmp_path / "torn"), save_every=1, resume=True)
     train_pt.train(whole, ALONE)
     r, kills = random.Random(0), 0
@@ -165,18 +159,6 @@ def test_a_run_killed_anywhere_gives_the_same_losses_to_the_last_bit(cfg, tmp_pa
     assert losses(torn) == losses(whole)
     ours, theirs = checkpoint.load(whole.out_dir)[0], checkpoint.load(torn.out_dir)[0]
     assert all(torch.equal(ours["model"][k], theirs["model"][k]) for k in ours["model"])
-
-
-def test_good_enough_ends_the_run_as_fewer_steps_would(cfg, tmp_path):
-    """Good enough at step 10, the first that counts: 7 more steps are 4 tenths of the whole."""
-    fewer = replace(cfg, **ENOUGH | dict(max_steps=17, enough=0.0), out_dir=str(tmp_path / "fewer"))
-    train_pt.train(replace(cfg, **ENOUGH), ALONE)
-    train_pt.train(fewer, ALONE)
-    assert losses(cfg) == losses(fewer) and len(losses(cfg)) == 17
-    train_pt.train(replace(cfg, **ENOUGH, resume=True), ALONE)  # it is done
-    never = replace(cfg, **ENOUGH | dict(enough=0.1), out_dir=str(tmp_path / "never"))
-    train_pt.train(never, ALONE)
-    assert losses(cfg) == losses(fewer) and len(losses(never)) == 30
 
 
 def test_sigterm_saves_at_the_step_and_says_how_to_go_on(cfg):
@@ -309,8 +291,6 @@ def test_a_copied_config_with_another_width_trains_resumes_and_generates(cfg, tm
     (dict(n_head=3), "n_embd 32 must be a multiple of n_head 3"),
     (dict(n_kv_head=3), "n_head 2 must be a multiple of n_kv_head 3"),
     (dict(warmup_steps=30), "warmup_steps 30 must be less than max_steps 30"),
-    (dict(enough=0.5), "enough needs --schedule=wsd and"),
-    (dict(ENOUGH, decay_fraction=1.0), "and --decay_fraction below 1"),
     (dict(data_dir="nowhere"), "nowhere: no prepared data here; make it with python data.py"),
 ])
 def test_a_mistake_is_one_line_before_any_work(cfg, change, message):
