@@ -88,7 +88,8 @@ def test_logits_and_perplexity_are_those_of_transformers(smol, ours):
     ids = torch.tensor(tok.encode_ordinary(text)[:2048]).view(4, 512)
     with torch.inference_mode():
         mine, other = model(ids), theirs(ids).logits
-    torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-5)  # of logits up to 40
+    # logits go up to 40; on a Xeon with AMX ours are 1e-4 and theirs 2e-4 from those in float64
+    torch.testing.assert_close(mine, other, atol=3e-4, rtol=1e-5)
     a, b = (math.exp(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
             for logits in (mine, other))
     print(f"logits differ by {(mine - other).abs().max():.1e}, perplexity {a:.4f} and {b:.4f}")
