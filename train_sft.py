@@ -75,7 +75,7 @@ class Config(RowSettings):
 def sft_loss(hidden: Tensor, head: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """N times L_SFT: the sum of -log P(token) over supervised tokens, a scalar. The loop divides it
     by N, which it counts in the whole step. hidden (B, T, C) are the model's last states after
-    reading `tokens` (B, T), head (V, C) its output matrix, mask (B, T) what is supervised."""
+    reading `tokens` (B, T), head (V, C) its output matrix, mask (B, T) is True on these."""
     targets = torch.where(mask, tokens, IGNORE)
     targets = F.pad(targets[:, 1:], (0, 1), value=IGNORE)  # the state at t predicts token t + 1
     return -token_logps(hidden, head, targets, reduction="sum")

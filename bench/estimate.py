@@ -5,7 +5,7 @@ What a model of a config costs before anything is bought: memory of each stage, 
     python -m bench.estimate config/pt_7b.py --gpus=64 --mfu=0.45 --batch_size=2
 
 The settings of train_pt.py give the sizes of the model and of a batch, those of this script
-(--help) what it runs on. Memory is per GPU, by the formulas of costs.py, and a few GB for CUDA.
+(--help) what it runs on. Memory is per GPU, by the formulas of costs.py; CUDA takes a few GB more.
 Days are the time for 20 tokens for each parameter (Hoffmann et al. 2022) at
 
     tokens / s = gpus x peak x mfu / FLOPs per token
