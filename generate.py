@@ -152,9 +152,9 @@ def generate(model: Transformer, prompts: list[list[int]], max_tokens: int, *,
             guess, ahead = guess[1:], ahead[:, 1:]
         elif cache and i:  # read the new token of each row, fresh (B, 1), and a guess after it
             kv.length -= len(guess)  # forget what was left of the last one, for it was wrong
-            guess = lookup.guess(rows[0], max_tokens - i - 1) if len(rows) == 1 else []
-            fresh = torch.cat((fresh, fresh.new_tensor([guess] * len(rows))), dim=1)
-            ahead = model.lm_head(model(fresh, kv, hidden=True)[:, -1 - len(guess):])
+            if guess := lookup.guess(rows[0], max_tokens - i - 1) if len(rows) == 1 else []:
+                fresh = torch.cat((fresh, fresh.new_tensor([guess])), dim=1)
+            ahead = model(fresh, kv)
         elif not cache:
             ahead = torch.cat([model(torch.tensor([row], device=place))[:, -1:] for row in rows])
         logits = ahead[:, 0]  # (B, 1 + guess, V) -> (B, V)

@@ -38,6 +38,7 @@ from configurator import configure, fail
 from generate import generate
 from model import ModelConfig, Transformer
 from plumbing import runtime, sharding, terminal
+from plumbing.loading import captured
 from plumbing.log import describe_run
 from tokenizer import HAN_PATTERN, SPECIALS, dump
 
@@ -93,7 +94,7 @@ def agree(cfg: Config) -> None:
         for name, logits in got.items():
             off = (logits.float().cpu() - expected[name]).norm() / expected[name].norm()
             figure("agree", f"{name}, {str(kind).removeprefix('torch.')}", float(off), "")
-    same = [a == b for a, b in zip(generate(model, texts, 32, temperature=0), greedy)]
+    same = [a == b for a, b in zip(generate(captured(model), texts, 32, temperature=0), greedy)]
     figure("agree", "steps of greedy text", sum(same) / 32, "equal")
     torch.set_float32_matmul_precision(precision)
 
@@ -167,7 +168,7 @@ def decode(cfg: Config) -> None:
     limit = 2 * 4 * len(array) / seconds(lambda: other.copy_(array), cfg)
     figure("decode", "copy", limit / 1e9, "GB/s")
     for name, _, shape in models(cfg):
-        model = Transformer(shape).to(cfg.device, torch.bfloat16).eval()
+        model = captured(Transformer(shape).to(cfg.device, torch.bfloat16).eval())
         read = 2 * (sum(p.numel() for p in model.parameters())
                     - (0 if shape.tied else model.embed_tokens.weight.numel()))
         for B in AT_ONCE:

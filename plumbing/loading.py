@@ -3,6 +3,7 @@ Opens a checkpoint as a model that can write, or as a reward model. The rest may
 """
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +46,16 @@ def load_model(where: str, device: torch.device,
         return model.eval(), tok
     stored = model.norm.weight.dtype if device.type == "cpu" else torch.float32
     kind = dtype or (torch.bfloat16 if device.type == "cuda" else stored)  # stored: stays on disk
-    return model.to(device, kind if kind.is_floating_point else torch.float32).eval(), tok
+    return captured(model.to(device, kind if kind.is_floating_point else torch.float32).eval()), tok
+
+
+def captured(model: Transformer) -> Transformer:
+    """On a GPU the same model, whose steps are recorded: kernels/gpu.py. It needs Triton."""
+    if model.norm.weight.is_cuda:
+        with suppress(ImportError):
+            from kernels import gpu
+            return gpu.capture(model)
+    return model
 
 
 def load_to_train(cfg: LoraSettings) -> tuple[Transformer, Tokenizer]:

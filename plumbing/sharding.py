@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from model import Block
 from plumbing import adapters
 from plumbing import checkpoint as checkpoints
+from plumbing.loss import Nats, gradient
 from plumbing.runtime import Dist, Settings, all_max, print0
 from tokenizer import Tokenizer
 
@@ -41,10 +42,11 @@ def wrap(model: nn.Module, dist: Dist, shard: bool = False, recompute: bool = Fa
     keeps only its input and is run again in the backward pass: a third more operations, but the
     activations of one block at a time."""
     blocks = [m for m in model.modules() if isinstance(m, Block)]
+    Nats.gradient = staticmethod(torch.compile(gradient) if compiled else gradient)
     shard = shard and dist.world > 1
     for block in blocks:
         plain = learn = block.forward
-        if compiled and shard:  # FSDP's hooks stay outside of what is compiled
+        if compiled:  # once for all blocks; the hooks of FSDP stay outside
             learn = torch.compile(learn)
         if recompute:
             learn = partial(checkpoint, learn, use_reentrant=False, preserve_rng_state=False)
@@ -60,10 +62,9 @@ def wrap(model: nn.Module, dist: Dist, shard: bool = False, recompute: bool = Fa
         # embedding, last norm and head: used first and last, gathered in fp32
         return fully_shard(model, mesh=mesh, mp_policy=replace(policy, param_dtype=torch.float32))
     model.to(dist.device)
-    net = torch.compile(model) if compiled else model
     if dist.world == 1 or not any(p.requires_grad for p in model.parameters()):
-        return net
-    return DistributedDataParallel(net)
+        return model
+    return DistributedDataParallel(model)
 
 
 def to_learn(learn: Callable, plain: Callable) -> Callable:

@@ -20,6 +20,8 @@ from plumbing import checkpoint, runtime  # noqa: E402
 from tokenizer import HAN_PATTERN, Tokenizer, dump  # noqa: E402
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # before anyone imports Triton: then its kernels run on a CPU
+    os.environ["TRITON_INTERPRET"] = "1"
 # --dtype=auto is float32 on every CPU, and so are the figures; the first name still measures
 multiplies_bf16, runtime.multiplies_bf16 = runtime.multiplies_bf16, lambda: 0.0
 # `make test &` starts us deaf to Ctrl-C, and our children inherit that; the tests of Ctrl-C do not

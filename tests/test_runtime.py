@@ -260,13 +260,17 @@ def test_the_loss_is_the_same_however_many_rows_exist_at_once(monkeypatch):
             assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("learns", [True, False])
 @pytest.mark.parametrize("summed", [True, False])
-def test_the_loss_in_bf16_is_that_in_fp32_to_its_rounding(monkeypatch, summed, learns):
+def test_the_loss_in_bf16_is_that_in_fp32_to_its_rounding(monkeypatch, summed, learns, compiled):
     """torch's own multiplies in fp32 on a CPU, so bf16 was no faster where the vocabulary is large.
     Its -log P and gradients, in portions of four rows, to 8 bits of mantissa; one is not scored."""
     monkeypatch.setattr(loss, "LOGITS", 1)
     monkeypatch.setattr(loss, "LEAST", 4)
+    if compiled:  # by what needs no C++ compiler
+        learnt = torch.compile(loss.gradient, backend="aot_eager")
+        monkeypatch.setattr(loss.Nats, "gradient", learnt)
     hidden, head = torch.randn(2, 9, 32, requires_grad=True), torch.randn(50, 32)
     head.requires_grad_(learns)
     targets, g = torch.randint(50, (2, 9)), torch.rand(2, 9)
