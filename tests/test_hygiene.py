@@ -83,7 +83,8 @@ def importing(code: str) -> subprocess.CompletedProcess:
 def test_importing_any_module_opens_no_socket_and_writes_no_file():
     """By Python's own audit events, torch and all other packages included. Seen to fail with a
     mkdir at the top of runtime.py."""
-    done = importing(f"import {', '.join(MODULES)}")
+    present = [name for name in MODULES if name != "kernels.gpu" or find_spec("triton")]
+    done = importing(f"import {', '.join(present)}")
     assert done.returncode == 0 and len(MODULES) > 20, done.stderr[-500:]
     for act in ("open('/tmp/x', 'w')", "import socket; socket.create_connection(('127.0.0.1', 9))",
                 "import os; os.mkdir('/tmp/x')", "import subprocess; subprocess.run(['true'])"):
