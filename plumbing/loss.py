@@ -16,14 +16,14 @@ LOGITS, LEAST = 1 << 22, 64  # that `Nats` holds at a time, and of so many rows 
 
 def token_nats(hidden: Tensor, head: Tensor, targets: Tensor, summed: bool) -> Tensor:
     """-log P of each target, (N,), or their sum; 0 for one below 0. hidden (N, C), head (V, C)."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        scored = (targets >= 0).nonzero()[:, 0]  # in SFT a tenth: prompts, padding need no logits
-        nats = Nats.apply(hidden.index_select(0, scored), head, targets[scored], summed,
-                          torch.is_grad_enabled())
-        return nats if summed else nats.new_zeros(len(targets)).index_copy(0, scored, nats)
-    return F.linear_cross_entropy(hidden, head.to(hidden.dtype), targets,
-                                  reduction="sum" if summed else "none",
-                                  options=rows_at_once(head))
+    scored = (targets >= 0).nonzero()[:, 0]  # in SFT a tenth: prompts and padding need no logits
+    x, y = hidden.index_select(0, scored), targets[scored]
+    if torch.is_autocast_enabled(x.device.type):
+        nats = Nats.apply(x, head, y, summed, torch.is_grad_enabled())
+    else:
+        nats = F.linear_cross_entropy(x, head.to(x.dtype), y, options=rows_at_once(head),
+                                      reduction="sum" if summed else "none")
+    return nats if summed else nats.new_zeros(len(targets)).index_copy(0, scored, nats)
 
 
 def rows_at_once(head: Tensor) -> nn.LinearCrossEntropyOptions:
