@@ -31,7 +31,7 @@ import regex  # comes with tiktoken, which needs it too
 import tiktoken
 
 from configurator import Count, FilePath, Natural, configure
-from plumbing.bpe import QWEN2, train_bpe
+from plumbing.bpe import QWEN2, cuts_character, train_bpe
 from plumbing.chats import ROLES, said_in
 from plumbing.corpus import Document, find_files, made_by_workers, parse, read_batches, sampled
 from plumbing.files import check_place, write_text
@@ -77,14 +77,16 @@ def count_pieces(texts: Iterable[str], pattern: str = HAN_PATTERN) -> Counter[by
 def slow_bpe(counts: Counter[bytes], n_tokens: int) -> list[bytes]:
     """BPE by the book: join the most frequent pair of neighbouring tokens into a new token, again
     and again, while there is one that occurs twice. Of equally frequent pairs it is the one of the
-    lowest ids. `train_bpe` finds the same tokens without counting everything anew for each."""
+    lowest ids. A pair that cuts a character stays apart: after 是, what begins a word must not hang
+    on it. `train_bpe` finds the same tokens without counting everything anew for each."""
     tokens = [bytes([i]) for i in range(256)]
     pieces = [(list(piece), n) for piece, n in counts.items()]  # as token ids: bytes, at first
     while len(tokens) < n_tokens:
         pairs: Counter[tuple[int, int]] = Counter()
         for ids, n in pieces:
-            for pair in zip(ids, ids[1:]):
-                pairs[pair] += n
+            for a, b in zip(ids, ids[1:]):
+                if not cuts_character(tokens[a] + tokens[b]):
+                    pairs[a, b] += n
         best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
         if best is None or pairs[best] < 2:
             break

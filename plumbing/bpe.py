@@ -15,10 +15,18 @@ QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
+def cuts_character(token: bytes) -> bool:
+    """Whether it has a part of one character beside anything of another, as 是 and the first byte
+    of what follows. A part alone cuts nothing: a longer token may make it whole."""
+    begins = any(not 128 <= byte < 192 for byte in token[1:])  # 128 to 191 continue a character
+    return begins and token.decode(errors="ignore").encode() != token
+
+
 def train_bpe(counts: Counter[bytes], n_tokens: int,
               report: Callable[[int], None] = lambda n: None) -> list[bytes]:
     """The `n_tokens` byte strings, 256 single bytes first, that BPE finds in the counted pieces;
-    fewer if no pair occurs twice any more. Of equally frequent pairs the oldest tokens win.
+    fewer if no pair occurs twice any more. Of equally frequent pairs the oldest tokens win. No pair
+    is joined that cuts a character.
 
     All pieces stand in one array of token ids, a doubly linked list from which a merge unlinks the
     right half of the pair; `places` knows where each pair starts. So a merge touches only its own
@@ -85,8 +93,11 @@ def train_bpe(counts: Counter[bytes], n_tokens: int,
     add(np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0)))
     while heap and len(tokens) < n_tokens:
         n, key = heapq.heappop(heap)
-        if -n == pair_count[key]:
-            tokens.append(tokens[key // V] + tokens[key % V])
+        joint = tokens[key // V] + tokens[key % V]
+        if cuts_character(joint):
+            del pair_count[key], places[key]
+        elif -n == pair_count[key]:
+            tokens.append(joint)
             merge(key, len(tokens) - 1)
             report(len(tokens))
         elif pair_count[key] >= 2:

@@ -43,15 +43,24 @@ def encode(piece, rank):
     return parts
 
 
+def cuts(token):
+    try:
+        return token.decode() == ""
+    except UnicodeDecodeError:
+        return regex.search(rb"(?s)^.+[\x00-\x7f\xc0-\xff]", token) is not None
+
+
 def naive_train(counts, n_tokens):
-    """Encode everything anew for each token; of equally frequent pairs take the oldest."""
+    """Encode everything anew for each token; of equally frequent pairs take the oldest. Two parts
+    of a character may meet, but a part of one meets nothing of another."""
     tokens = BYTES[:]
     while len(tokens) < n_tokens:
         rank, pairs = {token: i for i, token in enumerate(tokens)}, Counter()
         for piece, n in counts.items():
             parts = [rank[part] for part in encode(piece, rank)]
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] += n
+            for a, b in zip(parts, parts[1:]):
+                if not cuts(tokens[a] + tokens[b]):
+                    pairs[a, b] += n
         (a, b), n = min(pairs.items(), key=lambda item: (-item[1], item[0]), default=((0, 0), 0))
         if n < 2:
             break
@@ -68,12 +77,13 @@ def random_text(r, n):
 
 
 def test_trainer_agrees_with_the_naive_one():
-    """Also on runs (aaaa), where pairs overlap, and on ties."""
+    """Also on runs (aaaa), where pairs overlap, on ties, and on characters of two to four bytes
+    that begin or end alike. Seen to fail where one of the two joins 是 and half of 猫."""
     for seed in range(150):
         r, counts = random.Random(seed), Counter()
         for _ in range(r.randint(1, 8)):
-            units = [bytes(r.choices(b"aab" if seed % 2 else b"abcd", k=r.randint(1, 4)))
-                     for _ in range(3)]
+            units = ["".join(r.choices(("aab", "abcd", "是猫猪a", "é是😀😁")[seed % 4],
+                                       k=r.randint(1, 4))).encode() for _ in range(3)]
             piece = b"".join(r.choice(units) * r.randint(1, 9) for _ in range(r.randint(1, 6)))
             counts[piece] += r.choice([1, 1, 2, r.randint(1, 50)])
         n_tokens = 256 + r.randint(1, 30)
@@ -96,6 +106,7 @@ def test_every_token_is_one_that_tiktoken_makes(source):
     rank, tok = {token: i for i, token in enumerate(tokens)}, Tokenizer(dump(tokens, HAN_PATTERN))
     assert len(rank) == len(tokens) == tok.n_vocab - len(SPECIALS)
     assert all(encode(token, rank) == [token] for token in tokens)
+    assert not any(map(cuts, tokens))
     whole = [token.decode() for token in tokens if "�" not in token.decode("utf-8", "replace")]
     assert len(whole) > 128 and all(len(regex.findall(HAN_PATTERN, text)) == 1 for text in whole)
     for text in [t[:2000] for t in texts] + [random_text(r, 40) for _ in range(200)]:
