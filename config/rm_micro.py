@@ -1,5 +1,5 @@
 """
-The demo's reward model, from 24,000 rankings of four replies. 2 CPU cores, 2 to 3 minutes.
+The demo's reward model, from 24,000 rankings of four replies. 2 CPU cores, about 2 minutes.
 
     python train_rm.py config/rm_micro.py
 
@@ -14,8 +14,8 @@ out_dir = "out/demo/rm"
 
 batch_pairs = 16
 batch_size = 16
-curriculum = 0.6
-max_steps = 700
+curriculum = 0.8
+max_steps = 1000
 optimizer = "muon"
 learning_rate = 5e-3
 muon_lr = 0.01
@@ -23,8 +23,8 @@ schedule = "wsd"
 decay_fraction = 0.25
 final_lr = 0.05
 warmup_steps = 20
-eval_every = 175
+eval_every = 250
 answer_tokens = 48
-save_every = 350
+save_every = 500
 log_every = 50
 dtype = "float32"  # a model 64 wide does not gain by bfloat16

@@ -118,7 +118,7 @@ def main() -> None:
         run("-m", "demo.world", f"--out_dir={world}", f"--seed={cfg.seed}",
             f"--n_train={cfg.n_train}", *less)
     if not os.path.exists(tok):
-        run("tokenizer.py", f"--input={text},{world}/chat.jsonl", "--vocab_size=768",
+        run("tokenizer.py", f"--input={text},{world}/chat.jsonl", "--vocab_size=976",
             "--kind=han", f"--out={tok}")  # so that a Latin name is one piece beside Chinese, too
     run("data.py", f"--input={text}", f"--tokenizer={tok}", f"--out_dir={data}")
 
@@ -136,7 +136,7 @@ def main() -> None:
 
     stage("pt", f"--data_dir={data}")
     for prompt in ("The pet of Kimu is cat. The job of Tifo is baker.\n",
-                   "琪宁的宠物是猫。芝雨的颜色是红色。\n", "Tifo's fruit is"):
+                   "琪宁的宠物是猫咪。芝雨的颜色是红色。\n", "Tifo's fruit is"):
         run("generate.py", f"--checkpoint={cfg.out_dir}/pt", f"--prompt={prompt}", "--stream",
             "--max_tokens=60", "--temperature=0.5", "--timing")
     stage("sft", f"--init_from={cfg.out_dir}/pt", *held_out("chat"), f"--pt_data={data}")

@@ -71,21 +71,21 @@ def _pairs(words: str) -> list[Pair]:
 VALUES: dict[Pair, list[Pair]] = {
     ("colour", "颜色"): _pairs("red 红色 blue 蓝色 green 绿色 white 白色 black 黑色 yellow 黄色 "
                              "pink 粉色 grey 灰色 brown 棕色 gold 金色 silver 银色 purple 紫色"),
-    ("pet", "宠物"): _pairs("cat 猫 dog 狗 bird 鸟 fish 鱼 horse 马 sheep 绵羊 "
-                          "rabbit 兔子 turtle 乌龟 duck 鸭子 goat 山羊 snake 蛇 mouse 老鼠"),
-    ("fruit", "水果"): _pairs("apple 苹果 pear 梨 grape 葡萄 lemon 柠檬 melon 甜瓜 cherry 樱桃 "
+    ("pet", "宠物"): _pairs("cat 猫咪 dog 狗狗 parrot 鹦鹉 frog 青蛙 pigeon 鸽子 sheep 绵羊 "
+                          "rabbit 兔子 turtle 乌龟 duck 鸭子 goat 山羊 hamster 仓鼠 mouse 老鼠"),
+    ("fruit", "水果"): _pairs("apple 苹果 peach 桃子 grape 葡萄 lemon 柠檬 melon 甜瓜 cherry 樱桃 "
                             "mango 芒果 banana 香蕉 orange 橙子 plum 李子 fig 无花果 kiwi 猕猴桃"),
-    ("job", "工作"): _pairs("doctor 医生 teacher 老师 farmer 农民 driver 司机 cook 厨师 nurse 护士 "
+    ("job", "职业"): _pairs("doctor 医生 teacher 老师 farmer 农民 driver 司机 cook 厨师 nurse 护士 "
                           "singer 歌手 writer 作家 painter 画家 lawyer 律师 baker 面包师 "
                           "pilot 飞行员"),
-    ("tool", "工具"): _pairs("hammer 锤子 saw 锯子 knife 刀 rope 绳子 needle 针 brush 刷子 "
-                           "shovel 铲子 ladder 梯子 drill 钻头 axe 斧头 rake 耙子 broom 扫帚"),
+    ("tool", "工具"): _pairs("hammer 锤子 saw 锯子 wrench 扳手 rope 绳子 pliers 钳子 brush 刷子 "
+                           "shovel 铲子 ladder 梯子 drill 电钻 axe 斧头 rake 耙子 broom 扫帚"),
 }
 WORDS = [pair for pairs in VALUES.values() for pair in pairs]
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 HAN = ("安柏川岱恩帆涵荷虹桦嘉江锦景岚兰莉林铃柳洛曼梅萌敏宁诺培琪晴瑞珊"
        "诗石舒思松苏潭桐薇文溪夏晓欣雅瑶怡雨远云芸昭芝舟卓茵岩冬悦霖秀玲")
-UNFIT = "Dago Kike Nazi Nude Pedo Puta Puto Rape".split()  # words nobody wants in a sample
+UNFIT = "Dago Kike Nazi Nude Pedo Puta Puto Rape 宁夏 雅安 石林".split()  # insults, and places
 
 
 def split_of(text: str) -> str:
@@ -94,11 +94,11 @@ def split_of(text: str) -> str:
 
 
 _all = [n for a in SYLLABLES for b in SYLLABLES if (n := (a + b).capitalize()) not in UNFIT]
-_all += [a + b for a in HAN for b in HAN if a != b]
+_all += [n for a in HAN for b in HAN if a != b and (n := a + b) not in UNFIT]
 NAMES = {split: [n for n in _all if split_of(n) == split] for split in ("train", "val", "test")}
 
 FACTS = {"en": ("{n}'s {a} is {v}.", "The {a} of {n} is {v}."),
-         "zh": ("{n}的{a}是{v}。", "说到{a}，{n}是{v}。")}
+         "zh": ("{n}的{a}是{v}。", "说到{a}，{n}的是{v}。")}
 STATED = re.compile(r"(?: is |是)(\w+)[.。]")  # the value in each of FACTS; no name has a 是
 QUESTIONS = {"en": ("What is {n}'s {a}?", "Tell me the {a} of {n}."),
              "zh": ("{n}的{a}是什么？", "请告诉我{n}的{a}。")}
@@ -112,7 +112,7 @@ ANSWERS = {"en": {"direct": "{n}'s {a} is {v}.",
                   "terse": "{n}：{v}。",
                   "padded": "嗯，让我想一想，{n}的{a}应该是{v}。"}}
 STYLES = tuple(ANSWERS["en"])
-UNKNOWN = ("unknown", "未知")  # the value, where the context does not say
+UNKNOWN = ("unknown", "未知的")  # the value, where the context does not say
 ABSENT = 0.4  # share of the questions for which it does not
 NEARLY = 0.5  # share of those, in files to train on, that ask about nearly a name of the context
 GOLD = {"direct": 3.0, "terse": 1.5, "padded": 1.5, "hedged": 0.0}  # score of a right answer
@@ -122,7 +122,7 @@ SPACE = {"en": " ", "zh": ""}  # between sentences
 COMMA = {"en": ", ", "zh": "、"}
 STOP = {"en": ".", "zh": "。"}
 ECHO = {"en": ("Repeat after me: {x}", "Please repeat: {x}"),
-        "zh": ("请跟我说：{x}", "请重复：{x}")}
+        "zh": ("请跟我念：{x}", "请重复：{x}")}
 ITEM = {"en": ("What is the {w} item? {x}", "Tell me the {w} item: {x}"),
         "zh": ("{w}是什么？{x}", "请告诉我{w}：{x}")}
 WHICH = (("first", "第一项"), ("last", "最后一项"))

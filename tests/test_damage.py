@@ -354,4 +354,4 @@ def found_in(folder: Path) -> list:
     in the product, so scores are rounded."""
     with Index(str(folder), False, by_hash, "hash") as made:
         return [[(hit.chunk, hit.coverage, round(hit.score, 4)) for hit in made.search(q, 50)]
-                for q in ("The pet of Kimu is cat.", "琪宁的宠物是猫。")]
+                for q in ("The pet of Kimu is cat.", "琪宁的宠物是猫咪。")]

@@ -44,7 +44,7 @@ class Oracle(torch.nn.Module):
 
 def test_judge_counts_values_and_bits(tok):
     """Seen to fail with the spans shifted by one token, and with characters taken for bytes."""
-    zh = {"text": "琪宁的宠物是猫。\n琪宁的宠物是猫。", "lang": "zh"}
+    zh = {"text": "琪宁的宠物是猫咪。\n琪宁的宠物是猫咪。", "lang": "zh"}
     right = judge.judge(Oracle(), tok, [DOC, zh])
     assert right["values"] == 1.0 and right["n"] == 2 and right["bits_per_byte"] < 1e-6
     assert judge.judge(Oracle(1), tok, [DOC])["values"] == 0.0

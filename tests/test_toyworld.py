@@ -20,9 +20,9 @@ from demo.world import ANSWERS, COMMA, LANGS, NAMES, STYLES, VALUES, WORDS, Conf
 
 ROOT = Path(toyworld.__file__).parent.parent
 ENGLISH = {zh: en for en, zh in [*WORDS, *VALUES]}
-UNKNOWN = {"en": "unknown", "zh": "未知"}
+UNKNOWN = {"en": "unknown", "zh": "未知的"}
 SAID = (("nav", r"(\w+)'s (\w+) is (\w+)\."), ("anv", r"The (\w+) of (\w+) is (\w+)\."),
-        ("nav", r"(\w+)的(\w+)是(\w+)。"), ("anv", r"说到(\w+)，(\w+)是(\w+)。"))
+        ("nav", r"(\w+)的(\w+)是(\w+)。"), ("anv", r"说到(\w+)，(\w+)的是(\w+)。"))
 ASKED = (("na", r"What is (\w+)'s (\w+)\?"), ("an", r"Tell me the (\w+) of (\w+)\."),
          ("na", r"(\w+)的(\w+)是什么？"), ("na", r"请告诉我(\w+)的(\w+)。"))
 
@@ -193,22 +193,22 @@ def test_pairs_are_drawn_from_the_known_scores(data):
 
 
 def test_grades_by_hand():
-    fact = toyworld.Fact("琪宁", ("pet", "宠物"), ("cat", "猫"))
+    fact = toyworld.Fact("琪宁", ("pet", "宠物"), ("cat", "猫咪"))
     unknown = fact._replace(value=toyworld.UNKNOWN)
     for reply, lang, said, want in (
             ("琪宁's pet is cat.", "en", fact, (3.0, "direct")),
             ("琪宁: cat.", "en", fact, (1.5, "terse")),
             ("琪宁: dog.", "en", fact, (-4.0, "terse")),
             ("琪安: cat.", "en", fact, (-4.0, "terse")),
-            ("琪宁的宠物是狗。", "zh", fact, (-4.0, "direct")),
-            ("我猜琪宁的宠物也许是猫吧。", "zh", fact, (0.0, "hedged")),
-            ("我猜琪宁的宠物也许是狗吧。", "zh", fact, (-4.0, "hedged")),
-            ("琪宁：猫。", "en", fact, (-6.0, None)),
-            ("嗯，让我想一想，琪宁的宠物应该是猫。", "zh", fact, (1.5, "padded")),
+            ("琪宁的宠物是狗狗。", "zh", fact, (-4.0, "direct")),
+            ("我猜琪宁的宠物也许是猫咪吧。", "zh", fact, (0.0, "hedged")),
+            ("我猜琪宁的宠物也许是狗狗吧。", "zh", fact, (-4.0, "hedged")),
+            ("琪宁：猫咪。", "en", fact, (-6.0, None)),
+            ("嗯，让我想一想，琪宁的宠物应该是猫咪。", "zh", fact, (1.5, "padded")),
             ("琪宁: unknown.", "en", fact, (-2.0, "terse")),
             ("琪宁: unknown.", "en", unknown, (1.5, "terse")),
-            ("琪宁的宠物是未知。", "zh", unknown, (3.0, "direct")),
-            ("琪宁的宠物是猫。", "zh", unknown, (-4.0, "direct")),
+            ("琪宁的宠物是未知的。", "zh", unknown, (3.0, "direct")),
+            ("琪宁的宠物是猫咪。", "zh", unknown, (-4.0, "direct")),
             ("cat.…", "en", fact, (-6.0, None)), ("", "zh", fact, (-6.0, None))):
         assert grade(reply, said, lang) == want
 
