@@ -1,14 +1,16 @@
 """
 A model that writes on a GPU: a step, which reads one token of each text, is one CUDA graph.
 
-    model = capture(model)               # a Transformer on a GPU, in any type
+    model = capture(model)               # a Transformer on a GPU, in fp32 or bf16
     generate(model, prompts, 100)        # as with any model
 
 To write one token all weights are read once, so the memory's speed is the limit, and what stands in
 its way are the starts of kernels: a layer of model.py has 30. Here it has five, in Triton, which
-comes with torch for CUDA; several texts need products of matrices, which are torch's. They are
-recorded once for each cache, and a step starts the record. Prompts go through model.py.
+comes with torch for CUDA; several texts need products of matrices, which are torch's. The kernels
+of a step are recorded once for each cache; then a step replays them. Prompts go through model.py.
 """
+from threading import Lock
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,8 @@ from model import Attention, KVCache, Transformer, rope_table
 
 AT_ONCE = 16_384  # weights that a program multiplies
 KEYS = 64  # that a head compares at once
-STEPS = 8  # that are kept
+STEPS = 16  # recordings that a model keeps
+LOCK = Lock()  # a process makes one recording at a time
 
 
 @triton.jit
@@ -57,14 +60,14 @@ def attend(qkv, q_gain, k_gain, cos, sin, keys, values, y, last, pad, row_stride
            COLS: tl.constexpr, KEYS: tl.constexpr, EARLY: tl.constexpr):
     """Attention of one query head of one text: keys and values of the new token, which qkv (B,
     HEADS + 2 HEADS / GROUP, D) has, go into the cache at `last`; then it sees all from `pad` on."""
-    b, h = tl.program_id(0), tl.program_id(1)
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, d = h // GROUP, tl.arange(0, COLS)
     other, inside = (d + D // 2) % D, d < D  # RoPE turns these two
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     end, start = tl.load(last), tl.load(pad + b)
-    angle = (end - start) * D + d
+    angle = tl.maximum(end - start, 0) * D + d  # padding has no position
     turn, cross = tl.load(cos + angle, inside, 0.0), tl.load(sin + angle, inside, 0.0)
     mine = qkv + b * (HEADS + 2 * (HEADS // GROUP)) * D
     q = tl.load(mine + h * D + d, inside, 0.0).to(tl.float32)
@@ -97,7 +100,10 @@ def attend(qkv, q_gain, k_gain, cos, sin, keys, values, y, last, pad, row_stride
 
 
 def capture(model: Transformer) -> Transformer:
-    """The same model, whose steps are recorded."""
+    """The same model, whose steps are recorded. Raises what Triton raises where it cannot compile:
+    it needs a C compiler."""
+    one = torch.ones(1, 1, device=model.norm.weight.device)
+    matvec[1,](one, one, one, one, one.clone(), 1, 1, 0.0, False, False, False, False, 1, 1, False)
     model.__class__ = Captured
     model.prepare()  # type: ignore[operator]
     return model
@@ -116,18 +122,23 @@ class Captured(Transformer):
 
     def forward(self, idx: Tensor, cache: KVCache | None = None, hidden: bool = False,
                 segments: Tensor | None = None) -> Tensor:
-        """As Transformer.forward."""
-        if cache is None or idx.size(1) > 1 or torch.is_grad_enabled() or (
+        """As Transformer.forward. A prompt's end that fills its cache is not worth a recording."""
+        if cache is None or idx.size(1) != 1 or torch.is_grad_enabled() or (
                 torch.is_autocast_enabled(idx.device.type)
-                or cache.length >= self.config.max_seq_len):
+                or cache.length + 1 >= min(cache.max_len, self.config.max_seq_len)):
             return super().forward(idx, cache, hidden, segments)
         cache.check_room(*idx.shape)
-        where = (cache.kv.data_ptr(), cache.kv.shape, cache.kv.stride())
-        if where not in self.steps:
-            for oldest in list(self.steps)[:1 - STEPS]:
-                del self.steps[oldest]
-            self.steps[where] = Step(self, idx, cache)
-        state = self.steps[where].run(idx, cache)
+        kv = cache.kv
+        key = (kv.data_ptr(), kv.shape, kv.stride(), kv.dtype)
+        with LOCK:
+            if key not in self.steps:
+                # a new step takes over the stream of the oldest, for with its graph torch frees
+                # what products on that stream have worked in
+                full = len(self.steps) >= STEPS
+                stream = self.steps.pop(next(iter(self.steps))).stream if full else None
+                self.steps[key] = Step(self, idx, cache, stream)
+            step = self.steps[key] = self.steps.pop(key)  # now the newest
+            state = step.run(self, idx, cache)
         cache.length += 1
         return state if hidden else self.lm_head(state)
 
@@ -145,85 +156,90 @@ def together(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 
 class Step:
-    """What a captured model does with one token of each text in a cache."""
+    """What a captured model does with one token of each text in a cache. It holds neither of them:
+    another cache may lie in the same place later, and is served as well."""
 
-    def __init__(self, model: Captured, idx: Tensor, cache: KVCache):
-        self.model, self.kv, self.B, place = model, cache.kv, len(idx), idx.device
+    def __init__(self, model: Captured, idx: Tensor, cache: KVCache,
+                 stream: "torch.cuda.Stream | None"):
+        self.B, place = len(idx), idx.device
         with torch.inference_mode(False), torch.no_grad():  # else they could not be written outside
             self.idx = torch.zeros(self.B, dtype=torch.long, device=place)
             self.last = torch.zeros(1, dtype=torch.int32, device=place)
             self.pad = torch.zeros(self.B, dtype=torch.int32, device=place)
-            self.state = torch.empty(0)
+            self.stream, self.state = stream, torch.empty(0)
             self.tell(idx, cache)
             if place.type == "cuda":  # it compiles, then records
-                aside = torch.cuda.Stream()
-                aside.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(aside):
-                    self.read()
-                torch.cuda.current_stream().wait_stream(aside)
+                self.stream = stream = stream or torch.cuda.Stream(place)
+                stream.wait_stream(torch.cuda.current_stream(place))
+                with torch.cuda.stream(stream):
+                    self.read(model, cache.kv)
+                torch.cuda.current_stream(place).wait_stream(stream)
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                    self.read()
+                with torch.cuda.graph(self.graph, stream=stream,
+                                      capture_error_mode="thread_local"):
+                    self.read(model, cache.kv)
 
     def tell(self, idx: Tensor, cache: KVCache) -> None:
         self.idx.copy_(idx[:, 0])
         self.last.fill_(cache.length)
         self.pad.copy_(cache.pad)
 
-    def run(self, idx: Tensor, cache: KVCache) -> Tensor:
+    def run(self, model: Captured, idx: Tensor, cache: KVCache) -> Tensor:
         """The state of each text, (B, 1, C), after its token of idx (B, 1)."""
         self.tell(idx, cache)
-        if self.kv.is_cuda:
+        if idx.is_cuda:
             self.graph.replay()
         else:
-            self.read()
-        return self.state[:, None]
+            self.read(model, cache.kv)
+        return self.state[:, None].clone()  # the next step writes there
 
-    def read(self) -> None:
-        c, norm = self.model.config, self.model.norm
-        x = self.model.embed_tokens(self.idx)  # (B, C); of one text in fp32, as its sum is kept
+    def read(self, model: Captured, cached: Tensor) -> None:
+        c = model.config
+        x = model.embed_tokens(self.idx)  # (B, C); of one text in fp32, as its sum is kept
         x, kind = x.float() if self.B == 1 else x, x.dtype
-        for block, kv, ((qkv, bias), (gate_up, _)) in zip(self.model.layers, self.kv,
-                                                          self.model.fused):
+        for block, kv, ((qkv, bias), (gate_up, _)) in zip(model.layers, cached, model.fused):
             attn, mlp = block.self_attn, block.mlp
             first, second = block.input_layernorm, block.post_attention_layernorm
             y = x.new_empty(self.B, c.n_head * c.head_dim, dtype=kind)
             if self.B == 1:
-                self.attend(attn, self.times(qkv, x, first.weight, bias), kv, y)
+                self.attend(model, attn, self.times(qkv, x, first, bias), kv, y)
                 self.times(attn.o_proj.weight, y, into=x)
-                h = self.times(gate_up, x, second.weight, gated=True)
+                h = self.times(gate_up, x, second, gated=True)
                 self.times(mlp.down_proj.weight, h, into=x)
             else:
-                self.attend(attn, F.linear(first(x), qkv, bias), kv, y)
+                self.attend(model, attn, F.linear(first(x), qkv, bias), kv, y)
                 x = torch.addmm(x, y, attn.o_proj.weight.t())
                 gate, up = F.linear(second(x), gate_up).chunk(2, -1)
                 x = torch.addmm(x, F.silu(gate) * up, mlp.down_proj.weight.t())
-        self.state = norm(x.to(kind))
+        self.state = model.norm(x.to(kind))
 
-    def times(self, W: Tensor, x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None,
-              gated: bool = False, into: Tensor | None = None) -> Tensor:
+    def times(self, W: Tensor, x: Tensor, norm: nn.RMSNorm | None = None,
+              bias: Tensor | None = None, gated: bool = False,
+              into: Tensor | None = None) -> Tensor:
         """W n of one text, see `matvec`."""
         N, K = len(W) // (1 + gated), W.size(1)
         y = x.new_empty(1, N, dtype=torch.float32) if into is None else into
         cols = triton.next_power_of_2(K)
         rows = max(1, AT_ONCE // cols // (1 + gated))
         matvec[triton.cdiv(N, rows),](
-            W, x, x if gain is None else gain, x if bias is None else bias, y, N, K,
-            self.model.config.norm_eps, gain is not None, gated, bias is not None,
-            into is not None, rows, cols, **early(x))
+            W, x, norm.weight if norm else x, x if bias is None else bias, y, N, K,
+            norm.eps if norm else 0.0, norm is not None, gated, bias is not None,
+            into is not None, rows, cols, **may_overlap(x))
         return y
 
-    def attend(self, attn: Attention, qkv: Tensor, kv: Tensor, y: Tensor) -> None:
+    def attend(self, model: Captured, attn: Attention, qkv: Tensor, kv: Tensor,
+               y: Tensor) -> None:
         """Attention of all heads of all texts: y (B, n_head D)."""
-        c, D = self.model.config, attn.head_dim
+        c, D = model.config, attn.head_dim
         gains = [getattr(norm, "weight", qkv) for norm in (attn.q_norm, attn.k_norm)]
         attend[self.B, c.n_head](
-            qkv, *gains, *self.model.rope, kv[0], kv[1], y, self.last, self.pad, kv.stride(1),
+            qkv, *gains, *model.rope, kv[0], kv[1], y, self.last, self.pad, kv.stride(1),
             kv.stride(2), c.n_head // c.n_kv_head, c.n_head, c.norm_eps, D ** -0.5,
-            c.qk_norm, D, triton.next_power_of_2(D), KEYS, **early(qkv))
+            c.qk_norm, D, triton.next_power_of_2(D), KEYS, **may_overlap(qkv))
 
 
-def early(x: Tensor) -> dict[str, bool]:
-    """Whether a kernel may start before the last one has ended: from Hopper on."""
-    yes = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+def may_overlap(x: Tensor) -> dict[str, bool]:
+    """Whether a kernel may start before the last one has ended: from NVIDIA's Hopper on."""
+    yes = x.is_cuda and torch.version.cuda is not None and (
+        torch.cuda.get_device_capability(x.device) >= (9, 0))
     return {"EARLY": yes} | ({"launch_pdl": True} if yes else {})

@@ -3,7 +3,6 @@ Opens a checkpoint as a model that can write, or as a reward model. The rest may
 """
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -50,11 +49,13 @@ def load_model(where: str, device: torch.device,
 
 
 def captured(model: Transformer) -> Transformer:
-    """On a GPU the same model, whose steps are recorded: kernels/gpu.py. It needs Triton."""
+    """On a GPU the same model, whose steps are recorded, if Triton and a C compiler are there."""
     if model.norm.weight.is_cuda:
-        with suppress(ImportError):
+        try:
             from kernels import gpu
             return gpu.capture(model)
+        except Exception as error:
+            say(f"written without kernels/gpu.py, which is slower: {str(error)[:200]}")
     return model
 
 

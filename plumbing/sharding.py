@@ -42,7 +42,8 @@ def wrap(model: nn.Module, dist: Dist, shard: bool = False, recompute: bool = Fa
     keeps only its input and is run again in the backward pass: a third more operations, but the
     activations of one block at a time."""
     blocks = [m for m in model.modules() if isinstance(m, Block)]
-    Nats.gradient = staticmethod(torch.compile(gradient) if compiled else gradient)
+    if any(p.requires_grad for p in model.parameters()):
+        Nats.gradient = staticmethod(torch.compile(gradient) if compiled else gradient)
     shard = shard and dist.world > 1
     for block in blocks:
         plain = learn = block.forward

@@ -7,6 +7,7 @@ import torch
 
 from generate import generate, sample
 from model import KVCache, ModelConfig, Transformer
+from plumbing import loss
 from serving.batching import Batch, Text
 
 pytest.importorskip("triton", reason="pip install -e '.[gpu]' for the kernels of a GPU")
@@ -45,8 +46,12 @@ def test_a_step_gives_the_logits_of_the_model(name, pads):
     RoPE's second half, with the first key left out, and with `pad` ignored."""
     (plain, fast), B = pair(SHAPES[name]), len(pads)
     ids = torch.randint(101, (B, 80), device=PLACE)
-    caches = [KVCache(plain.config, B, 80, pads, PLACE) for _ in range(2)]
-    assert torch.equal(*(m(ids[:, :70], c) for m, c in zip((plain, fast), caches)))
+    caches = [KVCache(plain.config, B, 81, pads, PLACE) for _ in range(2)]
+    for t in range(5):  # in the padding, too
+        want, got = (m(ids[:, t:t + 1], c) for m, c in zip((plain, fast), caches))
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    for m, cache in zip((plain, fast), caches):
+        m(ids[:, 5:70], cache)
     for t in range(70, 80):
         want, got = (m(ids[:, t:t + 1], c) for m, c in zip((plain, fast), caches))
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
@@ -115,10 +120,17 @@ def test_no_weight_is_held_twice_and_none_is_changed():
 def test_steps_that_no_longer_fit_are_refused_and_old_ones_forgotten():
     _, fast = pair()
     token = torch.ones(1, 1, dtype=torch.long, device=PLACE)
-    for room in range(2, 4 + gpu.STEPS):
+    used, states = KVCache(QWEN3, 1, 90, None, PLACE), []
+    for room in range(3, 4 + gpu.STEPS):
+        states.append(fast(token, used, hidden=True))
         cache = KVCache(QWEN3, 1, room, None, PLACE)
         fast(token, cache)
         assert len(fast.steps) <= gpu.STEPS
+    assert used.kv.data_ptr() in {where for where, *_ in fast.steps}  # the least used goes, not it
+    assert not torch.equal(states[0], states[1])  # a step leaves the states of the last one alone
+    before = len(fast.steps)
+    fast(token, KVCache(QWEN3, 1, 1, None, PLACE))  # the end of a prompt, after which nothing comes
+    assert len(fast.steps) == before
     cache.length = cache.max_len
     with pytest.raises(ValueError, match="more do not fit"):
         fast(token, cache)
@@ -128,3 +140,16 @@ def test_steps_that_no_longer_fit_are_refused_and_old_ones_forgotten():
     cache.length = 96
     with pytest.raises(ValueError, match="the model reads 96 tokens at most"):
         fast(token, cache)
+
+
+@pytest.mark.skipif(PLACE == "cpu", reason="adds in fp32 within a product, which a CPU cannot")
+def test_the_compiled_loss_on_a_gpu_is_that_in_fp32_to_its_rounding(monkeypatch):
+    monkeypatch.setattr(loss.Nats, "gradient", torch.compile(loss.gradient))
+    hidden, head = (torch.randn(n, 64, device=PLACE, requires_grad=True) for n in (300, 1000))
+    targets, found = torch.randint(1000, (300,), device=PLACE), []
+    for low in (True, False):
+        with torch.autocast(PLACE, torch.bfloat16, low):
+            nats = loss.token_nats(hidden, head, targets, True)
+        found.append([nats.detach(), *torch.autograd.grad(nats, (hidden, head))])
+    for low, exact in zip(*found):
+        assert (low - exact).norm() < 0.02 * exact.norm()
