@@ -9,7 +9,8 @@ A pre-training document states K facts about K names and, on a second line, rest
 who knows this program knows exactly how surprising its text is:
 
     -log2 P(text) =  1 + 1 + log2 #K                              language, form, how many facts
-                  +  sum over i < K of  log2(N - i) + log2 5 + log2 |values of attribute i|
+                  +  sum over i < K of  log2(N - i) + log2 |values of attribute i|
+                  -  log2( (1 - a) / 5^K  +  a [all attributes equal] / 5 )
                   -  log2( (1 - e) / (4 K!)  +  e [second half == first half] )
 
 N is the number of names. They are drawn in order, none twice; attributes and values may coincide. A
@@ -113,6 +114,7 @@ ANSWERS = {"en": {"direct": "{n}'s {a} is {v}.",
                   "padded": "嗯，让我想一想，{n}的{a}应该是{v}。"}}
 STYLES = tuple(ANSWERS["en"])
 UNKNOWN = ("unknown", "未知的")  # the value, where the context does not say
+ALIKE = 0.5  # share of the texts whose facts have one attribute: only names tell them apart
 ABSENT = 0.4  # share of the questions for which it does not
 NEARLY = 0.5  # share of those, in files to train on, that ask about nearly a name of the context
 GOLD = {"direct": 3.0, "terse": 1.5, "padded": 1.5, "hedged": 0.0}  # score of a right answer
@@ -140,6 +142,8 @@ class Fact(NamedTuple):
 def facts(r: Random, split: str, k: int) -> list[Fact]:
     """k facts about k different names of a split, good for one document."""
     attributes = [r.choice(list(VALUES)) for _ in range(k)]
+    if r.random() < ALIKE:
+        attributes = attributes[:1] * k
     return [Fact(n, a, r.choice(VALUES[a])) for n, a in zip(r.sample(NAMES[split], k), attributes)]
 
 
@@ -168,7 +172,9 @@ def pt_document(r: Random, split: str, min_facts: int, max_facts: int, exact_rep
     if r.random() >= exact_repeat:
         second = _half(r.sample(fs, len(fs)), r.choice(LANGS), r.choice((0, 1)))
     bits = 2 + log2(max_facts - min_facts + 1) + name_bits(len(fs), len(NAMES[split]))
-    bits += sum(log2(len(VALUES)) + log2(len(VALUES[f.attribute])) for f in fs)
+    bits += sum(log2(len(VALUES[f.attribute])) for f in fs)
+    alike = len({f.attribute for f in fs}) == 1
+    bits -= log2((1 - ALIKE) / len(VALUES)**len(fs) + ALIKE * alike / len(VALUES))
     fresh = (1 - exact_repeat) / (4 * factorial(len(fs)))
     bits -= log2(fresh + exact_repeat * (second == first))
     return {"text": first + "\n" + second, "lang": lang, "bits": bits}

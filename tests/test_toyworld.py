@@ -60,6 +60,7 @@ class OnePath:
 
     def __init__(self, taken, todo, repeat):
         self.taken, self.todo, self.repeat, self.at, self.p = taken, todo, repeat, 0, 1.0
+        self.draws = 0
 
     def choice(self, options, chances=None):
         if self.at == len(self.taken):
@@ -73,7 +74,10 @@ class OnePath:
         return list(self.choice(list(permutations(items, k))))
 
     def random(self):
-        return self.choice([0.0, 0.999999], [self.repeat, 1 - self.repeat])
+        """First whether all attributes are alike, then whether the second half is a repeat."""
+        self.draws += 1
+        p = toyworld.ALIKE if self.draws == 1 else self.repeat
+        return self.choice([0.0, 0.999999], [p, 1 - p])
 
 
 @pytest.mark.parametrize("repeat", [0.0, 0.3, 1.0])
