@@ -16,17 +16,15 @@ who knows this program knows exactly how surprising its text is:
 N is the number of names. They are drawn in order, none twice; attributes and values may coincide. A
 form is drawn for each half, not for each fact. The second half is an exact repeat with probability
 e (0 in held-out files), else it has a random order (K!) and either language and form (4), and may
-be a repeat by chance. The text gives all of this away. Where a document ends is no surprise.
+be a repeat by chance. The text gives all of this away; that it ends is no surprise.
 
 The sum over a file, divided by its UTF-8 bytes, is its floor: a model that has not seen the file
-undercuts the sum by b bits with probability at most 2^-b (Markov's inequality); the sum of one
-language alone by a bit more a document, if it always expects that language. A model cannot tell the
-test names from the others and pays log2 of all names for each: `pt_heldout_all_names`.
+undercuts the sum by b bits with probability at most 2^-b (Markov's inequality). A model cannot tell
+the test names from the others and pays log2 of all names for each: `pt_heldout_all_names`.
 
 A reply names what it is about before it gives the value, as a restated fact does. Where the context
 does not say, the value is "unknown", in any style. Of two replies the one whose known score is d
-more is preferred with probability sigmoid(d). So the Bradley-Terry model is right, and we know
-which differences of scores a reward model should find, and the best it can do.
+more is preferred with probability sigmoid(d). So Bradley-Terry is right, and its best loss known.
 """
 import json
 import os
@@ -142,8 +140,7 @@ class Fact(NamedTuple):
 def facts(r: Random, split: str, k: int) -> list[Fact]:
     """k facts about k different names of a split, good for one document."""
     attributes = [r.choice(list(VALUES)) for _ in range(k)]
-    if r.random() < ALIKE:
-        attributes = attributes[:1] * k
+    attributes = attributes[:1] * k if r.random() < ALIKE else attributes
     return [Fact(n, a, r.choice(VALUES[a])) for n, a in zip(r.sample(NAMES[split], k), attributes)]
 
 
@@ -302,8 +299,7 @@ def pair(r: Random, split: str, max_facts: int) -> dict:
         while GOLD[styles[0]] == GOLD[styles[1]]:
             styles = r.sample(STYLES, 2)
     else:
-        styles = [r.choice(STYLES), r.choice(STYLES)]
-        other = wrong(r, about, shy=True)
+        styles, other = [r.choice(STYLES), r.choice(STYLES)], wrong(r, about, shy=True)
     both = [(answer(fact, lang, style), score(fact, about, style))
             for fact, style in zip((one, other), styles)]
     r.shuffle(both)
@@ -327,8 +323,7 @@ def ranking(r: Random, split: str, max_facts: int) -> dict:
 
 
 def floors(docs: list[dict], split: str, n_names: int) -> dict[str, float]:
-    """Floor in bits per UTF-8 byte, {"en", "zh", "all"}, of documents made from a split's names,
-    for a reader who knows that a name is one of n_names."""
+    """Floor of a split's documents, bits per UTF-8 byte, {"en", "zh", "all"}, of n_names names."""
     bits, size = Counter(), Counter()
     for doc in docs:
         k = len(restated_values(doc["text"]))
