@@ -17,7 +17,6 @@ n_embd = 768
 n_hidden = 2048
 max_seq_len = 1024
 batch_tokens = 524_288
-batch_size = 32
 max_steps = 19_000
 optimizer = "muon"
 learning_rate = 3e-3

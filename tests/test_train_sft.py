@@ -139,8 +139,8 @@ def test_ten_chats_are_learnt_by_heart(tiny, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(open(tiny.chat, encoding="utf-8").readlines()[:10]), encoding="utf-8")
     train_sft.train(config(tiny, tmp_path / "run", data=str(few), val_data=str(few), max_steps=120,
-                           max_len=200, batch_tokens=1600, learning_rate=1e-2, eval_every=120,
-                           save_every=120, eval_answers=10, answer_tokens=56), ALONE)
+                           max_len=200, batch_tokens=1200, learning_rate=1e-2, eval_every=120,
+                           save_every=120, eval_answers=10, answer_tokens=72), ALONE)
     out = capsys.readouterr().out
     for lang in ("en", "zh"):
         assert f"answers at step 120 | {lang} exact 100.0%, stops 100.0%" in out
@@ -188,7 +188,7 @@ def test_density_of_packing_is_printed(tiny, tmp_path, capsys):
     splits = load_examples(tiny.chat, "chat", tiny.tok, 128, str(tmp_path / "again"), 0.2)
     packed = Packed(splits["train"], 128, 0)
     full = splits["train"].lengths().sum() / len(packed.bins) / 128
-    assert f"{full:.0%} full" in out and full > 0.8
+    assert f"{full:.0%} full" in out and full > 0.75
 
 
 @pytest.mark.parametrize("change, message", [
