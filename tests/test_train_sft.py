@@ -139,7 +139,7 @@ def test_ten_chats_are_learnt_by_heart(tiny, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(open(tiny.chat, encoding="utf-8").readlines()[:10]), encoding="utf-8")
     train_sft.train(config(tiny, tmp_path / "run", data=str(few), val_data=str(few), max_steps=120,
-                           max_len=200, batch_tokens=1200, learning_rate=1e-2, eval_every=120,
+                           max_len=200, batch_tokens=1600, learning_rate=1e-2, eval_every=120,
                            save_every=120, eval_answers=10, answer_tokens=72), ALONE)
     out = capsys.readouterr().out
     for lang in ("en", "zh"):
