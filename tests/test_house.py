@@ -23,7 +23,7 @@ CARD = {"model.py": 280, "tokenizer.py": 330, "data.py": 250, "train_pt.py": 250
 LATER = {"convert.py": 300, "serve.py": 300, "evaluate.py": 250}  # came after the card
 BUDGETS = CARD | LATER | {"kernels": 677, "serving": 595, "plumbing": 4991, "search": 1738,
                           "demo": 1451, "bench": 1850, "faults": 138}  # no room may grow
-LONGEST, ALL, CORE = 400, 15_810, 3_100
+LONGEST, ALL, CORE = 400, 15_809, 3_100
 IN_ROOT = {*CARD, *LATER, "README.md", "README.zh.md", "CONTRIBUTING.md", "LICENSE", "SECURITY.md",
            "Makefile", "pyproject.toml", "requirements.txt", "requirements.lock", ".gitignore",
            ".ci", "config", "docs", "tests", *ROOMS}
