@@ -104,8 +104,8 @@ def capture(model: Transformer) -> Transformer:
     it needs a C compiler."""
     one = torch.ones(1, 1, device=model.norm.weight.device)
     matvec[1,](one, one, one, one, one.clone(), 1, 1, 0.0, False, False, False, False, 1, 1, False)
-    model.__class__ = Captured
-    model.prepare()  # type: ignore[operator]
+    Captured.prepare(model)  # type: ignore[arg-type]
+    model.__class__ = Captured  # last: who cannot be prepared writes as before
     return model
 
 

@@ -2,7 +2,7 @@
 -log P of tokens without ever holding all logits, for `model.token_logps`; may be skipped.
 
 torch's `linear_cross_entropy` does that, but on a CPU it multiplies in fp32 whatever it is given.
-Under autocast `Nats` multiplies in bf16, in 0.6 of the time; compiled it takes 0.7 on a GPU.
+Under autocast `Nats` multiplies in bf16, in 0.6 of the time. Compiled it is faster on a GPU, too.
 """
 from collections.abc import Callable
 from typing import Any
