@@ -32,7 +32,7 @@ import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from math import exp, factorial, log, log1p, log2
+from math import comb, exp, factorial, log, log1p, log2, perm
 from random import Random
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -42,7 +42,8 @@ from plumbing import terminal
 from plumbing.files import write_text
 
 MIN_FACTS, MAX_FACTS = 1, 4  # facts in a pre-training document, each about a name of its own
-EXACT_REPEAT = 0.3  # share of pt.jsonl with an exact repeat as second half
+LISTS = 0.4  # share of pt.jsonl that is lists, which teach to look for a word and copy the next
+EXACT_REPEAT = 0.3  # share of the other documents with an exact repeat as second half
 MAX_CHAT_FACTS = 6  # facts in the context of a question are 1 to this many
 
 
@@ -81,10 +82,10 @@ VALUES: dict[Pair, list[Pair]] = {
                            "shovel 铲子 ladder 梯子 drill 电钻 axe 斧头 rake 耙子 broom 扫帚"),
 }
 WORDS = [pair for pairs in VALUES.values() for pair in pairs]
-SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-HAN = ("安柏川岱恩帆涵荷虹桦嘉江锦景岚兰莉林铃柳洛曼梅萌敏宁诺培琪晴瑞珊"
-       "诗石舒思松苏潭桐薇文溪夏晓欣雅瑶怡雨远云芸昭芝舟卓茵岩冬悦霖秀玲")
-UNFIT = "Dago Kike Nazi Nude Pedo Puta Puto Rape 宁夏 雅安 石林".split()  # insults, and places
+SYLLABLES = ("ba bu de du fi fo ga gu hi ho je jo ka ki le lu ma mu ne no pa pi re ru so su ti to "
+             "ve vi we wi yo yu za zu").split()
+HAN = "安柏川岱恩帆涵荷虹桦嘉江锦景岚兰莉林铃柳洛曼梅萌敏宁诺培琪晴瑞珊诗松薇晓雅雨云芝"
+UNFIT = "Fiji Gaza Kaka Paki Titi Zulu 雅安".split()  # insults, places, peoples
 
 
 def split_of(text: str) -> str:
@@ -175,6 +176,18 @@ def pt_document(r: Random, split: str, min_facts: int, max_facts: int, exact_rep
     fresh = (1 - exact_repeat) / (4 * factorial(len(fs)))
     bits -= log2(fresh + exact_repeat * (second == first))
     return {"text": first + "\n" + second, "lang": lang, "bits": bits}
+
+
+def list_document(r: Random, split: str) -> dict:
+    """4 to 8 words and names, and once more from a place drawn at random: "red, Kimu, saw, Tifo."
+    and "saw, Tifo." Only the item before tells which comes next. The keys are as above."""
+    lang, n = r.choice(LANGS), r.randint(4, 8)
+    words = [pair[LANGS.index(lang)] for pair in r.sample(WORDS, n // 2)]
+    items = r.sample([*words, *r.sample(NAMES[split], n - n // 2)], n)
+    lines = (COMMA[lang].join(items[start:]) + STOP[lang] for start in (0, r.randrange(n - 1)))
+    bits = 1 + log2(5) + log2(comb(n, n // 2)) + log2(perm(len(WORDS), n // 2)) + log2(n - 1)
+    return {"text": "\n".join(lines), "lang": lang,
+            "bits": bits + name_bits(n - n // 2, len(NAMES[split]))}
 
 
 def name_bits(k: int, n: int) -> float:
@@ -348,7 +361,12 @@ def generate(cfg: Config) -> dict[str, list[dict]]:
     """The rows of every file. Each file has a random generator of its own, so that its rows stay
     the same when another one changes or is added."""
     def document(r: Random, split: str, most: int) -> dict:
-        return pt_document(r, split, MIN_FACTS, MAX_FACTS, EXACT_REPEAT * (split == "train"))
+        train = split == "train"
+        if train and r.random() < LISTS:
+            doc = list_document(r, split)
+            return doc | {"bits": doc["bits"] - log2(LISTS)}
+        doc = pt_document(r, split, MIN_FACTS, MAX_FACTS, EXACT_REPEAT * train)
+        return doc | {"bits": doc["bits"] - log2(1 - LISTS * train)}
 
     found = {}
     for name, n, make in (("pt", cfg.n_train, document), ("chat", cfg.n_chat, chat),
