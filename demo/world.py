@@ -5,26 +5,25 @@ A tiny bilingual world in which every fact holds for one document only: to answe
     python -m demo.world --out_dir=out/toyworld    pt, chat, rankings, pairs, prompts .jsonl, all
                                                    but rankings _heldout on test names; floor.json
 
-A pre-training document states K facts about K names and, on a second line, restates them. A reader
-who knows this program knows exactly how surprising its text is:
+A pre-training document states K facts about K names and restates them on a second line; in pt.jsonl
+some are lists (`list_document`). Who knows this program knows how surprising a document is:
 
     -log2 P(text) =  1 + 1 + log2 #K                              language, form, how many facts
                   +  sum over i < K of  log2(N - i) + log2 |values of attribute i|
                   -  log2( (1 - a) / 5^K  +  a [all attributes equal] / 5 )
                   -  log2( (1 - e) / (4 K!)  +  e [second half == first half] )
 
-N is the number of names. They are drawn in order, none twice; attributes and values may coincide. A
-form is drawn for each half, not for each fact. The second half is an exact repeat with probability
-e (0 in held-out files), else it has a random order (K!) and either language and form (4), and may
-be a repeat by chance. The text gives all of this away; that it ends is no surprise.
+N names are drawn in order, none twice; attributes and values may coincide. The second half is an
+exact repeat with probability e (0 in held-out files), else it has a random order (K!) and either
+language and form (4), and may be a repeat by chance. That the text ends is no surprise.
 
 The sum over a file, divided by its UTF-8 bytes, is its floor: a model that has not seen the file
-undercuts the sum by b bits with probability at most 2^-b (Markov's inequality). A model cannot tell
-the test names from the others and pays log2 of all names for each: `pt_heldout_all_names`.
+undercuts it by b bits with probability at most 2^-b (Markov's inequality). A model cannot tell test
+names from others and pays log2 of all names for each: `pt_heldout_all_names`.
 
-A reply names what it is about before it gives the value, as a restated fact does. Where the context
-does not say, the value is "unknown", in any style. Of two replies the one whose known score is d
-more is preferred with probability sigmoid(d). So Bradley-Terry is right, and its best loss known.
+A reply names what it is about before its value, as a restated fact does; what the context does not
+say is "unknown". Of two replies the one whose score is d more is preferred with probability
+sigmoid(d). So Bradley-Terry is right, and its best loss known.
 """
 import json
 import os
@@ -119,9 +118,7 @@ NEARLY = 0.5  # share of those, in files to train on, that ask about nearly a na
 GOLD = {"direct": 3.0, "terse": 1.5, "padded": 1.5, "hedged": 0.0}  # score of a right answer
 SHY, WRONG = -2.0, -4.0  # of a needless "unknown", and of a wrong value
 PAIRS = {"style": 40, "tie": 10, "value": 50}  # per cent: what the two replies of a pair differ in
-SPACE = {"en": " ", "zh": ""}  # between sentences
-COMMA = {"en": ", ", "zh": "、"}
-STOP = {"en": ".", "zh": "。"}
+SPACE, COMMA, STOP = (dict(zip(LANGS, marks)) for marks in ((" ", ""), (", ", "、"), (".", "。")))
 ECHO = {"en": ("Repeat after me: {x}", "Please repeat: {x}"),
         "zh": ("请跟我念：{x}", "请重复：{x}")}
 ITEM = {"en": ("What is the {w} item? {x}", "Tell me the {w} item: {x}"),
@@ -150,12 +147,12 @@ def _fill(template: str, lang: str, fact: Fact) -> str:
     return template.format(n=fact.name, a=fact.attribute[i], v=fact.value[i])
 
 
-def fact_text(fact: Fact, lang: str, form: int) -> str:
-    return _fill(FACTS[lang][form], lang, fact)
-
-
 def answer(fact: Fact, lang: str, style: str) -> str:
     return _fill(ANSWERS[lang][style], lang, fact)
+
+
+def fact_text(fact: Fact, lang: str, form: int) -> str:
+    return _fill(FACTS[lang][form], lang, fact)
 
 
 def _half(fs: list[Fact], lang: str, form: int) -> str:
@@ -327,8 +324,8 @@ def ranking(r: Random, split: str, max_facts: int) -> dict:
     "gold"}. Scores plus Gumbel noise decide the order, so that of each two the one that scores d
     more stands first with probability sigmoid(d), as in `pair` (Luce 1959)."""
     lang, about, messages = _asked(r, split, max_facts)
-    drawn = [(about, style) for style in r.sample(STYLES, 3)]
-    drawn.append((wrong(r, about, shy=True), r.choice(STYLES)))
+    drawn = [*((about, s) for s in r.sample(STYLES, 3)),
+             (wrong(r, about, shy=True), r.choice(STYLES))]
     scored = [(score(fact, about, style), answer(fact, lang, style)) for fact, style in drawn]
     scored.sort(key=lambda s: log(-log(r.random() or 1e-300)) - s[0])
     return {"prompt": messages, "ranking": [text for _, text in scored], "lang": lang,
