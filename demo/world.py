@@ -41,7 +41,7 @@ from plumbing import terminal
 from plumbing.files import write_text
 
 MIN_FACTS, MAX_FACTS = 1, 4  # facts in a pre-training document, each about a name of its own
-LISTS = 0.4  # share of pt.jsonl that is lists, which teach to look for a word and copy the next
+LISTS, MIN_ITEMS, MAX_ITEMS = 0.4, 4, 8  # share of pt.jsonl that is lists, and how long they are
 EXACT_REPEAT = 0.3  # share of the other documents with an exact repeat as second half
 MAX_CHAT_FACTS = 6  # facts in the context of a question are 1 to this many
 
@@ -175,14 +175,14 @@ def pt_document(r: Random, split: str, min_facts: int, max_facts: int, exact_rep
     return {"text": first + "\n" + second, "lang": lang, "bits": bits}
 
 
-def list_document(r: Random, split: str) -> dict:
-    """4 to 8 words and names, and once more from a place drawn at random: "red, Kimu, saw, Tifo."
-    and "saw, Tifo." Only the item before tells which comes next. The keys are as above."""
-    lang, n = r.choice(LANGS), r.randint(4, 8)
+def list_document(r: Random, split: str, min_items: int, max_items: int) -> dict:
+    """Words and names, and again from a place drawn at random: "red, Kimu, saw, Tifo." and "saw,
+    Tifo." What comes next only the item before tells, as the name does in a fact. Keys as above."""
+    lang, n = r.choice(LANGS), r.randint(min_items, max_items)
     words = [pair[LANGS.index(lang)] for pair in r.sample(WORDS, n // 2)]
     items = r.sample([*words, *r.sample(NAMES[split], n - n // 2)], n)
     lines = (COMMA[lang].join(items[start:]) + STOP[lang] for start in (0, r.randrange(n - 1)))
-    bits = 1 + log2(5) + log2(comb(n, n // 2)) + log2(perm(len(WORDS), n // 2)) + log2(n - 1)
+    bits = 1 + log2(max_items - min_items + 1) + log2(comb(n, n // 2)) + log2(perm(len(WORDS), n // 2)) + log2(n - 1)
     return {"text": "\n".join(lines), "lang": lang,
             "bits": bits + name_bits(n - n // 2, len(NAMES[split]))}
 
@@ -360,7 +360,7 @@ def generate(cfg: Config) -> dict[str, list[dict]]:
     def document(r: Random, split: str, most: int) -> dict:
         train = split == "train"
         if train and r.random() < LISTS:
-            doc = list_document(r, split)
+            doc = list_document(r, split, MIN_ITEMS, MAX_ITEMS)
             return doc | {"bits": doc["bits"] - log2(LISTS)}
         doc = pt_document(r, split, MIN_FACTS, MAX_FACTS, EXACT_REPEAT * train)
         return doc | {"bits": doc["bits"] - log2(1 - LISTS * train)}
