@@ -118,7 +118,7 @@ def main() -> None:
         run("-m", "demo.world", f"--out_dir={world}", f"--seed={cfg.seed}",
             f"--n_train={cfg.n_train}", *less)
     if not os.path.exists(tok):
-        run("tokenizer.py", f"--input={text},{world}/chat.jsonl", "--vocab_size=976",
+        run("tokenizer.py", f"--input={text},{world}/chat.jsonl", "--vocab_size=1000",
             "--kind=han", f"--out={tok}")  # so that a Latin name is one piece beside Chinese, too
     run("data.py", f"--input={text}", f"--tokenizer={tok}", f"--out_dir={data}")
 

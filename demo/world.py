@@ -5,26 +5,25 @@ A tiny bilingual world in which every fact holds for one document only: to answe
     python -m demo.world --out_dir=out/toyworld    pt, chat, rankings, pairs, prompts .jsonl, all
                                                    but rankings _heldout on test names; floor.json
 
-A pre-training document states K facts about K names and, on a second line, restates them. A reader
-who knows this program knows exactly how surprising its text is:
+A pre-training document states K facts about K names and restates them on a second line; in pt.jsonl
+some are lists (`list_document`). Who knows this program knows how surprising a document is:
 
     -log2 P(text) =  1 + 1 + log2 #K                              language, form, how many facts
                   +  sum over i < K of  log2(N - i) + log2 |values of attribute i|
                   -  log2( (1 - a) / 5^K  +  a [all attributes equal] / 5 )
                   -  log2( (1 - e) / (4 K!)  +  e [second half == first half] )
 
-N is the number of names. They are drawn in order, none twice; attributes and values may coincide. A
-form is drawn for each half, not for each fact. The second half is an exact repeat with probability
-e (0 in held-out files), else it has a random order (K!) and either language and form (4), and may
-be a repeat by chance. The text gives all of this away; that it ends is no surprise.
+N names are drawn in order, none twice; attributes and values may coincide. The second half is an
+exact repeat with probability e (0 in held-out files), else it has a random order (K!) and either
+language and form (4), and may be a repeat by chance. That the text ends is no surprise.
 
 The sum over a file, divided by its UTF-8 bytes, is its floor: a model that has not seen the file
-undercuts the sum by b bits with probability at most 2^-b (Markov's inequality). A model cannot tell
-the test names from the others and pays log2 of all names for each: `pt_heldout_all_names`.
+undercuts it by b bits with probability at most 2^-b (Markov's inequality). A model cannot tell test
+names from others and pays log2 of all names for each: `pt_heldout_all_names`.
 
-A reply names what it is about before it gives the value, as a restated fact does. Where the context
-does not say, the value is "unknown", in any style. Of two replies the one whose known score is d
-more is preferred with probability sigmoid(d). So Bradley-Terry is right, and its best loss known.
+A reply names what it is about before its value, as a restated fact does; what the context does not
+say is "unknown". Of two replies the one whose score is d more is preferred with probability
+sigmoid(d). So Bradley-Terry is right, and its best loss known.
 """
 import json
 import os
@@ -32,7 +31,7 @@ import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from math import exp, factorial, log, log1p, log2
+from math import comb, exp, factorial, log, log1p, log2, perm
 from random import Random
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -42,7 +41,8 @@ from plumbing import terminal
 from plumbing.files import write_text
 
 MIN_FACTS, MAX_FACTS = 1, 4  # facts in a pre-training document, each about a name of its own
-EXACT_REPEAT = 0.3  # share of pt.jsonl with an exact repeat as second half
+LISTS, MIN_ITEMS, MAX_ITEMS = 0.4, 4, 8  # share of pt.jsonl that is lists, and how long they are
+EXACT_REPEAT = 0.3  # share of the other documents with an exact repeat as second half
 MAX_CHAT_FACTS = 6  # facts in the context of a question are 1 to this many
 
 
@@ -81,10 +81,10 @@ VALUES: dict[Pair, list[Pair]] = {
                            "shovel 铲子 ladder 梯子 drill 电钻 axe 斧头 rake 耙子 broom 扫帚"),
 }
 WORDS = [pair for pairs in VALUES.values() for pair in pairs]
-SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-HAN = ("安柏川岱恩帆涵荷虹桦嘉江锦景岚兰莉林铃柳洛曼梅萌敏宁诺培琪晴瑞珊"
-       "诗石舒思松苏潭桐薇文溪夏晓欣雅瑶怡雨远云芸昭芝舟卓茵岩冬悦霖秀玲")
-UNFIT = "Dago Kike Nazi Nude Pedo Puta Puto Rape 宁夏 雅安 石林".split()  # insults, and places
+SYLLABLES = ("ba bu de du fi fo ga gu hi ho je jo ka ki le lu ma mu ne no pa pi re ru so su ti to "
+             "ve vi we wi yo yu za zu").split()
+HAN = "安柏川岱恩帆涵荷虹桦嘉江锦景岚兰莉林铃柳洛曼梅萌敏宁诺培琪晴瑞珊诗松薇晓雅雨云芝"
+UNFIT = "Fiji Gaza Kaka Paki Titi Zulu 雅安".split()  # insults, places, peoples
 
 
 def split_of(text: str) -> str:
@@ -118,9 +118,7 @@ NEARLY = 0.5  # share of those, in files to train on, that ask about nearly a na
 GOLD = {"direct": 3.0, "terse": 1.5, "padded": 1.5, "hedged": 0.0}  # score of a right answer
 SHY, WRONG = -2.0, -4.0  # of a needless "unknown", and of a wrong value
 PAIRS = {"style": 40, "tie": 10, "value": 50}  # per cent: what the two replies of a pair differ in
-SPACE = {"en": " ", "zh": ""}  # between sentences
-COMMA = {"en": ", ", "zh": "、"}
-STOP = {"en": ".", "zh": "。"}
+SPACE, COMMA, STOP = (dict(zip(LANGS, marks)) for marks in ((" ", ""), (", ", "、"), (".", "。")))
 ECHO = {"en": ("Repeat after me: {x}", "Please repeat: {x}"),
         "zh": ("请跟我念：{x}", "请重复：{x}")}
 ITEM = {"en": ("What is the {w} item? {x}", "Tell me the {w} item: {x}"),
@@ -149,12 +147,12 @@ def _fill(template: str, lang: str, fact: Fact) -> str:
     return template.format(n=fact.name, a=fact.attribute[i], v=fact.value[i])
 
 
-def fact_text(fact: Fact, lang: str, form: int) -> str:
-    return _fill(FACTS[lang][form], lang, fact)
-
-
 def answer(fact: Fact, lang: str, style: str) -> str:
     return _fill(ANSWERS[lang][style], lang, fact)
+
+
+def fact_text(fact: Fact, lang: str, form: int) -> str:
+    return _fill(FACTS[lang][form], lang, fact)
 
 
 def _half(fs: list[Fact], lang: str, form: int) -> str:
@@ -175,6 +173,18 @@ def pt_document(r: Random, split: str, min_facts: int, max_facts: int, exact_rep
     fresh = (1 - exact_repeat) / (4 * factorial(len(fs)))
     bits -= log2(fresh + exact_repeat * (second == first))
     return {"text": first + "\n" + second, "lang": lang, "bits": bits}
+
+
+def list_document(r: Random, split: str, min_items: int, max_items: int) -> dict:
+    """Words and names, and again from a place drawn at random: "red, Kimu, saw, Tifo." and "saw,
+    Tifo." What comes next only the item before tells, as the name does in a fact. Keys as above."""
+    lang, n = r.choice(LANGS), r.randint(min_items, max_items)
+    words = [pair[LANGS.index(lang)] for pair in r.sample(WORDS, n // 2)]
+    items = r.sample([*words, *r.sample(NAMES[split], n - n // 2)], n)
+    lines = (COMMA[lang].join(items[start:]) + STOP[lang] for start in (0, r.randrange(n - 1)))
+    bits = 1 + log2(max_items - min_items + 1) + log2(comb(n, n // 2)) + log2(perm(len(WORDS), n // 2)) + log2(n - 1)
+    return {"text": "\n".join(lines), "lang": lang,
+            "bits": bits + name_bits(n - n // 2, len(NAMES[split]))}
 
 
 def name_bits(k: int, n: int) -> float:
@@ -314,8 +324,8 @@ def ranking(r: Random, split: str, max_facts: int) -> dict:
     "gold"}. Scores plus Gumbel noise decide the order, so that of each two the one that scores d
     more stands first with probability sigmoid(d), as in `pair` (Luce 1959)."""
     lang, about, messages = _asked(r, split, max_facts)
-    drawn = [(about, style) for style in r.sample(STYLES, 3)]
-    drawn.append((wrong(r, about, shy=True), r.choice(STYLES)))
+    drawn = [*((about, s) for s in r.sample(STYLES, 3)),
+             (wrong(r, about, shy=True), r.choice(STYLES))]
     scored = [(score(fact, about, style), answer(fact, lang, style)) for fact, style in drawn]
     scored.sort(key=lambda s: log(-log(r.random() or 1e-300)) - s[0])
     return {"prompt": messages, "ranking": [text for _, text in scored], "lang": lang,
@@ -348,7 +358,12 @@ def generate(cfg: Config) -> dict[str, list[dict]]:
     """The rows of every file. Each file has a random generator of its own, so that its rows stay
     the same when another one changes or is added."""
     def document(r: Random, split: str, most: int) -> dict:
-        return pt_document(r, split, MIN_FACTS, MAX_FACTS, EXACT_REPEAT * (split == "train"))
+        train = split == "train"
+        if train and r.random() < LISTS:
+            doc = list_document(r, split, MIN_ITEMS, MAX_ITEMS)
+            return doc | {"bits": doc["bits"] - log2(LISTS)}
+        doc = pt_document(r, split, MIN_FACTS, MAX_FACTS, EXACT_REPEAT * train)
+        return doc | {"bits": doc["bits"] - log2(1 - LISTS * train)}
 
     found = {}
     for name, n, make in (("pt", cfg.n_train, document), ("chat", cfg.n_chat, chat),

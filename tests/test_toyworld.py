@@ -73,6 +73,12 @@ class OnePath:
     def sample(self, items, k):
         return list(self.choice(list(permutations(items, k))))
 
+    def randint(self, a, b):
+        return self.choice(range(a, b + 1))
+
+    def randrange(self, n):
+        return self.choice(range(n))
+
     def random(self):
         """First whether all attributes are alike, then whether the second half is a repeat."""
         self.draws += 1
@@ -96,6 +102,32 @@ def test_bits_are_minus_log2_of_the_probability_of_the_text(monkeypatch, repeat)
         assert p == 0 or bits[text] == pytest.approx(-log2(p), abs=1e-9), text
 
 
+def test_bits_of_a_list_are_minus_log2_of_its_probability(monkeypatch):
+    monkeypatch.setattr(toyworld, "NAMES", {"train": ["Toba", "林苏", "Vemi"]})
+    monkeypatch.setattr(toyworld, "WORDS", WORDS[:3])
+    chance, bits, todo = Counter(), {}, [[]]
+    while todo:
+        r = OnePath(todo.pop(), todo, 0.0)
+        doc = toyworld.list_document(r, "train", 2, 4)
+        chance[doc["text"]] += r.p
+        bits[doc["text"]] = doc["bits"]
+    assert sum(chance.values()) == pytest.approx(1) and len(chance) > 1000
+    for text, p in chance.items():
+        assert bits[text] == pytest.approx(-log2(p), abs=1e-9), text
+
+
+def test_a_list_goes_on_from_any_place_but_the_last_and_is_for_training_only(data):
+    lists = [doc for doc in data["pt"] if not find(SAID, doc["text"])]
+    assert shares_are({True: len(lists)}, {True: toyworld.LISTS}, len(data["pt"]))
+    starts = Counter()
+    for doc in lists:
+        whole, again = (line[:-1].split(COMMA[doc["lang"]]) for line in doc["text"].split("\n"))
+        assert len(set(whole)) == len(whole) and whole[-len(again):] == again
+        starts[len(whole), len(whole) - len(again)] += 1
+    assert set(starts) == {(n, i) for n in range(4, 9) for i in range(n - 1)}
+    assert all(find(SAID, doc["text"]) for doc in data["pt_heldout"])
+
+
 def test_words_tell_apart_what_the_floor_counts_as_different():
     for lang in (0, 1):
         words = [pair[lang] for pairs in VALUES.values() for pair in pairs]
@@ -104,6 +136,8 @@ def test_words_tell_apart_what_the_floor_counts_as_different():
 
 def test_every_restated_value_is_marked_and_holds_in_the_first_half(data):
     for doc in data["pt"] + data["pt_heldout"]:
+        if not find(SAID, doc["text"]):
+            continue  # a list
         first, second = doc["text"].split("\n")
         told, again = ({f["n"]: [ENGLISH.get(f[k], f[k]) for k in "av"] for f in find(SAID, half)}
                        for half in (first, second))
@@ -122,7 +156,7 @@ def test_test_names_are_in_no_training_file_and_alone_in_held_out_files(data):
     test, others = set(NAMES["test"]), {*NAMES["train"], *NAMES["val"]}
     for name in ("pt", "chat", "pairs", "prompts"):
         assert not seen[name] & test and len(seen[name] & others) > 1500
-        assert not seen[name + "_heldout"] & others and len(seen[name + "_heldout"] & test) > 300
+        assert not seen[name + "_heldout"] & others and len(seen[name + "_heldout"] & test) > 240
     assert not set(texts(data["chat"])) & set(texts(data["chat_heldout"]))
 
 
@@ -235,7 +269,8 @@ def test_tasks_and_languages_come_in_the_stated_shares(data):
 
 
 def test_settings_set_sizes_facts_and_repeats(monkeypatch):
-    for name, value in dict(MIN_FACTS=3, MAX_FACTS=6, EXACT_REPEAT=1.0, MAX_CHAT_FACTS=2).items():
+    for name, value in dict(LISTS=0.0, MIN_FACTS=3, MAX_FACTS=6, EXACT_REPEAT=1.0,
+                            MAX_CHAT_FACTS=2).items():
         monkeypatch.setattr(toyworld, name, value)
     data = toyworld.generate(Config(n_train=40, n_chat=30, n_val=20, n_pairs=7, n_rankings=8,
                                     n_prompts=6))
