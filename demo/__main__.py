@@ -89,7 +89,7 @@ def report(cfg: Config, start: float) -> str:
     parts = [judge_pt(world, *models["pt"], cfg.seed), judge_answers(world, models, n, cfg.seed),
              (judge_chats(world, models, n), []), judge_rm(out, world),
              judge_rl(out, settings_of("rl").beta),
-             judge_rag(out, min(n, 240), models["sft"], cfg.seed)]
+             judge_rag(out, min(n, 120), models["sft"], cfg.seed)]
     gates = sorted((gate for _, gates in parts for gate in gates),
                    key=lambda gate: ORDER.index(gate.stage))
     head, *lines = table("What the demo learnt", "", ["stage", "figure", "measured", "gate",

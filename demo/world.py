@@ -8,14 +8,12 @@ A tiny bilingual world in which every fact holds for one document only: to answe
 A pre-training document states K facts about K names and restates them on a second line; in pt.jsonl
 some are lists (`list_document`). Who knows this program knows how surprising a document is:
 
-    -log2 P(text) =  1 + 1 + log2 #K                              language, form, how many facts
+    -log2 P(text) =  log2 #K + 2 + 2 + log2 K!     how many facts; language and form of each half;
+                                                   in which order the second has them
                   +  sum over i < K of  log2(N - i) + log2 |values of attribute i|
                   -  log2( (1 - a) / 5^K  +  a [all attributes equal] / 5 )
-                  -  log2( (1 - e) / (4 K!)  +  e [second half == first half] )
 
-N names are drawn in order, none twice; attributes and values may coincide. The second half is an
-exact repeat with probability e (0 in held-out files), else it has a random order (K!) and either
-language and form (4), and may be a repeat by chance. That the text ends is no surprise.
+N names are drawn in order, none twice; attributes and values may coincide.
 
 The sum over a file, divided by its UTF-8 bytes, is its floor: a model that has not seen the file
 undercuts it by b bits with probability at most 2^-b (Markov's inequality). A model cannot tell test
@@ -31,7 +29,7 @@ import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from math import comb, exp, factorial, log, log1p, log2, perm
+from math import comb, exp, factorial, log, log1p, log2, perm, prod
 from random import Random
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -42,7 +40,6 @@ from plumbing.files import write_text
 
 MIN_FACTS, MAX_FACTS = 1, 4  # facts in a pre-training document, each about a name of its own
 LISTS, MIN_ITEMS, MAX_ITEMS = 0.4, 4, 8  # share of pt.jsonl that is lists, and how long they are
-EXACT_REPEAT = 0.3  # share of the other documents with an exact repeat as second half
 MAX_CHAT_FACTS = 6  # facts in the context of a question are 1 to this many
 
 
@@ -84,7 +81,7 @@ WORDS = [pair for pairs in VALUES.values() for pair in pairs]
 SYLLABLES = ("ba bu de du fi fo ga gu hi ho je jo ka ki le lu ma mu ne no pa pi re ru so su ti to "
              "ve vi we wi yo yu za zu").split()
 HAN = "安柏川岱恩帆涵荷虹桦嘉江锦景岚兰莉林铃柳洛曼梅萌敏宁诺培琪晴瑞珊诗松薇晓雅雨云芝"
-UNFIT = "Fiji Gaza Kaka Paki Titi Zulu 雅安".split()  # insults, places, peoples
+UNFIT = "Fiji Gaza Kaka Paki Peru Pipi Titi Zulu 雅安".split()  # insults, places, peoples
 
 
 def split_of(text: str) -> str:
@@ -107,7 +104,7 @@ ANSWERS = {"en": {"direct": "{n}'s {a} is {v}.",
                   "terse": "{n}: {v}.",
                   "padded": "Well, let me think about it, the {a} of {n} should be {v}."},
            "zh": {"direct": "{n}的{a}是{v}。",
-                  "hedged": "我猜{n}的{a}也许是{v}吧。",
+                  "hedged": "我猜{n}的{a}也许是{v}。",
                   "terse": "{n}：{v}。",
                   "padded": "嗯，让我想一想，{n}的{a}应该是{v}。"}}
 STYLES = tuple(ANSWERS["en"])
@@ -159,19 +156,16 @@ def _half(fs: list[Fact], lang: str, form: int) -> str:
     return SPACE[lang].join(fact_text(fact, lang, form) for fact in fs)
 
 
-def pt_document(r: Random, split: str, min_facts: int, max_facts: int, exact_repeat: float) -> dict:
+def pt_document(r: Random, split: str, min_facts: int, max_facts: int) -> dict:
     """{"text", "lang" of the first half, "bits" = -log2 P(text)}."""
-    fs = facts(r, split, r.choice(range(min_facts, max_facts + 1)))
-    lang = r.choice(LANGS)
-    first = second = _half(fs, lang, r.choice((0, 1)))
-    if r.random() >= exact_repeat:
-        second = _half(r.sample(fs, len(fs)), r.choice(LANGS), r.choice((0, 1)))
-    bits = 2 + log2(max_facts - min_facts + 1) + name_bits(len(fs), len(NAMES[split]))
-    bits += sum(log2(len(VALUES[f.attribute])) for f in fs)
+    k, lang = r.randint(min_facts, max_facts), r.choice(LANGS)
+    fs = facts(r, split, k)
+    first = _half(fs, lang, r.choice((0, 1)))
+    second = _half(r.sample(fs, k), r.choice(LANGS), r.choice((0, 1)))
     alike = len({f.attribute for f in fs}) == 1
-    bits -= log2((1 - ALIKE) / len(VALUES)**len(fs) + ALIKE * alike / len(VALUES))
-    fresh = (1 - exact_repeat) / (4 * factorial(len(fs)))
-    bits -= log2(fresh + exact_repeat * (second == first))
+    chances = (max_facts - min_facts + 1) * 4 * 4 * factorial(k) * perm(len(NAMES[split]), k)
+    chances *= prod(len(VALUES[f.attribute]) for f in fs)
+    bits = log2(chances) - log2((1 - ALIKE) / len(VALUES)**k + ALIKE * alike / len(VALUES))
     return {"text": first + "\n" + second, "lang": lang, "bits": bits}
 
 
@@ -182,14 +176,9 @@ def list_document(r: Random, split: str, min_items: int, max_items: int) -> dict
     words = [pair[LANGS.index(lang)] for pair in r.sample(WORDS, n // 2)]
     items = r.sample([*words, *r.sample(NAMES[split], n - n // 2)], n)
     lines = (COMMA[lang].join(items[start:]) + STOP[lang] for start in (0, r.randrange(n - 1)))
-    bits = 1 + log2(max_items - min_items + 1) + log2(comb(n, n // 2)) + log2(perm(len(WORDS), n // 2)) + log2(n - 1)
-    return {"text": "\n".join(lines), "lang": lang,
-            "bits": bits + name_bits(n - n // 2, len(NAMES[split]))}
-
-
-def name_bits(k: int, n: int) -> float:
-    """Bits of k names drawn in order, none twice, from n."""
-    return sum(log2(n - i) for i in range(k))
+    chances = (max_items - min_items + 1) * len(LANGS) * comb(n, n // 2) * (n - 1)
+    chances *= perm(len(WORDS), n // 2) * perm(len(NAMES[split]), n - n // 2)
+    return {"text": "\n".join(lines), "lang": lang, "bits": log2(chances)}
 
 
 def restated_values(text: str) -> list[tuple[int, int]]:
@@ -338,7 +327,7 @@ def floors(docs: list[dict], split: str, n_names: int) -> dict[str, float]:
     for doc in docs:
         k = len(restated_values(doc["text"]))
         for key in (doc["lang"], "all"):
-            bits[key] += doc["bits"] + name_bits(k, n_names) - name_bits(k, len(NAMES[split]))
+            bits[key] += doc["bits"] + log2(perm(n_names, k) / perm(len(NAMES[split]), k))
             size[key] += len(doc["text"].encode())
     return {key: bits[key] / size[key] for key in (*LANGS, "all") if size[key]}
 
@@ -358,12 +347,12 @@ def generate(cfg: Config) -> dict[str, list[dict]]:
     """The rows of every file. Each file has a random generator of its own, so that its rows stay
     the same when another one changes or is added."""
     def document(r: Random, split: str, most: int) -> dict:
-        train = split == "train"
-        if train and r.random() < LISTS:
+        share = LISTS * (split == "train")
+        if r.random() < share:
             doc = list_document(r, split, MIN_ITEMS, MAX_ITEMS)
-            return doc | {"bits": doc["bits"] - log2(LISTS)}
-        doc = pt_document(r, split, MIN_FACTS, MAX_FACTS, EXACT_REPEAT * train)
-        return doc | {"bits": doc["bits"] - log2(1 - LISTS * train)}
+            return doc | {"bits": doc["bits"] - log2(share)}
+        doc = pt_document(r, split, MIN_FACTS, MAX_FACTS)
+        return doc | {"bits": doc["bits"] - log2(1 - share)}
 
     found = {}
     for name, n, make in (("pt", cfg.n_train, document), ("chat", cfg.n_chat, chat),
