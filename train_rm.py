@@ -72,7 +72,7 @@ def easy_first(picked: list[int], shortest_first: np.ndarray, progress: float) -
     i by the one at place share * i of those sorted by length. The share is a tenth at first, and 1
     when `progress` is. What must be found in a short prompt is learnt sooner, and then found in a
     long one (Bengio et al. 2009)."""
-    share = max(0.1, progress)
+    share = max(0.1, progress ** 3)
     return picked if share >= 1 else [int(shortest_first[int(i * share)]) for i in picked]
 
 

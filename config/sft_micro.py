@@ -13,7 +13,7 @@ data = "out/demo/world/chat.jsonl"
 out_dir = "out/demo/sft"
 
 batch_tokens = 2048
-max_steps = 1200
+max_steps = 1400
 optimizer = "muon"
 learning_rate = 6e-3
 schedule = "wsd"
@@ -22,6 +22,6 @@ final_lr = 0.0
 eval_every = 400
 eval_answers = 100
 answer_tokens = 48
-save_every = 600
+save_every = 700
 log_every = 50
 dtype = "float32"  # a model 64 wide does not gain by bfloat16

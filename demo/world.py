@@ -8,16 +8,17 @@ A tiny bilingual world in which every fact holds for one document only: to answe
 A pre-training document states K facts about K names and restates them on a second line; in pt.jsonl
 some are lists (`list_document`). Who knows this program knows how surprising a document is:
 
-    -log2 P(text) =  log2 #K + 2 + 2 + log2 K!     how many facts; language and form of each half;
-                                                   in which order the second has them
+    -log2 P(text) =  log2 #K  +  2                            how many facts; language, form
                   +  sum over i < K of  log2(N - i) + log2 |values of attribute i|
                   -  log2( (1 - a) / 5^K  +  a [all attributes equal] / 5 )
+                  -  log2( (1 - e) / (4 K!)  +  e [second half == first half] )
 
-N names are drawn in order, none twice; attributes and values may coincide.
-
-The sum over a file, divided by its UTF-8 bytes, is its floor: a model that has not seen the file
-undercuts it by b bits with probability at most 2^-b (Markov's inequality). A model cannot tell test
-names from others and pays log2 of all names for each: `pt_heldout_all_names`.
+N names are drawn in order, none twice; attributes and values may coincide. The second half is an
+exact repeat with probability e (0 in held-out files), else it has a random order (K!) and either
+language and form (4), and may be a repeat by chance. The sum over a file, divided by its UTF-8
+bytes, is its floor: a model that has not seen the file undercuts it by b bits with probability at
+most 2^-b (Markov's inequality). A model cannot tell test names from others and pays log2 of all
+names for each: `pt_heldout_all_names`.
 
 A reply names what it is about before its value, as a restated fact does; what the context does not
 say is "unknown". Of two replies the one whose score is d more is preferred with probability
@@ -38,8 +39,9 @@ from configurator import Count, FilePath, configure, fail
 from plumbing import terminal
 from plumbing.files import write_text
 
-MIN_FACTS, MAX_FACTS = 1, 4  # facts in a pre-training document, each about a name of its own
-LISTS, MIN_ITEMS, MAX_ITEMS = 0.4, 4, 8  # share of pt.jsonl that is lists, and how long they are
+PT_FACTS = (1, 4)  # least and most facts in a pre-training document, each about another name
+EXACT_REPEAT = 0.3  # share of those in pt.jsonl whose second half repeats the first word for word
+LISTS, LIST_ITEMS = 0.4, (4, 8)  # share of pt.jsonl that is lists; least and most items in one
 MAX_CHAT_FACTS = 6  # facts in the context of a question are 1 to this many
 
 
@@ -156,22 +158,24 @@ def _half(fs: list[Fact], lang: str, form: int) -> str:
     return SPACE[lang].join(fact_text(fact, lang, form) for fact in fs)
 
 
-def pt_document(r: Random, split: str, min_facts: int, max_facts: int) -> dict:
+def pt_document(r: Random, split: str, min_facts: int, max_facts: int, exact_repeat: float) -> dict:
     """{"text", "lang" of the first half, "bits" = -log2 P(text)}."""
     k, lang = r.randint(min_facts, max_facts), r.choice(LANGS)
     fs = facts(r, split, k)
-    first = _half(fs, lang, r.choice((0, 1)))
-    second = _half(r.sample(fs, k), r.choice(LANGS), r.choice((0, 1)))
+    first = second = _half(fs, lang, r.choice((0, 1)))
+    if r.random() >= exact_repeat:
+        second = _half(r.sample(fs, k), r.choice(LANGS), r.choice((0, 1)))
     alike = len({f.attribute for f in fs}) == 1
-    chances = (max_facts - min_facts + 1) * 4 * 4 * factorial(k) * perm(len(NAMES[split]), k)
+    chances = (max_facts - min_facts + 1) * 4 * perm(len(NAMES[split]), k)
     chances *= prod(len(VALUES[f.attribute]) for f in fs)
     bits = log2(chances) - log2((1 - ALIKE) / len(VALUES)**k + ALIKE * alike / len(VALUES))
+    bits -= log2((1 - exact_repeat) / (4 * factorial(k)) + exact_repeat * (second == first))
     return {"text": first + "\n" + second, "lang": lang, "bits": bits}
 
 
 def list_document(r: Random, split: str, min_items: int, max_items: int) -> dict:
     """Words and names, and again from a place drawn at random: "red, Kimu, saw, Tifo." and "saw,
-    Tifo." What comes next only the item before tells, as the name does in a fact. Keys as above."""
+    Tifo." Only the item before tells what comes next, as the name does in a fact. Keys as above."""
     lang, n = r.choice(LANGS), r.randint(min_items, max_items)
     words = [pair[LANGS.index(lang)] for pair in r.sample(WORDS, n // 2)]
     items = r.sample([*words, *r.sample(NAMES[split], n - n // 2)], n)
@@ -217,8 +221,7 @@ def prompt(r: Random, lang: str, context: list[Fact], about: Fact) -> str:
 
 
 def _qa(r: Random, split: str, lang: str, max_facts: int) -> list[str]:
-    """One to six questions about the same context, which stands before the first, and their
-    answers. Without a context nothing is known."""
+    """One to six questions about a context, which the first brings, and their answers."""
     fs = facts(r, split, r.randint(0, max_facts))
     said: list[str] = []
     for i in range(r.randint(1, 6)):
@@ -251,10 +254,8 @@ def _translate(r: Random, split: str, lang: str) -> list[str]:
 def chat(r: Random, split: str, max_facts: int) -> dict:
     """{"messages": one question and its reply, or several, "lang" of the questions, "task"}."""
     lang, task = r.choice(LANGS), r.choices(list(TASKS), list(TASKS.values()))[0]
-    if task == "qa":
-        said = _qa(r, split, lang, max_facts)
-    else:
-        said = _translate(r, split, lang) if task == "translate" else _copy(r, split, lang, task)
+    said = (_qa(r, split, lang, max_facts) if task == "qa" else
+            _translate(r, split, lang) if task == "translate" else _copy(r, split, lang, task))
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text}
                          for i, text in enumerate(said)], "lang": lang, "task": task}
 
@@ -310,8 +311,8 @@ def pair(r: Random, split: str, max_facts: int) -> dict:
 
 def ranking(r: Random, split: str, max_facts: int) -> dict:
     """{"prompt", "ranking": three right replies in different styles and a wrong one, "lang",
-    "gold"}. Scores plus Gumbel noise decide the order, so that of each two the one that scores d
-    more stands first with probability sigmoid(d), as in `pair` (Luce 1959)."""
+    "gold"}. Scores plus Gumbel noise decide the order: of each two the one that scores d more
+    stands first with probability sigmoid(d), as in `pair` (Luce 1959)."""
     lang, about, messages = _asked(r, split, max_facts)
     drawn = [*((about, s) for s in r.sample(STYLES, 3)),
              (wrong(r, about, shy=True), r.choice(STYLES))]
@@ -344,15 +345,12 @@ def write_files(out_dir: str, files: dict[str, list[dict]]) -> None:
 
 
 def generate(cfg: Config) -> dict[str, list[dict]]:
-    """The rows of every file. Each file has a random generator of its own, so that its rows stay
-    the same when another one changes or is added."""
+    """The rows of every file, drawn by a Random of its own: other files do not change them."""
     def document(r: Random, split: str, most: int) -> dict:
-        share = LISTS * (split == "train")
-        if r.random() < share:
-            doc = list_document(r, split, MIN_ITEMS, MAX_ITEMS)
-            return doc | {"bits": doc["bits"] - log2(share)}
-        doc = pt_document(r, split, MIN_FACTS, MAX_FACTS)
-        return doc | {"bits": doc["bits"] - log2(1 - share)}
+        listed = r.random() < (share := LISTS * (split == "train"))
+        doc = (list_document(r, split, *LIST_ITEMS) if listed else
+               pt_document(r, split, *PT_FACTS, EXACT_REPEAT * (split == "train")))
+        return doc | {"bits": doc["bits"] - log2(share if listed else 1 - share)}
 
     found = {}
     for name, n, make in (("pt", cfg.n_train, document), ("chat", cfg.n_chat, chat),
@@ -366,13 +364,16 @@ def generate(cfg: Config) -> dict[str, list[dict]]:
 
 
 def show(seed: int) -> str:
-    """In both languages a document, a question with its context, and a reply of each kind."""
-    r, parts = Random(f"{seed}/show"), []
+    """In both languages a document, a list, a question with its context, and all kinds of reply."""
+    r, parts = Random(f"{seed}/shown"), []
     for lang in LANGS:
         first, about = fs = facts(r, "train", 2)
         replies = [f"{answer(about, lang, style)}  ({style}: {GOLD[style]:g})" for style in GOLD]
         replies.append(f"{answer(wrong(r, about), lang, 'direct')}  (wrong: {WRONG:g})")
         rows = [("a document", _half(fs, lang, 1)), ("", _half([about, first], lang, 0))]
+        while (listed := list_document(r, "train", *LIST_ITEMS))["lang"] != lang:
+            pass
+        rows += zip(("a list", ""), listed["text"].split("\n"))
         rows += zip(("a question", ""), prompt(r, lang, fs, about).split("\n"))
         rows += zip(("its answers", *[""] * len(replies)), replies)
         parts.append("".join(f"{label:<14}{text}\n" for label, text in rows))

@@ -2,7 +2,7 @@
 Opens the page of serve.py in a real browser, asks it something, and makes the picture of README.
 
     python serve.py --checkpoint=out/demo/sft --index=out/try/index &
-    python -m tests.browser --questions="What is Rite's job?" --picture=docs/page.png
+    python -m tests.browser --questions="What is Tifo's job?" --picture=docs/page.png
 
 It needs `pip install selenium`, and chromium with chromedriver in /usr/bin, as Debian has them.
 """
@@ -17,7 +17,7 @@ from plumbing.terminal import fail, run
 @dataclass(frozen=True)
 class Config:
     address: str = "http://127.0.0.1:8000"  # where serve.py listens
-    questions: str = "What is Rite's job?"  # what is typed; several with | between
+    questions: str = "What is Tifo's job?"  # what is typed; several with | between
     picture: FilePath = "docs/page.png"  # file of the picture
 
 

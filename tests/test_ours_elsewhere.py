@@ -20,7 +20,7 @@ from plumbing.loading import load_model
 from plumbing.vocabulary import PATTERNS
 
 ROOT = Path(convert.__file__).parent
-STARTS = ["Puga's fruit is", "The job of Rite", "帆岱的号码是", "资料：Puga的",
+STARTS = ["Guhi's fruit is", "The job of Tifo", "帆岱的号码是", "资料：Guhi的",
           "a  b\n\n1984年, it's 3.5%!"]
 SIZES = ("--n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=2 --n_hidden=96 --max_seq_len=256 "
          "--tied=False --batch_size=8 --batch_tokens=2048 --max_steps=20 --warmup_steps=2 "

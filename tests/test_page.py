@@ -23,7 +23,7 @@ def page():
 @pytest.fixture(scope="module")
 def url(tiny, tmp_path_factory):
     notes = tmp_path_factory.mktemp("notes")
-    (notes / "people.md").write_text("Befe's fruit is plum.\n\n```\n<b>ls</b> -l\n```\n", "utf-8")
+    (notes / "people.md").write_text("Kimu's fruit is plum.\n\n```\n<b>ls</b> -l\n```\n", "utf-8")
     (notes / "人物.md").write_text("帆岱的号码是93。", "utf-8")
     subprocess.run([sys.executable, "rag.py", "add", str(notes), f"--index={notes}/.index"],
                    cwd=ROOT, check=True, capture_output=True)
@@ -45,9 +45,9 @@ def texts(page, selector: str) -> list[str]:
 
 def test_ask_in_both_languages_and_follow_a_source(page, url):
     page.get(url)
-    ask(page, "What is Befe's fruit?")
+    ask(page, "What is Kimu's fruit?")
     ask(page, "帆岱的号码是多少？")
-    assert texts(page, "article.user") == ["What is Befe's fruit?", "帆岱的号码是多少？"]
+    assert texts(page, "article.user") == ["What is Kimu's fruit?", "帆岱的号码是多少？"]
     assert len(texts(page, "article.assistant")) == 2
     sources = page.find_elements("css selector", "details.source")
     assert "people.md:1" in sources[0].text and "人物.md:1" in sources[-1].text

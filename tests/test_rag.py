@@ -159,12 +159,12 @@ def test_history_is_forgotten_before_sources_are(tiny):
 def test_a_small_model_is_not_asked_for_citations(tiny, question, told):
     """Real models of 135M and 500M made up numbers and lost the question under the instruction to
     cite; asked plainly, in the language of the question, they answered."""
-    hit = Hit(Chunk("id", "a.md", 0, 14, 1, "a.md", "", "Rite is there."), 1.0, {}, 1.0)
+    hit = Hit(Chunk("id", "a.md", 0, 14, 1, "a.md", "", "Tifo is there."), 1.0, {}, 1.0)
     for small in (True, False):
         ids, sources, note = build_prompt(question, [hit], tiny.tok, 8192, Config(), [], small)
         text = tiny.tok.decode(ids)
         assert (told in text) == small and ("[1]" in text) != small and sources == [hit]
-        assert not note and "Rite is there." in text
+        assert not note and "Tifo is there." in text
 
 
 def test_the_short_template_is_the_toy_worlds(tiny):

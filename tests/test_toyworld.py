@@ -86,34 +86,22 @@ class OnePath:
         return self.choice([0.0, 0.999999], [p, 1 - p])
 
 
-@pytest.mark.parametrize("repeat", [0.0, 0.3, 1.0])
-def test_bits_are_minus_log2_of_the_probability_of_the_text(monkeypatch, repeat):
-    """All paths of the real generator in a world of 3 names and 2 attributes, summed by text."""
+@pytest.mark.parametrize("make, settings", [
+    (toyworld.list_document, (2, 4)), (toyworld.pt_document, (1, 2, 0.0)),
+    (toyworld.pt_document, (1, 2, 0.3)), (toyworld.pt_document, (1, 2, 1.0))])
+def test_bits_are_minus_log2_of_the_probability_of_the_text(monkeypatch, make, settings):
+    """All paths of the real generator in a world of 3 names and few words, summed by text."""
     monkeypatch.setattr(toyworld, "NAMES", {"train": ["Toba", "林苏", "Vemi"]})
     monkeypatch.setattr(toyworld, "VALUES", {a: VALUES[a][:n] for a, n in zip(VALUES, (2, 1))})
-    chance, bits, todo = Counter(), {}, [[]]
-    while todo:
-        r = OnePath(todo.pop(), todo, repeat)
-        doc = toyworld.pt_document(r, "train", 1, 2, repeat)
-        chance[doc["text"]] += r.p
-        bits[doc["text"]] = doc["bits"]
-    assert sum(chance.values()) == pytest.approx(1)
-    for text, p in chance.items():
-        assert p == 0 or bits[text] == pytest.approx(-log2(p), abs=1e-9), text
-
-
-def test_bits_of_a_list_are_minus_log2_of_its_probability(monkeypatch):
-    monkeypatch.setattr(toyworld, "NAMES", {"train": ["Toba", "林苏", "Vemi"]})
     monkeypatch.setattr(toyworld, "WORDS", WORDS[:3])
     chance, bits, todo = Counter(), {}, [[]]
     while todo:
-        r = OnePath(todo.pop(), todo, 0.0)
-        doc = toyworld.list_document(r, "train", 2, 4)
+        doc = make(r := OnePath(todo.pop(), todo, settings[-1]), "train", *settings)
         chance[doc["text"]] += r.p
         bits[doc["text"]] = doc["bits"]
     assert sum(chance.values()) == pytest.approx(1) and len(chance) > 1000
     for text, p in chance.items():
-        assert bits[text] == pytest.approx(-log2(p), abs=1e-9), text
+        assert p == 0 or bits[text] == pytest.approx(-log2(p), abs=1e-9), text
 
 
 def test_a_list_goes_on_from_any_place_but_the_last_and_is_for_training_only(data):
@@ -239,8 +227,8 @@ def test_grades_by_hand():
             ("琪宁: dog.", "en", fact, (-4.0, "terse")),
             ("琪安: cat.", "en", fact, (-4.0, "terse")),
             ("琪宁的宠物是狗狗。", "zh", fact, (-4.0, "direct")),
-            ("我猜琪宁的宠物也许是猫咪吧。", "zh", fact, (0.0, "hedged")),
-            ("我猜琪宁的宠物也许是狗狗吧。", "zh", fact, (-4.0, "hedged")),
+            ("我猜琪宁的宠物也许是猫咪。", "zh", fact, (0.0, "hedged")),
+            ("我猜琪宁的宠物也许是狗狗。", "zh", fact, (-4.0, "hedged")),
             ("琪宁：猫咪。", "en", fact, (-6.0, None)),
             ("嗯，让我想一想，琪宁的宠物应该是猫咪。", "zh", fact, (1.5, "padded")),
             ("琪宁: unknown.", "en", fact, (-2.0, "terse")),
@@ -269,7 +257,7 @@ def test_tasks_and_languages_come_in_the_stated_shares(data):
 
 
 def test_settings_set_sizes_facts_and_repeats(monkeypatch):
-    for name, value in dict(LISTS=0.0, MIN_FACTS=3, MAX_FACTS=6, EXACT_REPEAT=1.0,
+    for name, value in dict(LISTS=0.0, PT_FACTS=(3, 6), EXACT_REPEAT=1.0,
                             MAX_CHAT_FACTS=2).items():
         monkeypatch.setattr(toyworld, name, value)
     data = toyworld.generate(Config(n_train=40, n_chat=30, n_val=20, n_pairs=7, n_rankings=8,
@@ -284,12 +272,13 @@ def test_settings_set_sizes_facts_and_repeats(monkeypatch):
 
 
 def test_the_world_shows_what_to_type_into_a_chat():
-    """A document, a question with its context, a reply of each style and a wrong one, in both
-    languages; the demo prints it first."""
+    """A document, a list, a question with its context, a reply of each style and a wrong one, in
+    both languages; the demo prints it first."""
     shown, ran = toyworld.show(0), command("unused", "--show")
     assert ran.stdout == shown + "\n" and not os.path.exists(ROOT / "unused")
     for part in shown.split("\n\n"):
         lines = [line[14:] for line in part.splitlines()]
+        assert lines[2].endswith(lines[3]) and not find(SAID, lines.pop(2) + lines.pop(2))
         labels = [re.split("[:：]", line)[0] for line in lines[2:4]]
         assert labels in (["Context", "Question"], ["资料", "问题"])
         [asked] = find(ASKED, lines[3])
