@@ -1,9 +1,8 @@
 """
 A tiny bilingual world in which every fact holds for one document only: to answer is to read.
 
-    python -m demo.world --show                    a document, a question and its answers
-    python -m demo.world --out_dir=out/toyworld    pt, chat, rankings, pairs, prompts .jsonl, all
-                                                   but rankings _heldout on test names; floor.json
+    python -m demo.world --show                    a document, a list, a question and its answers
+    python -m demo.world --out_dir=out/toyworld    JSON lines for each stage, and floor.json
 
 A pre-training document states K facts about K names and restates them on a second line; in pt.jsonl
 some are lists (`list_document`). Who knows this program knows how surprising a document is:
@@ -14,11 +13,10 @@ some are lists (`list_document`). Who knows this program knows how surprising a 
                   -  log2( (1 - e) / (4 K!)  +  e [second half == first half] )
 
 N names are drawn in order, none twice; attributes and values may coincide. The second half is an
-exact repeat with probability e (0 in held-out files), else it has a random order (K!) and either
-language and form (4), and may be a repeat by chance. The sum over a file, divided by its UTF-8
-bytes, is its floor: a model that has not seen the file undercuts it by b bits with probability at
-most 2^-b (Markov's inequality). A model cannot tell test names from others and pays log2 of all
-names for each: `pt_heldout_all_names`.
+exact repeat with probability e (0 in held-out files); else its order (K!), language and form (4)
+are drawn anew. The sum over a file, divided by its UTF-8 bytes, is its floor: a model that has not
+seen the file undercuts it by b bits with probability at most 2^-b (Markov's inequality). A model
+cannot tell test names from others and pays log2 of all names for each: `pt_heldout_all_names`.
 
 A reply names what it is about before its value, as a restated fact does; what the context does not
 say is "unknown". Of two replies the one whose score is d more is preferred with probability
@@ -173,14 +171,14 @@ def pt_document(r: Random, split: str, min_facts: int, max_facts: int, exact_rep
     return {"text": first + "\n" + second, "lang": lang, "bits": bits}
 
 
-def list_document(r: Random, split: str, min_items: int, max_items: int) -> dict:
-    """Words and names, and again from a place drawn at random: "red, Kimu, saw, Tifo." and "saw,
-    Tifo." Only the item before tells what comes next, as the name does in a fact. Keys as above."""
-    lang, n = r.choice(LANGS), r.randint(min_items, max_items)
+def list_document(r: Random, split: str, lang: str, min_items: int, max_items: int) -> dict:
+    """Words and names, and again from a random place on: "red, Kimu, saw, Tifo." and "saw, Tifo."
+    Only the item before tells what comes next. Keys as above; the bits are given the language."""
+    n = r.randint(min_items, max_items)
     words = [pair[LANGS.index(lang)] for pair in r.sample(WORDS, n // 2)]
     items = r.sample([*words, *r.sample(NAMES[split], n - n // 2)], n)
     lines = (COMMA[lang].join(items[start:]) + STOP[lang] for start in (0, r.randrange(n - 1)))
-    chances = (max_items - min_items + 1) * len(LANGS) * comb(n, n // 2) * (n - 1)
+    chances = (max_items - min_items + 1) * comb(n, n // 2) * (n - 1)
     chances *= perm(len(WORDS), n // 2) * perm(len(NAMES[split]), n - n // 2)
     return {"text": "\n".join(lines), "lang": lang, "bits": log2(chances)}
 
@@ -262,8 +260,7 @@ def chat(r: Random, split: str, max_facts: int) -> dict:
 
 def score(fact: Fact, about: Fact, style: str) -> float:
     """Of a reply that gives the value of `fact`, where `about` has the right one."""
-    right = GOLD[style] if fact.value == about.value else WRONG
-    return SHY if fact.value == UNKNOWN != about.value else right
+    return GOLD[style] if fact.value == about.value else SHY if fact.value == UNKNOWN else WRONG
 
 
 def bayes(pairs: list[dict]) -> dict[str, float]:
@@ -345,12 +342,12 @@ def write_files(out_dir: str, files: dict[str, list[dict]]) -> None:
 
 
 def generate(cfg: Config) -> dict[str, list[dict]]:
-    """The rows of every file, drawn by a Random of its own: other files do not change them."""
+    """The rows of every file, each file with a Random of its own."""
     def document(r: Random, split: str, most: int) -> dict:
         listed = r.random() < (share := LISTS * (split == "train"))
-        doc = (list_document(r, split, *LIST_ITEMS) if listed else
+        doc = (list_document(r, split, r.choice(LANGS), *LIST_ITEMS) if listed else
                pt_document(r, split, *PT_FACTS, EXACT_REPEAT * (split == "train")))
-        return doc | {"bits": doc["bits"] - log2(share if listed else 1 - share)}
+        return doc | {"bits": doc["bits"] - log2(share / len(LANGS) if listed else 1 - share)}
 
     found = {}
     for name, n, make in (("pt", cfg.n_train, document), ("chat", cfg.n_chat, chat),
@@ -371,10 +368,8 @@ def show(seed: int) -> str:
         replies = [f"{answer(about, lang, style)}  ({style}: {GOLD[style]:g})" for style in GOLD]
         replies.append(f"{answer(wrong(r, about), lang, 'direct')}  (wrong: {WRONG:g})")
         rows = [("a document", _half(fs, lang, 1)), ("", _half([about, first], lang, 0))]
-        while (listed := list_document(r, "train", *LIST_ITEMS))["lang"] != lang:
-            pass
-        rows += zip(("a list", ""), listed["text"].split("\n"))
-        rows += zip(("a question", ""), prompt(r, lang, fs, about).split("\n"))
+        listed, question = list_document(r, "train", lang, *LIST_ITEMS), prompt(r, lang, fs, about)
+        rows += zip(("a list", "", "a question", ""), f"{listed['text']}\n{question}".split("\n"))
         rows += zip(("its answers", *[""] * len(replies)), replies)
         parts.append("".join(f"{label:<14}{text}\n" for label, text in rows))
     return "\n".join(parts)
@@ -397,8 +392,8 @@ def main() -> None:
         fail(str(error))
     print(f"{cfg.out_dir}: {', '.join(f'{name} {len(rows):,}' for name, rows in data.items())}")
     for name, by_lang in floor.items():
-        columns = " | ".join(f"{key} {value:.4f}" for key, value in by_lang.items())
-        print(f"floor of {name:<20} | {columns}" + " bits/byte" * ("all" in by_lang))
+        print(f"floor of {name:<20}", *(f"{key} {value:.4f}" for key, value in by_lang.items()),
+              sep=" | ", end=" bits/byte\n" if "all" in by_lang else "\n")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ class OnePath:
 
 
 @pytest.mark.parametrize("make, settings", [
-    (toyworld.list_document, (2, 4)), (toyworld.pt_document, (1, 2, 0.0)),
+    (toyworld.list_document, ("zh", 2, 4)), (toyworld.pt_document, (1, 2, 0.0)),
     (toyworld.pt_document, (1, 2, 0.3)), (toyworld.pt_document, (1, 2, 1.0))])
 def test_bits_are_minus_log2_of_the_probability_of_the_text(monkeypatch, make, settings):
     """All paths of the real generator in a world of 3 names and few words, summed by text."""
@@ -99,7 +99,7 @@ def test_bits_are_minus_log2_of_the_probability_of_the_text(monkeypatch, make, s
         doc = make(r := OnePath(todo.pop(), todo, settings[-1]), "train", *settings)
         chance[doc["text"]] += r.p
         bits[doc["text"]] = doc["bits"]
-    assert sum(chance.values()) == pytest.approx(1) and len(chance) > 1000
+    assert sum(chance.values()) == pytest.approx(1) and len(chance) > 500
     for text, p in chance.items():
         assert p == 0 or bits[text] == pytest.approx(-log2(p), abs=1e-9), text
 
