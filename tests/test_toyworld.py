@@ -99,7 +99,7 @@ def test_bits_are_minus_log2_of_the_probability_of_the_text(monkeypatch, make, s
         doc = make(r := OnePath(todo.pop(), todo, settings[-1]), "train", *settings)
         chance[doc["text"]] += r.p
         bits[doc["text"]] = doc["bits"]
-    assert sum(chance.values()) == pytest.approx(1) and len(chance) > 500
+    assert sum(chance.values()) == pytest.approx(1) and len(chance) > 200
     for text, p in chance.items():
         assert p == 0 or bits[text] == pytest.approx(-log2(p), abs=1e-9), text
 
