@@ -69,10 +69,10 @@ def rm_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center_coef: float
 
 def easy_first(picked: list[int], shortest_first: np.ndarray, progress: float) -> list[int]:
     """Replace the examples of a step, drawn from all, by as many from the shortest of them: example
-    i by the one at place share * i of those sorted by length. The share is a tenth for nearly half
-    of the way, then the cube of `progress`. What must be found in a short prompt is learnt sooner,
-    and then found in a long one (Bengio et al. 2009)."""
-    share = max(0.1, progress ** 3)
+    i by the one at place share * i of those sorted by length. The share is a tenth at first, and 1
+    when `progress` is. What must be found in a short prompt is learnt sooner, and then found in a
+    long one (Bengio et al. 2009)."""
+    share = max(0.1, progress)
     return picked if share >= 1 else [int(shortest_first[int(i * share)]) for i in picked]
 
 
