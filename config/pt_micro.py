@@ -6,8 +6,8 @@ The demo's pre-training: 0.3M parameters on the toy world. 2 CPU cores, about 3 
 To find a value by its name, two tokens must know the name: the one before a restated value, and the
 value in the first half. Neither gains by it before the other does. Lists, which are 40 % of the
 documents, teach both to look at the word before; without them about half of the seeds never start.
-The vocabulary matters, too: with 1,000 tokens every value is one token and nearly every name two.
-With 40 more, values grow together with the words before them (docs/results.md).
+The vocabulary matters, too: with 1,000 tokens every value is one token and most names are two
+(docs/results.md).
 """
 data_dir = "out/demo/data"
 out_dir = "out/demo/pt"

@@ -3,10 +3,10 @@ The demo's reward model, from 24,000 rankings of four replies. 2 CPU cores, abou
 
     python train_rm.py config/rm_micro.py
 
-The model learns the styles within 100 steps. To see that a value is wrong it must compare the reply
-with the context. In an earlier world, whose replies named nobody, it did not learn that from plain
-pairs over contexts of all lengths; it did when short contexts came first (curriculum) and each
-context brought three comparisons (rankings).
+The model learns the styles within 100 steps. To see that a value is wrong it must find the fact in
+the context again, which pre-training teaches with documents that repeat themselves (EXACT_REPEAT in
+demo/world.py): without these, accuracy stayed at 72 % (docs/results.md). Contexts grow from short
+to long (curriculum), and each brings the comparisons of a ranking.
 """
 init_from = "out/demo/sft"
 data = "out/demo/world/rankings.jsonl"
