@@ -188,7 +188,7 @@ def test_dpo_starts_at_log_2_and_its_reference_stays(tiny, runs, capsys, tmp_pat
     train_dpo.train(cfg, ALONE)
     kls = [float(line.split("KL ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()
            if line.startswith("samples at")]
-    assert kls[0] == 0 and kls[-1] > 0.01
+    assert kls[0] == 0 and abs(kls[-1]) > 0.01  # an estimate from few replies may be negative
 
 
 def test_an_update_of_an_update(tiny, runs, tmp_path):
