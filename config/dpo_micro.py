@@ -5,13 +5,14 @@ The demo's preference optimisation. 2 CPU cores, about 2 minutes.
 
 In half of the pairs one reply has a wrong value. Plain DPO pushes it down without end, and similar
 words with it: in an earlier world it garbled 5 % of the replies. label_smoothing makes no margin
-worth more than logit(0.9) = 2.2, so beta can be low enough for the styles, whose margins are small.
+worth more than logit(0.9) = 2.2, so beta can be low enough for the styles, whose margins are small:
+with 0.25 instead of 0.15 seed 0 won 78.5 % against SFT instead of 80.3 %.
 """
 init_from = "out/demo/sft"
 data = "out/demo/world/pairs.jsonl"
 out_dir = "out/demo/dpo"
 
-beta = 0.25
+beta = 0.15
 label_smoothing = 0.1
 batch_pairs = 32
 batch_size = 32
