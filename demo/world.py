@@ -4,8 +4,8 @@ A tiny bilingual world in which every fact holds for one document only: to answe
     python -m demo.world --show                    a document, a list, a question and its answers
     python -m demo.world --out_dir=out/toyworld    JSON lines for each stage, and floor.json
 
-A pre-training document states K facts about K names and restates them on a second line; in pt.jsonl
-some are lists (`list_document`). Who knows this program knows how surprising a document is:
+A pre-training document states K facts about K names and restates them on a second line. pt.jsonl
+has lists, too (`list_document`); there either kind costs -log2 of its share besides:
 
     -log2 P(text) =  log2 #K  +  2                            how many facts; language, form
                   +  sum over i < K of  log2(N - i) + log2 |values of attribute i|

@@ -116,6 +116,24 @@ def test_a_list_goes_on_from_any_place_but_the_last_and_is_for_training_only(dat
     assert all(find(SAID, doc["text"]) for doc in data["pt_heldout"])
 
 
+def test_a_document_bears_the_bits_of_its_kind_too(data):
+    """The same draws again, one by one: 40 % are lists, half of them in each language."""
+    r, kinds = random.Random("0/pt"), set()
+    for doc in data["pt"][:50]:
+        if r.random() < 0.4:
+            alone, p = toyworld.list_document(r, "train", r.choice(LANGS), 4, 8), 0.4 / 2
+        else:
+            alone, p = toyworld.pt_document(r, "train", 1, 4, 0.3), 0.6
+        assert doc["text"] == alone["text"]
+        assert doc["bits"] == pytest.approx(alone["bits"] - log2(p))
+        kinds.add(p)
+    assert len(kinds) == 2
+    r = random.Random("0/pt_heldout")  # no lists there, so nothing is added
+    for doc in data["pt_heldout"][:50]:
+        r.random()
+        assert doc["bits"] == pytest.approx(toyworld.pt_document(r, "test", 1, 4, 0.0)["bits"])
+
+
 def test_words_tell_apart_what_the_floor_counts_as_different():
     for lang in (0, 1):
         words = [pair[lang] for pairs in VALUES.values() for pair in pairs]
@@ -278,7 +296,8 @@ def test_the_world_shows_what_to_type_into_a_chat():
     assert ran.stdout == shown + "\n" and not os.path.exists(ROOT / "unused")
     for part in shown.split("\n\n"):
         lines = [line[14:] for line in part.splitlines()]
-        assert lines[2].endswith(lines[3]) and not find(SAID, lines.pop(2) + lines.pop(2))
+        listed, again = lines.pop(2), lines.pop(2)
+        assert listed.endswith(again) and not find(SAID, listed + again)
         labels = [re.split("[:：]", line)[0] for line in lines[2:4]]
         assert labels in (["Context", "Question"], ["资料", "问题"])
         [asked] = find(ASKED, lines[3])
